@@ -1,0 +1,91 @@
+"""The pure-PyTorch implementation: CPU, MPS and any other device.
+
+Same formulas and same saved state as the kernels. ``1/(1-p)`` and ``s`` multiply the thin S and G
+only; the low-rank product accumulates into the base output in place; nothing of size M×N or M×K is
+made but the results, and with dropout one temporary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dropout
+
+dropout_mask = dropout.keep_words
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    words: Tensor | None,
+    inv_keep: float,
+) -> tuple[Tensor, Tensor]:
+    """``y (M,N)`` and ``S (M,R)`` from ``x (M,K)``, both in x's dtype."""
+    dtype = x.dtype
+    y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    # Over the mask in place: a second large temporary would cost more than the product.
+    dropped = x if words is None else dropout.keep_matrix(words, x.shape[1], dtype).mul_(x)
+    S = _scaled_mm(dropped, lora_A.to(dtype).t(), scaling, inv_keep)
+    return y.addmm_(S, lora_B.to(dtype).t()), S
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    scaling: float | Tensor,
+    words: Tensor | None,
+    inv_keep: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(dx, dA, dB)`` from ``dy (M,N)``; None where ``needs`` is false."""
+    dtype = dy.dtype
+    dx = dA = dB = mask = None
+    if words is not None and (needs[0] or needs[1]):
+        mask = dropout.keep_matrix(words, lora_A.shape[1], dtype)
+    if needs[0] or needs[1]:
+        # Carries 1/(1-p) for both of its uses, so the mask itself stays zeros and ones.
+        G = _scaled_mm(dy, lora_B.to(dtype), scaling, inv_keep)
+    if needs[0]:
+        dx = torch.mm(dy, weight.to(dtype))
+        if mask is None:
+            dx.addmm_(G, lora_A.to(dtype))
+        else:
+            dx.addcmul_(torch.mm(G, lora_A.to(dtype)), mask)
+    if needs[1]:
+        dA = _mm_as(G.t(), x if mask is None else mask.mul_(x), lora_A.dtype)
+    if needs[2]:
+        dB = _rank_gradient(dy, S.to(dtype), lora_B.dtype)
+    return dx, dA, dB
+
+
+def _rank_gradient(dy: Tensor, S: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dYᵀ S``. On a CPU a thin right operand makes the product's transpose faster: 0.5 to 0.9."""
+    M, R = S.shape
+    if dy.is_cpu and M >= 128 and (R < 16 or (R == 16 and dy.dtype == torch.bfloat16)):
+        return _mm_as(S.t(), dy, dtype).t().contiguous()
+    return _mm_as(dy.t(), S, dtype)
+
+
+def _scaled_mm(a: Tensor, b: Tensor, scaling: float | Tensor, inv_keep: float) -> Tensor:
+    """``scaling · inv_keep · a b``, rounded once where the scale is a number."""
+    if isinstance(scaling, Tensor):
+        return torch.mm(a, b).mul_(scaling * inv_keep)
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+    return torch.addmm(out, a, b, beta=0, alpha=scaling * inv_keep, out=out)
+
+
+def _mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a b`` in ``dtype``: from the fp32 accumulator where the device can, else converted."""
+    if dtype == torch.float32 and a.dtype != dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)

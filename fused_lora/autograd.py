@@ -1,0 +1,121 @@
+"""The chain rule of the layer; who computes each product is :mod:`.dispatch`'s business.
+
+Saved for backward: ``x``, ``S`` and the keep bits, each only if a gradient asks for it, and the
+parameters. Never the dropped ``x``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch, dropout, reference
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    seed: Tensor | None,
+    keep: int,
+    impl: str,
+) -> Tensor:
+    """``y (..., N)`` for validated arguments; ``seed`` is None without dropout."""
+    args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _LoRALinear.apply(*args)
+    return _forward(*args)[0]
+
+
+def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl):
+    """``y (..., N)``, ``S (M,R)``, the keep bits, and who ran."""
+    flat = _flatten(x)
+    runner = dispatch.choose(flat, weight, lora_A, impl, seed is not None)
+    words = None if seed is None else runner.dropout_mask(seed, *flat.shape, keep)
+    y, S = runner.forward(
+        flat, weight, lora_A, lora_B, bias, scaling, words, dropout.KEEP_ALL / keep
+    )
+    return y.view(*x.shape[:-1], y.shape[-1]), S, words, runner
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl):
+        y, S, words, ctx.runner = _forward(
+            x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl
+        )
+        need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        is_tensor = isinstance(scaling, Tensor)
+        ctx.scaling = None if is_tensor else scaling
+        ctx.inv_keep = dropout.KEEP_ALL / keep
+        ctx.x_shape = x.shape
+        ctx.bias_dtype = bias.dtype if need_bias else None
+        ctx.save_for_backward(
+            x if need_A else None,
+            weight if need_x else None,
+            lora_A,
+            lora_B,
+            S if need_B else None,
+            words if need_x or need_A else None,
+            scaling if is_tensor else None,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        device = dy.device.type
+        if autocasts(device):
+            # The saved tensors already have the dtypes that autocast chose in forward.
+            with torch.autocast(device, enabled=False):
+                return _backward(ctx, dy)
+        return _backward(ctx, dy)
+
+
+def _backward(ctx, dy):
+    need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+    x, weight, lora_A, lora_B, S, words, scaling = ctx.saved_tensors
+    backward = ctx.runner.backward
+    if torch.is_grad_enabled():
+        if need_B and need_x and x is None:
+            raise RuntimeError(
+                "a second derivative through a frozen lora_A needs x, which was not saved: let"
+                " lora_A require grad, or use impl='reference'"
+            )
+        backward = reference.backward
+    flat_dy = _flatten(dy)
+    dx, dA, dB = backward(
+        flat_dy,
+        None if x is None else _flatten(x),
+        weight,
+        lora_A,
+        lora_B,
+        S,
+        ctx.scaling if scaling is None else scaling,
+        words,
+        ctx.inv_keep,
+        (need_x, need_A, need_B),
+    )
+    db = None
+    if need_bias:
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        db = flat_dy.sum(0, dtype=wide).to(ctx.bias_dtype)
+    dx = dx.view(ctx.x_shape) if need_x else None
+    return dx, None, dA, dB, db, None, None, None, None
+
+
+def _flatten(t: Tensor) -> Tensor:
+    """``(..., n)`` as ``(M, n)``; the strides of a matrix are left as they are."""
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

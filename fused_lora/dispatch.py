@@ -1,0 +1,217 @@
+"""Who runs a call: the choice of implementation and strategy, its reason, and the fallback."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from . import aten, cost, dropout
+
+_failed: set[tuple] = set()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What would run, and why.
+
+    Attributes:
+        impl: "triton", "torch" or "reference".
+        forward: Triton's strategy ("split", "single_pass", "addmm"), or None.
+        backward: likewise.
+        reason: one sentence.
+    """
+
+    impl: str
+    forward: str | None
+    backward: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        if self.forward is None:
+            return f"{self.impl}: {self.reason}"
+        return f"{self.impl} (forward {self.forward}, backward {self.backward}): {self.reason}"
+
+
+def explain(
+    target: nn.Module | Tensor,
+    weight: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    *,
+    tokens: int = 1024,
+    dropout_p: float | None = None,
+    impl: str | None = None,
+) -> Decision:
+    """Which implementation and strategy a call would use, and why. Runs nothing.
+
+    Args:
+        target: a :class:`fused_lora.FusedLoRALinear`, or ``x (..., in)`` with ``weight`` and
+            ``lora_A`` as for :func:`fused_lora.fused_lora_linear`.
+        tokens: number of rows to assume for a module.
+        dropout_p: of the call; a module's own unless given.
+        impl: as in the call; a module's own unless given.
+
+    Raises:
+        TypeError: neither a layer nor three tensors.
+        ValueError: an explicit ``impl`` that cannot run here.
+    """
+    if isinstance(target, nn.Module) and hasattr(target, "lora_A"):
+        layer = target
+        if layer.merged or not layer.enabled:
+            state = "merged" if layer.merged else "disabled"
+            return Decision("torch", None, None, f"the adapter is {state}: a plain F.linear")
+        weight, lora_A = layer.weight, layer.lora_A
+        x = torch.empty((tokens, layer.in_features), dtype=weight.dtype, device="meta")
+        impl = layer.impl if impl is None else impl
+        if dropout_p is None:
+            dropout_p = layer.dropout if layer.training else 0.0
+    elif isinstance(target, Tensor) and weight is not None and lora_A is not None:
+        x = target
+    else:
+        raise TypeError(
+            "expected a FusedLoRALinear, or the tensors x, weight and lora_A, got "
+            f"{type(target).__name__}"
+        )
+    if impl == "reference":
+        return Decision("reference", None, None, "asked for: eager autograd")
+    rows = x.shape[:-1].numel()
+    dropped = dropout.keep_count(dropout_p or 0.0) < dropout.KEEP_ALL
+    return _decide(
+        impl or "auto", weight.device, x.dtype, rows, *weight.shape, lora_A.shape[0], dropped
+    )
+
+
+def choose(x: Tensor, weight: Tensor, lora_A: Tensor, impl: str, dropped: bool):
+    """The runner for ``x (M,K)``: an object with ``dropout_mask``, ``forward`` and ``backward``."""
+    if impl == "torch" or (impl == "auto" and not _may_run_triton(x, weight)):
+        return aten
+    return _runner(impl, x.device, x.dtype, x.shape[0], *weight.shape, lora_A.shape[0], dropped)
+
+
+def _may_run_triton(x: Tensor, weight: Tensor) -> bool:
+    """A plain tensor on a GPU; subclasses such as DTensor need aten operators."""
+    return x.is_cuda and type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
+
+
+@lru_cache(maxsize=4096)
+def _runner(impl: str, device, dtype, M: int, N: int, K: int, R: int, dropped: bool):
+    decision = _decide(impl, device, dtype, M, N, K, R, dropped)
+    if decision.impl == "torch":
+        return aten
+    key = (device, dtype, N, K, R, dropped)
+    return _Triton(decision, key if impl == "auto" else None)
+
+
+@lru_cache(maxsize=4096)
+def _decide(impl, device, dtype, M, N, K, R, dropped) -> Decision:
+    if impl == "torch":
+        return Decision("torch", None, None, "asked for")
+    problem = _not_worth_it(device) if impl == "auto" else None
+    problem = problem or _triton_problem(device) or _dtype_problem(dtype)
+    if problem is not None:
+        if impl == "triton":
+            raise ValueError(f"impl='triton' cannot run here: {problem}")
+        return Decision("torch", None, None, problem)
+    if 0 in (M, N, K):
+        return Decision("torch", None, None, "an empty dimension: there is nothing to launch")
+    from .kernels import configs
+
+    target = configs.target_of(device)
+    where = (target.arch, target.sms, dtype.itemsize)
+    forward, reason = cost.choose_strategy(*where, M, N, K, R, masked_operand=dropped)
+    backward, _ = cost.choose_strategy(*where, M, K, N, R, masked_operand=False)
+    return Decision("triton", forward, backward, reason)
+
+
+@lru_cache
+def _triton_problem(device: torch.device) -> str | None:
+    """Why the kernels cannot run on ``device``, or None."""
+    if device.type not in ("cuda", "cpu"):
+        return f"the kernels run on CUDA and ROCm devices, got {device.type}"
+    try:
+        from .kernels import ops
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton"
+    if device.type == "cpu" and not ops.INTERPRETED:
+        return (
+            "the tensors are on a CPU, where Triton runs only interpreted; set TRITON_INTERPRET=1"
+            " before the kernels are first used"
+        )
+    return None
+
+
+def _dtype_problem(dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "the kernels compute float16, bfloat16 and float32, got float64"
+    return None
+
+
+def _not_worth_it(device: torch.device) -> str | None:
+    """Why "auto" leaves Triton aside although it could run."""
+    if device.type != "cuda":
+        return f"the tensors are on a {device.type} device"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "GPUs before sm_80 lack bfloat16 matrix instructions and asynchronous copies"
+    return None
+
+
+def clear_decisions() -> None:
+    """Forget cached decisions and failures, as after a change of tuning."""
+    _runner.cache_clear()
+    _decide.cache_clear()
+    _failed.clear()
+
+
+class _Triton:
+    """The kernels with a decision taken; under "auto" with PyTorch behind them."""
+
+    def __init__(self, decision: Decision, fallback_key: tuple | None):
+        from .kernels import ops
+
+        self.ops = ops
+        self.decision = decision
+        self.key = fallback_key
+
+    def dropout_mask(self, seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
+        def kernel():
+            words = dropout.empty_words(rows, columns, seed.device)
+            self.ops.dropout_mask(words, seed, keep, dropout.DIGITS)
+            return words
+
+        return self._run(kernel, lambda: aten.dropout_mask(seed, rows, columns, keep))
+
+    def forward(self, *args):
+        return self._run(
+            lambda: self.ops.forward(*args, self.decision.forward),
+            lambda: aten.forward(*args),
+        )
+
+    def backward(self, *args):
+        return self._run(
+            lambda: self.ops.backward(*args, self.decision.backward),
+            lambda: aten.backward(*args),
+        )
+
+    def _run(self, kernels, instead):
+        if self.key in _failed:
+            return instead()
+        try:
+            return kernels()
+        except Exception as error:
+            # An asynchronous error leaves the device unusable, and memory is missing either way.
+            if self.key is None or isinstance(
+                error, (torch.OutOfMemoryError, torch.AcceleratorError)
+            ):
+                raise
+            _failed.add(self.key)
+            first_line = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"fused_lora: Triton failed ({type(error).__name__}: {first_line}); PyTorch's "
+                "products are used for this layer shape from now on. impl='torch' asks for them "
+                "without this warning; impl='triton' raises the error.",
+                stacklevel=2,
+            )
+            return instead()

@@ -1,0 +1,76 @@
+"""The functional form: validate, apply autocast's rule, draw the seed, run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dropout, reference
+from .autograd import autocasts, lora_linear
+from .validation import check_dropout, check_impl, check_same_dtype, check_tensors
+
+
+def fused_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """``y = x Wᵀ + bias + s·D(x) Aᵀ Bᵀ``: a frozen linear layer with a low-rank adapter.
+
+    Differentiable in ``x``, ``lora_A``, ``lora_B``, and ``bias`` where it requires grad; twice. A
+    gradient has the shape and dtype of its tensor.
+
+    Args:
+        x: ``(..., in)``, float16, bfloat16, float32 or float64; any leading dimensions and strides.
+        weight: ``(out, in)`` in x's dtype (any under autocast); must not require grad.
+        lora_A: ``(rank, in)``, any of the dtypes above; cast to x's for the products.
+        lora_B: ``(out, rank)``, likewise.
+        bias: ``(out,)`` or None.
+        scaling: ``s``, a float or a constant 0-d tensor on x's device.
+        dropout_p: probability that ``D`` drops an entry of ``x`` on the adapter's way only; kept
+            entries are divided by ``1 - dropout_p``. Rounded to a multiple of 2⁻¹⁶.
+        training: ``D`` is the identity when False.
+        impl: "auto" (Triton on a GPU that can run it, else PyTorch), "triton", "torch", or
+            "reference" (eager autograd). See :func:`fused_lora.explain`.
+
+    Returns:
+        ``(..., out)`` in x's dtype; under autocast, in autocast's.
+
+    Raises:
+        TypeError: a dtype that cannot be used.
+        ValueError: shapes, devices or values that do not fit; a weight that requires grad; an
+            explicit ``impl`` that cannot run here.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3;
+    dropout as in PEFT.
+    """
+    check_impl(impl)
+    check_dropout(dropout_p)
+    check_tensors(x, weight, lora_A, lora_B, bias, scaling)
+    keep = dropout.keep_count(dropout_p) if training else dropout.KEEP_ALL
+    device = x.device.type
+    if autocasts(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return _run(x, weight, lora_A, lora_B, bias, scaling, keep, impl)
+    check_same_dtype(x, weight)
+    return _run(x, weight, lora_A, lora_B, bias, scaling, keep, impl)
+
+
+def _run(x, weight, lora_A, lora_B, bias, scaling, keep, impl) -> Tensor:
+    seed = None if keep == dropout.KEEP_ALL else dropout.draw_seed(x.device)
+    if impl != "reference":
+        return lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl)
+    mask = None
+    if seed is not None:
+        K = x.shape[-1]
+        words = dropout.keep_words(seed, x.numel() // max(1, K), K, keep)
+        mask = dropout.keep_matrix(words, K, x.dtype) * (dropout.KEEP_ALL / keep)
+    return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling, mask)

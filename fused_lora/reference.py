@@ -1,0 +1,65 @@
+"""The formulas, in differentiable eager PyTorch: the only oracle.
+
+    S  = s · D(x) Aᵀ             y  = x Wᵀ + bias + S Bᵀ
+    G  = s · dY B                dx = dY W + D(G A)       dA = Gᵀ D(x)       dB = dYᵀ S
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dropout import keep_matrix
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``y`` from ``x (..., K)``; ``mask`` is ``D`` as a matrix of 0 and 1/(1-p), or None."""
+    dropped = x if mask is None else x * mask.view(x.shape)
+    S = scaling * F.linear(dropped, lora_A.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight.to(x.dtype), bias) + F.linear(S, lora_B.to(x.dtype))
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    scaling: float | Tensor,
+    words: Tensor | None,
+    inv_keep: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(dx, dA, dB)`` from ``dy (M,N)``, differentiable in ``dy``, ``x`` and the parameters.
+
+    ``S`` is made again from ``x``, so that derivatives pass through it.
+    """
+    dtype = dy.dtype
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    dx = dA = dB = None
+    dropped, mask = x, None
+    if words is not None:
+        mask = keep_matrix(words, lora_A.shape[1], dtype) * inv_keep
+        dropped = None if x is None else x * mask
+    G = scaling * (dy @ B)
+    if needs[0]:
+        branch = G @ A
+        dx = dy @ weight.to(dtype) + (branch if mask is None else branch * mask)
+    if needs[1]:
+        dA = (G.t() @ dropped).to(lora_A.dtype)
+    if needs[2]:
+        S = S.to(dtype) if dropped is None else scaling * (dropped @ A.t())
+        dB = (dy.t() @ S).to(lora_B.dtype)
+    return dx, dA, dB

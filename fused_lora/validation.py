@@ -1,0 +1,130 @@
+"""Checks of the public arguments; each message says what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_hyperparameters(rank: int, alpha: float, dropout: float, impl: str) -> None:
+    """Check what a layer is built with.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"expected rank to be an int, got {rank!r} ({type(rank).__name__})")
+    if rank < 1:
+        raise ValueError(f"expected rank >= 1, got {rank}")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise TypeError(f"expected alpha to be a number, got {alpha!r} ({type(alpha).__name__})")
+    check_dropout(dropout)
+    check_impl(impl)
+
+
+def check_dropout(p: float) -> None:
+    """Check a dropout probability: a number in [0, 1)."""
+    if not isinstance(p, (int, float)) or isinstance(p, bool):
+        raise TypeError(f"expected dropout to be a number, got {p!r} ({type(p).__name__})")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"expected dropout in [0, 1), got {p}")
+
+
+def check_impl(impl: str) -> None:
+    """Check the name of an implementation."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"expected impl to be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+
+def check_adapter_dtype(dtype: torch.dtype | None) -> None:
+    """Check the dtype asked of ``lora_A`` and ``lora_B``."""
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"expected adapter_dtype to be one of {_names(FLOATS)}, got {dtype}")
+
+
+def check_tensors(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+) -> None:
+    """Check the tensors of one call against each other.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that cannot be used.
+        ValueError: shapes or devices that do not fit, or a weight that requires grad.
+    """
+    for name, tensor in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected {name} to be a Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"expected {name} in one of {_names(FLOATS)}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"expected {name} on x's device {x.device}, got {tensor.device}")
+    if weight.dim() != 2:
+        raise ValueError(f"expected weight of shape (out, in), got {_shape(weight)}")
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"expected x of shape (..., {K}), got {_shape(x)}")
+    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+        raise ValueError(f"expected lora_A of shape (rank, {K}), got {_shape(lora_A)}")
+    R = lora_A.shape[0]
+    if R < 1:
+        raise ValueError(f"expected lora_A of rank >= 1, got {_shape(lora_A)}")
+    if lora_B.shape != (N, R):
+        raise ValueError(f"expected lora_B of shape ({N}, {R}), got {_shape(lora_B)}")
+    if weight.requires_grad:
+        raise ValueError(
+            "expected a frozen weight, got one that requires grad: no gradient is computed for it;"
+            " call weight.requires_grad_(False), or pass weight.detach()"
+        )
+    if bias is not None:
+        _check_bias(bias, x, N)
+    if isinstance(scaling, Tensor):
+        _check_scaling_tensor(scaling, x)
+    elif not isinstance(scaling, (int, float)):
+        raise TypeError(
+            f"expected scaling to be a float or a 0-d Tensor, got {type(scaling).__name__}"
+        )
+
+
+def check_same_dtype(x: Tensor, weight: Tensor) -> None:
+    """Without autocast ``x`` must have the weight's dtype, as in ``F.linear``."""
+    if x.dtype != weight.dtype:
+        raise TypeError(f"expected x in the weight's dtype {weight.dtype}, got {x.dtype}")
+
+
+def _check_bias(bias: Tensor, x: Tensor, N: int) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"expected bias to be a Tensor or None, got {type(bias).__name__}")
+    if bias.dtype not in FLOATS:
+        raise TypeError(f"expected bias in one of {_names(FLOATS)}, got {bias.dtype}")
+    if bias.device != x.device:
+        raise ValueError(f"expected bias on x's device {x.device}, got {bias.device}")
+    if bias.shape != (N,):
+        raise ValueError(f"expected bias of shape ({N},), got {_shape(bias)}")
+
+
+def _check_scaling_tensor(scaling: Tensor, x: Tensor) -> None:
+    if scaling.dim() != 0:
+        raise ValueError(f"expected scaling of shape (), got {_shape(scaling)}")
+    if scaling.dtype not in FLOATS:
+        raise TypeError(f"expected scaling in one of {_names(FLOATS)}, got {scaling.dtype}")
+    if scaling.device != x.device:
+        raise ValueError(f"expected scaling on x's device {x.device}, got {scaling.device}")
+    if scaling.requires_grad:
+        raise ValueError("expected a constant scaling, got one that requires grad")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

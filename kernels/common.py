@@ -1,0 +1,158 @@
+"""Pieces shared by the kernels: tile order, keep bits, the low-rank product, partial sums."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import cdiv
+
+TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile number to (row block, column block), walking GROUP_M row blocks down each column."""
+    num_m = tl.cdiv(M, BLOCK_M)
+    num_n = tl.cdiv(N, BLOCK_N)
+    tiles_per_group = GROUP_M * num_n
+    group = tile // tiles_per_group
+    first_m = group * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    within = tile % tiles_per_group
+    return first_m + within % rows, within // rows
+
+
+@triton.jit
+def load_keep(
+    words_ptr,
+    stride_wm,
+    first_m,
+    first_n,
+    M,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Keep bits of a tile as (BLOCK_M, BLOCK_N) int32 of 0 and 1; 0 beyond the last row and word.
+
+    Each word is loaded once and shifted by 32 lanes; loading it from every lane spills on sm_100.
+    ``first_n`` and ``BLOCK_N`` are multiples of 32; the row pitch is a multiple of 4 words.
+    """
+    stride_wm = tl.multiple_of(stride_wm, 4)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_w = first_n // 32 + tl.arange(0, BLOCK_N // 32)
+    words = tl.load(
+        words_ptr + offs_m.to(tl.int64)[:, None] * stride_wm + offs_w[None, :],
+        mask=(offs_m[:, None] < M) & (offs_w[None, :] < stride_wm),
+        other=0,
+    )
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    u_ptr,
+    v_ptr,
+    offs_m,
+    offs_n,
+    M,
+    N,
+    R,
+    stride_um,
+    stride_vr,
+    stride_vn,
+    DTYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """``acc + U V`` for one tile, the rank in CHUNKS of BLOCK_R; U fp32, V in any dtype."""
+    offs_r = tl.arange(0, BLOCK_R)
+    u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
+    v_ptrs = (
+        v_ptr + offs_r.to(tl.int64)[:, None] * stride_vr + offs_n.to(tl.int64)[None, :] * stride_vn
+    )
+    if CHUNKS == 1:
+        u = tl.load(u_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R), other=0.0)
+        v = tl.load(v_ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0)
+        # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+        acc = tl.dot(u.to(DTYPE), v.to(DTYPE), acc, input_precision=INPUT_PRECISION)
+    else:
+        for chunk in tl.range(0, CHUNKS, num_stages=1):
+            rest = R - chunk * BLOCK_R
+            u = tl.load(u_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < rest), other=0.0)
+            v = tl.load(v_ptrs, mask=(offs_r[:, None] < rest) & (offs_n[None, :] < N), other=0.0)
+            # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+            acc = tl.dot(u.to(DTYPE), v.to(DTYPE), acc, input_precision=INPUT_PRECISION)
+            u_ptrs += BLOCK_R
+            v_ptrs += BLOCK_R * stride_vr
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _sum_partials(
+    out_ptr,
+    parts_ptr,
+    scale_ptr,
+    factor,
+    rows,
+    cols,
+    splits,
+    stride_om,
+    stride_on,
+    stride_ps,
+    stride_pm,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (offs_m[:, None] < rows) & (offs_n[None, :] < cols)
+    part_ptrs = parts_ptr + offs_m.to(tl.int64)[:, None] * stride_pm + offs_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(splits):
+        acc += tl.load(part_ptrs, mask=inside, other=0.0)
+        part_ptrs += stride_ps
+    acc *= factor
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr).to(tl.float32)
+    out_ptrs = (
+        out_ptr
+        + offs_m.to(tl.int64)[:, None] * stride_om
+        + offs_n.to(tl.int64)[None, :] * stride_on
+    )
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def sum_partials(
+    out: torch.Tensor, partials: torch.Tensor, factor: float, scale: torch.Tensor | None = None
+) -> None:
+    """``out[m, n] = scale · factor · Σ_i partials[i, m, n]``, summed in the order of ``i``.
+
+    Args:
+        out: ``(m, n)``, any strides and floating dtype; written.
+        partials: ``(splits, m, n)`` fp32, inner stride 1.
+        factor: a host-side constant.
+        scale: 0-d tensor read on the device, or None.
+    """
+    splits, rows, cols = partials.shape
+    block_m, block_n = (4, 256) if cols >= 256 else (16, 64)
+    _sum_partials[(cdiv(rows, block_m), cdiv(cols, block_n))](
+        out,
+        partials,
+        out if scale is None else scale,
+        factor,
+        rows,
+        cols,
+        splits,
+        out.stride(0),
+        out.stride(1),
+        partials.stride(0),
+        partials.stride(1),
+        HAS_SCALE=scale is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+    )

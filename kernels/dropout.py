@@ -1,0 +1,74 @@
+"""Keep bits of the LoRA branch's dropout.
+
+    bit j of words[m, w]  =  1 with probability keep / 2¹⁶, for column 32·w + j of row m
+
+The formula, and the same words in PyTorch, stand in ``fused_lora/dropout.py``. A program makes 64
+columns a lane, as one random word of SplitMix64 after another; the bits depend on the seed and the
+place alone, never on the launch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import cdiv
+
+
+@triton.jit
+def _mix(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit(do_not_specialize=["M", "keep", "first_digit"])
+def _dropout_mask(
+    lanes_ptr,
+    seed_ptr,
+    keep,
+    first_digit,
+    M,
+    width,
+    stride_m,
+    DIGITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+    place = (offs_m.to(tl.uint64)[:, None] << 32) + offs_l.to(tl.uint64)[None, :]
+    state = _mix(place ^ seed)
+    state += first_digit.to(tl.uint64) * 0x9E3779B97F4A7C15
+    bits = tl.zeros((BLOCK_M, BLOCK_L), tl.uint64)
+    for digit in range(first_digit, DIGITS):
+        state += 0x9E3779B97F4A7C15
+        random = _mix(state)
+        # OR where the digit is one, AND where it is zero.
+        one = (0 - ((keep >> digit) & 1).to(tl.int64)).to(tl.uint64, bitcast=True)
+        bits = (bits & random) | ((bits | random) & one)
+    tl.store(
+        lanes_ptr + offs_m.to(tl.int64)[:, None] * stride_m + offs_l[None, :],
+        bits.to(tl.int64, bitcast=True),
+        mask=(offs_m[:, None] < M) & (offs_l[None, :] < width),
+    )
+
+
+def dropout_mask(words: torch.Tensor, seed: torch.Tensor, keep: int, digits: int) -> None:
+    """Fill ``words`` ``(M, words)`` int32 from ``seed`` (0-d int64), ``0 < keep < 2**digits``."""
+    lanes = words.view(torch.int64)
+    M, width = lanes.shape
+    block_m, block_l = 32, 32
+    _dropout_mask[(cdiv(M, block_m), cdiv(width, block_l))](
+        lanes,
+        seed,
+        keep,
+        (keep & -keep).bit_length() - 1,
+        M,
+        width,
+        lanes.stride(0),
+        DIGITS=digits,
+        BLOCK_M=block_m,
+        BLOCK_L=block_l,
+        num_warps=4,
+    )

@@ -1,0 +1,349 @@
+"""The frozen product with the low-rank one in its epilogue.
+
+    O = P Q + D(U V) + bias        P (M,L)   Q (L,N)   U (M,R)   V (R,N)   O (M,N)
+
+Forward: ``y`` from P = x, Q = Wᵀ, U = S, V = Bᵀ. Backward: ``dx`` from P = dY, Q = W, U = G, V = A
+and the keep bits. ``lora_add`` is the same without ``P Q``: ``O += D(U V) + bias``, for use after a
+vendor's GEMM.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import TL_DTYPE, add_low_rank, grouped_tile, load_keep
+from .configs import AddConfig, GemmConfig, cdiv
+
+
+@triton.jit
+def _gemm_tile(
+    tile,
+    o_ptr,
+    p_ptr,
+    q_ptr,
+    u_ptr,
+    v_ptr,
+    words_ptr,
+    bias_ptr,
+    inv_keep,
+    M,
+    N,
+    L,
+    R,
+    stride_om,
+    stride_pm,
+    stride_ql,
+    stride_qn,
+    stride_um,
+    stride_vr,
+    stride_vn,
+    stride_wm,
+    DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    EVEN_L: tl.constexpr,
+    USE_DESC: tl.constexpr,
+    Q_TRANSPOSED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tile_m, tile_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    first_m = tile_m * BLOCK_M
+    first_n = tile_n * BLOCK_N
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    rows = offs_m[:, None] < M
+    cols = offs_n[None, :] < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if HAS_DROPOUT:
+        # The mask falls on U V alone, so it comes before anything else is in the accumulator.
+        acc = add_low_rank(
+            acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
+            DTYPE, BLOCK_R, CHUNKS, INPUT_PRECISION,
+        )  # fmt: skip
+        keep = load_keep(words_ptr, stride_wm, first_m, first_n, M, BLOCK_M, BLOCK_N)
+        acc = tl.where(keep != 0, acc * inv_keep, 0.0)
+    if USE_DESC:
+        for start in range(0, L, BLOCK_L):
+            p = p_ptr.load([first_m, start])
+            if Q_TRANSPOSED:
+                q = q_ptr.load([first_n, start]).T
+            else:
+                q = q_ptr.load([start, first_n])
+            # (BLOCK_M, BLOCK_L) @ (BLOCK_L, BLOCK_N)
+            acc = tl.dot(p, q, acc, input_precision=INPUT_PRECISION)
+    else:
+        offs_l = tl.arange(0, BLOCK_L)
+        p_ptrs = p_ptr + offs_m.to(tl.int64)[:, None] * stride_pm + offs_l[None, :]
+        if Q_TRANSPOSED:
+            q_ptrs = q_ptr + offs_l[:, None] + offs_n.to(tl.int64)[None, :] * stride_qn
+        else:
+            q_ptrs = q_ptr + offs_l.to(tl.int64)[:, None] * stride_ql + offs_n[None, :]
+        for start in range(0, L, BLOCK_L):
+            if EVEN_L:
+                p = tl.load(p_ptrs, mask=rows, other=0.0)
+                q = tl.load(q_ptrs, mask=cols, other=0.0)
+            else:
+                rest = L - start
+                p = tl.load(p_ptrs, mask=rows & (offs_l[None, :] < rest), other=0.0)
+                q = tl.load(q_ptrs, mask=(offs_l[:, None] < rest) & cols, other=0.0)
+            # (BLOCK_M, BLOCK_L) @ (BLOCK_L, BLOCK_N)
+            acc = tl.dot(p, q, acc, input_precision=INPUT_PRECISION)
+            p_ptrs += BLOCK_L
+            if Q_TRANSPOSED:
+                q_ptrs += BLOCK_L
+            else:
+                q_ptrs += BLOCK_L * stride_ql
+    if not HAS_DROPOUT:
+        acc = add_low_rank(
+            acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
+            DTYPE, BLOCK_R, CHUNKS, INPUT_PRECISION,
+        )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if USE_DESC:
+        o_ptr.store([first_m, first_n], acc.to(DTYPE))
+    else:
+        o_ptrs = o_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_n[None, :]
+        tl.store(o_ptrs, acc.to(DTYPE), mask=rows & cols)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _lora_gemm(
+    o_ptr,
+    p_ptr,
+    q_ptr,
+    u_ptr,
+    v_ptr,
+    words_ptr,
+    bias_ptr,
+    inv_keep,
+    M,
+    N,
+    L,
+    R,
+    stride_om,
+    stride_pm,
+    stride_ql,
+    stride_qn,
+    stride_um,
+    stride_vr,
+    stride_vn,
+    stride_wm,
+    DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    EVEN_L: tl.constexpr,
+    ALIGN8: tl.constexpr,
+    USE_DESC: tl.constexpr,
+    Q_TRANSPOSED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    if ALIGN8:
+        # Triton sees divisibility by 16 elements only; 8 half-precision ones are a 16-byte copy.
+        stride_pm = tl.multiple_of(stride_pm, 8)
+        stride_om = tl.multiple_of(stride_om, 8)
+        if Q_TRANSPOSED:
+            stride_qn = tl.multiple_of(stride_qn, 8)
+        else:
+            stride_ql = tl.multiple_of(stride_ql, 8)
+    if PERSISTENT:
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+            _gemm_tile(
+                tile, o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, words_ptr, bias_ptr, inv_keep,
+                M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
+                stride_vn, stride_wm, DTYPE, HAS_BIAS, HAS_DROPOUT, EVEN_L, USE_DESC,
+                Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS, GROUP_M,
+            )  # fmt: skip
+    else:
+        _gemm_tile(
+            tl.program_id(0), o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, words_ptr, bias_ptr, inv_keep,
+            M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
+            stride_vn, stride_wm, DTYPE, HAS_BIAS, HAS_DROPOUT, EVEN_L, USE_DESC,
+            Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS, GROUP_M,
+        )  # fmt: skip
+
+
+def lora_gemm(
+    o: torch.Tensor,
+    p: torch.Tensor,
+    q: torch.Tensor,
+    u: torch.Tensor,
+    v: torch.Tensor,
+    config: GemmConfig,
+    *,
+    bias: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+    inv_keep: float = 1.0,
+    input_precision: str = "ieee",
+) -> None:
+    """Write ``o = p q + D(u v) + bias``.
+
+    Args:
+        o: ``(M, N)`` in p's dtype, inner stride 1.
+        p: ``(M, L)``, inner stride 1.
+        q: ``(L, N)`` in p's dtype, one of its strides 1.
+        u: ``(M, R)`` fp32 or p's dtype, inner stride 1.
+        v: ``(R, N)``, any strides and floating dtype; cast to p's.
+        bias: ``(N,)``, contiguous, any floating dtype, or None.
+        words: keep bits of ``o``'s columns, or None.
+        inv_keep: what kept entries of ``u v`` are multiplied by.
+    """
+    M, L = p.shape
+    N, R = q.shape[1], u.shape[1]
+    q_transposed = q.stride(0) == 1 and q.stride(1) != 1
+    block_m, block_n, block_l = config.block_m, config.block_n, config.block_l
+    block_r, chunks = config.rank_blocks(R)
+    tiles = cdiv(M, block_m) * cdiv(N, block_n)
+    q_operand = (
+        config.operand(q.t(), (block_n, block_l))
+        if q_transposed
+        else config.operand(q, (block_l, block_n))
+    )
+    _lora_gemm[(min(tiles, config.programs) if config.programs else tiles,)](
+        config.operand(o, (block_m, block_n)),
+        config.operand(p, (block_m, block_l)),
+        q_operand,
+        u,
+        v,
+        u if words is None else words,
+        u if bias is None else bias,
+        inv_keep,
+        M,
+        N,
+        L,
+        R,
+        o.stride(0),
+        p.stride(0),
+        q.stride(0),
+        q.stride(1),
+        u.stride(0),
+        v.stride(0),
+        v.stride(1),
+        0 if words is None else words.stride(0),
+        DTYPE=TL_DTYPE[p.dtype],
+        HAS_BIAS=bias is not None,
+        HAS_DROPOUT=words is not None,
+        EVEN_L=L % block_l == 0,
+        ALIGN8=all(t % 8 == 0 for t in (o.stride(0), p.stride(0), max(q.stride()))),
+        USE_DESC=config.descriptors,
+        Q_TRANSPOSED=q_transposed,
+        INPUT_PRECISION=input_precision,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_L=block_l,
+        BLOCK_R=block_r,
+        CHUNKS=chunks,
+        GROUP_M=config.group_m,
+        PERSISTENT=config.programs > 0,
+        FLATTEN=config.flatten and words is None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _lora_add(
+    o_ptr,
+    u_ptr,
+    v_ptr,
+    words_ptr,
+    bias_ptr,
+    inv_keep,
+    M,
+    N,
+    R,
+    stride_om,
+    stride_um,
+    stride_vr,
+    stride_vn,
+    stride_wm,
+    DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    ALIGN8: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    if ALIGN8:
+        stride_om = tl.multiple_of(stride_om, 8)
+    # Rows are the fast axis of the grid: V's tile stays in cache, and the row axis has no limit.
+    first_m = tl.program_id(0) * BLOCK_M
+    first_n = tl.program_id(1) * BLOCK_N
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = add_low_rank(
+        acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
+        DTYPE, BLOCK_R, CHUNKS, INPUT_PRECISION,
+    )  # fmt: skip
+    if HAS_DROPOUT:
+        keep = load_keep(words_ptr, stride_wm, first_m, first_n, M, BLOCK_M, BLOCK_N)
+        acc = tl.where(keep != 0, acc * inv_keep, 0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    o_ptrs = o_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_n[None, :]
+    acc += tl.load(o_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(o_ptrs, acc.to(DTYPE), mask=inside)
+
+
+def lora_add(
+    o: torch.Tensor,
+    u: torch.Tensor,
+    v: torch.Tensor,
+    config: AddConfig,
+    *,
+    bias: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+    inv_keep: float = 1.0,
+    input_precision: str = "ieee",
+) -> None:
+    """Add ``D(u v) + bias`` to ``o`` in place; arguments as in :func:`lora_gemm`."""
+    M, N = o.shape
+    R = u.shape[1]
+    block_r, chunks = config.rank_blocks(R)
+    _lora_add[(cdiv(M, config.block_m), cdiv(N, config.block_n))](
+        o,
+        u,
+        v,
+        u if words is None else words,
+        u if bias is None else bias,
+        inv_keep,
+        M,
+        N,
+        R,
+        o.stride(0),
+        u.stride(0),
+        v.stride(0),
+        v.stride(1),
+        0 if words is None else words.stride(0),
+        DTYPE=TL_DTYPE[o.dtype],
+        HAS_BIAS=bias is not None,
+        HAS_DROPOUT=words is not None,
+        ALIGN8=o.stride(0) % 8 == 0,
+        INPUT_PRECISION=input_precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=block_r,
+        CHUNKS=chunks,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,143 @@
+"""The gradients of the adapters.
+
+    O = Uᵀ D(P)        U (M,R)   P (M,L)   O (R,L)
+
+``dA`` from U = G, P = x and the keep bits; ``dBᵀ`` from U = S, P = dY. Bound by one read of P. The
+rows may be split; partial sums are added in a fixed order, so results repeat bitwise.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import TL_DTYPE, load_keep, sum_partials
+from .configs import RankGradConfig, cdiv
+
+
+@triton.jit(do_not_specialize=["M", "m_per_split"])
+def _rank_grad(
+    o_ptr,
+    u_ptr,
+    p_ptr,
+    words_ptr,
+    inv_keep,
+    M,
+    L,
+    R,
+    m_per_split,
+    stride_os,
+    stride_or,
+    stride_ol,
+    stride_um,
+    stride_pm,
+    stride_wm,
+    DTYPE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    ALIGN8: tl.constexpr,
+    USE_DESC: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    first_l = tl.program_id(0) * BLOCK_L
+    split = tl.program_id(1)
+    offs_l = first_l + tl.arange(0, BLOCK_L)
+    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_m = tl.arange(0, BLOCK_M)
+    first_m = split * m_per_split
+    last_m = tl.minimum(first_m + m_per_split, M)
+    if ALIGN8:
+        stride_pm = tl.multiple_of(stride_pm, 8)
+    rows = (first_m + offs_m).to(tl.int64)
+    u_ptrs = u_ptr + rows[None, :] * stride_um + offs_r[:, None]
+    if not USE_DESC:
+        p_ptrs = p_ptr + rows[:, None] * stride_pm + offs_l[None, :]
+    acc = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)
+    for m in range(first_m, last_m, BLOCK_M):
+        inside = m + offs_m < M
+        u = tl.load(u_ptrs, mask=inside[None, :] & (offs_r[:, None] < R), other=0.0)
+        if USE_DESC:
+            p = p_ptr.load([m, first_l])
+        else:
+            p = tl.load(p_ptrs, mask=inside[:, None] & (offs_l[None, :] < L), other=0.0)
+        if HAS_DROPOUT:
+            keep = load_keep(words_ptr, stride_wm, m, first_l, M, BLOCK_M, BLOCK_L)
+            p = tl.where(keep != 0, p, 0.0).to(DTYPE)
+        # (BLOCK_R, BLOCK_M) @ (BLOCK_M, BLOCK_L)
+        acc = tl.dot(u.to(DTYPE), p, acc, input_precision=INPUT_PRECISION)
+        u_ptrs += BLOCK_M * stride_um
+        if not USE_DESC:
+            p_ptrs += BLOCK_M * stride_pm
+    o_ptrs = (
+        o_ptr
+        + split.to(tl.int64) * stride_os
+        + offs_r.to(tl.int64)[:, None] * stride_or
+        + offs_l.to(tl.int64)[None, :] * stride_ol
+    )
+    acc *= inv_keep
+    tl.store(
+        o_ptrs,
+        acc.to(o_ptr.dtype.element_ty),
+        mask=(offs_r[:, None] < R) & (offs_l[None, :] < L),
+    )
+
+
+def rank_grad(
+    o: torch.Tensor,
+    u: torch.Tensor,
+    p: torch.Tensor,
+    config: RankGradConfig,
+    *,
+    words: torch.Tensor | None = None,
+    inv_keep: float = 1.0,
+    input_precision: str = "ieee",
+) -> None:
+    """Write ``o = uᵀ D(p)``.
+
+    Args:
+        o: ``(R, L)``, any strides and floating dtype; rounded once, from fp32.
+        u: ``(M, R)`` fp32 or p's dtype, inner stride 1.
+        p: ``(M, L)``, inner stride 1.
+        words: keep bits of ``p``, or None.
+        inv_keep: what kept entries are multiplied by.
+    """
+    M, L = p.shape
+    R = u.shape[1]
+    block_r = config.block_r(R)
+    m_per_split = cdiv(cdiv(M, config.splits), config.block_m) * config.block_m
+    splits = cdiv(M, m_per_split)
+    if splits == 1:
+        out, stride_os = o, 0
+    else:
+        out = torch.empty((splits, R, L), dtype=torch.float32, device=o.device)
+        stride_os = out.stride(0)
+    _rank_grad[(cdiv(L, config.block_l), splits, cdiv(R, block_r))](
+        out,
+        u,
+        config.operand(p, (config.block_m, config.block_l)),
+        u if words is None else words,
+        inv_keep,
+        M,
+        L,
+        R,
+        m_per_split,
+        stride_os,
+        out.stride(-2),
+        out.stride(-1),
+        u.stride(0),
+        p.stride(0),
+        0 if words is None else words.stride(0),
+        DTYPE=TL_DTYPE[p.dtype],
+        HAS_DROPOUT=words is not None,
+        ALIGN8=p.stride(0) % 8 == 0,
+        USE_DESC=config.descriptors,
+        INPUT_PRECISION=input_precision,
+        BLOCK_M=config.block_m,
+        BLOCK_L=config.block_l,
+        BLOCK_R=block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if splits > 1:
+        sum_partials(o, out, 1.0)

@@ -1,0 +1,155 @@
+"""The product that shrinks to the rank.
+
+    U = s · D(P) Q        P (M,L)   Q (L,R)   U (M,R) fp32
+
+Forward: ``S`` from P = x, Q = Aᵀ. Backward: ``G`` from P = dY, Q = B. Bound by one read of P.
+The contraction may be split; partial sums are added in a fixed order, so results repeat bitwise.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import load_keep, sum_partials
+from .configs import ShrinkConfig, cdiv
+
+
+@triton.jit(do_not_specialize=["M"])
+def _shrink(
+    u_ptr,
+    p_ptr,
+    q_ptr,
+    words_ptr,
+    scale_ptr,
+    factor,
+    M,
+    L,
+    R,
+    l_per_split,
+    stride_us,
+    stride_um,
+    stride_pm,
+    stride_ql,
+    stride_qr,
+    stride_wm,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    EVEN_L: tl.constexpr,
+    ALIGN8: tl.constexpr,
+    USE_DESC: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    first_m = tl.program_id(0) * BLOCK_M
+    split = tl.program_id(1)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_l = tl.arange(0, BLOCK_L)
+    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_l = split * l_per_split
+    last_l = tl.minimum(first_l + l_per_split, L)
+    if ALIGN8:
+        stride_pm = tl.multiple_of(stride_pm, 8)
+    if not USE_DESC:
+        p_ptrs = p_ptr + offs_m.to(tl.int64)[:, None] * stride_pm + (first_l + offs_l)[None, :]
+    q_ptrs = (
+        q_ptr
+        + (first_l + offs_l).to(tl.int64)[:, None] * stride_ql
+        + offs_r.to(tl.int64)[None, :] * stride_qr
+    )
+    rows = offs_m[:, None] < M
+    cols = offs_r[None, :] < R
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(first_l, last_l, BLOCK_L):
+        if USE_DESC:
+            p = p_ptr.load([first_m, start])
+        elif EVEN_L:
+            p = tl.load(p_ptrs, mask=rows, other=0.0)
+        else:
+            p = tl.load(p_ptrs, mask=rows & (start + offs_l[None, :] < L), other=0.0)
+        if EVEN_L:
+            q = tl.load(q_ptrs, mask=cols, other=0.0)
+        else:
+            q = tl.load(q_ptrs, mask=(start + offs_l[:, None] < L) & cols, other=0.0)
+        if HAS_DROPOUT:
+            keep = load_keep(words_ptr, stride_wm, first_m, start, M, BLOCK_M, BLOCK_L)
+            p = tl.where(keep != 0, p, 0.0).to(q.dtype)
+        # (BLOCK_M, BLOCK_L) @ (BLOCK_L, BLOCK_R)
+        acc = tl.dot(p, q, acc, input_precision=INPUT_PRECISION)
+        if not USE_DESC:
+            p_ptrs += BLOCK_L
+        q_ptrs += BLOCK_L * stride_ql
+    if HAS_SCALE:
+        acc *= factor * tl.load(scale_ptr).to(tl.float32)
+    u_ptrs = (
+        u_ptr
+        + split.to(tl.int64) * stride_us
+        + offs_m.to(tl.int64)[:, None] * stride_um
+        + offs_r[None, :]
+    )
+    tl.store(u_ptrs, acc, mask=rows & cols)
+
+
+def shrink(
+    u: torch.Tensor,
+    p: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    config: ShrinkConfig,
+    *,
+    words: torch.Tensor | None = None,
+    inv_keep: float = 1.0,
+    input_precision: str = "ieee",
+) -> None:
+    """Write ``u = scale · D(p) q``.
+
+    Args:
+        u: ``(M, R)`` fp32, inner stride 1.
+        p: ``(M, L)``, inner stride 1.
+        q: ``(L, R)`` in p's dtype, any strides.
+        scale: 0-d tensor, read on the device.
+        words: keep bits of ``p``, or None.
+        inv_keep: what kept entries are multiplied by.
+    """
+    M, L = p.shape
+    R = q.shape[1]
+    block_r = config.block_r(R)
+    l_per_split = cdiv(cdiv(L, config.splits), config.block_l) * config.block_l
+    splits = cdiv(L, l_per_split)
+    if splits == 1:
+        out, stride_us = u, 0
+    else:
+        out = torch.empty((splits, M, R), dtype=torch.float32, device=u.device)
+        stride_us = out.stride(0)
+    _shrink[(cdiv(M, config.block_m), splits, cdiv(R, block_r))](
+        out,
+        config.operand(p, (config.block_m, config.block_l)),
+        q,
+        p if words is None else words,
+        scale,
+        inv_keep,
+        M,
+        L,
+        R,
+        l_per_split,
+        stride_us,
+        out.stride(-2),
+        p.stride(0),
+        q.stride(0),
+        q.stride(1),
+        0 if words is None else words.stride(0),
+        HAS_DROPOUT=words is not None,
+        HAS_SCALE=splits == 1,
+        EVEN_L=L % config.block_l == 0,
+        ALIGN8=p.stride(0) % 8 == 0,
+        USE_DESC=config.descriptors,
+        INPUT_PRECISION=input_precision,
+        BLOCK_M=config.block_m,
+        BLOCK_L=config.block_l,
+        BLOCK_R=block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if splits > 1:
+        sum_partials(u, out, inv_keep, scale)

@@ -1,0 +1,212 @@
+"""``shrink`` and ``lora_gemm`` in one launch, for few rows.
+
+    U = s · P Z        P (M,L)   Z (L,R)   U (M,R) fp32
+    O = P Q + D(U V) + bias
+
+Forward: Z = Aᵀ, the rest as in :mod:`.lora_gemm`; backward: Z = B. Every column block computes U
+again from the tile of P it has already read; the first writes it. Only P undropped: a mask on P
+would be unpacked once a column block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import TL_DTYPE, load_keep
+from .configs import SinglePassConfig, cdiv
+
+
+@triton.jit(do_not_specialize=["M"])
+def _single_pass(
+    o_ptr,
+    u_ptr,
+    p_ptr,
+    q_ptr,
+    z_ptr,
+    v_ptr,
+    words_ptr,
+    bias_ptr,
+    scale_ptr,
+    inv_keep,
+    M,
+    N,
+    L,
+    R,
+    stride_om,
+    stride_um,
+    stride_pm,
+    stride_ql,
+    stride_qn,
+    stride_zl,
+    stride_zr,
+    stride_vr,
+    stride_vn,
+    stride_wm,
+    DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    EVEN_L: tl.constexpr,
+    ALIGN8: tl.constexpr,
+    USE_DESC: tl.constexpr,
+    Q_TRANSPOSED: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    if ALIGN8:
+        stride_pm = tl.multiple_of(stride_pm, 8)
+        if Q_TRANSPOSED:
+            stride_qn = tl.multiple_of(stride_qn, 8)
+        else:
+            stride_ql = tl.multiple_of(stride_ql, 8)
+    first_m = tl.program_id(0) * BLOCK_M
+    first_n = tl.program_id(1) * BLOCK_N
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    offs_l = tl.arange(0, BLOCK_L)
+    offs_r = tl.arange(0, BLOCK_R)
+    rows = offs_m[:, None] < M
+    cols = offs_n[None, :] < N
+    if not USE_DESC:
+        p_ptrs = p_ptr + offs_m.to(tl.int64)[:, None] * stride_pm + offs_l[None, :]
+        if Q_TRANSPOSED:
+            q_ptrs = q_ptr + offs_l[:, None] + offs_n.to(tl.int64)[None, :] * stride_qn
+        else:
+            q_ptrs = q_ptr + offs_l.to(tl.int64)[:, None] * stride_ql + offs_n[None, :]
+    z_ptrs = (
+        z_ptr + offs_l.to(tl.int64)[:, None] * stride_zl + offs_r.to(tl.int64)[None, :] * stride_zr
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, L, BLOCK_L):
+        rest = L - start
+        if USE_DESC:
+            p = p_ptr.load([first_m, start])
+            if Q_TRANSPOSED:
+                q = q_ptr.load([first_n, start]).T
+            else:
+                q = q_ptr.load([start, first_n])
+        elif EVEN_L:
+            p = tl.load(p_ptrs, mask=rows, other=0.0)
+            q = tl.load(q_ptrs, mask=cols, other=0.0)
+        else:
+            p = tl.load(p_ptrs, mask=rows & (offs_l[None, :] < rest), other=0.0)
+            q = tl.load(q_ptrs, mask=(offs_l[:, None] < rest) & cols, other=0.0)
+        if EVEN_L:
+            z = tl.load(z_ptrs, mask=offs_r[None, :] < R, other=0.0)
+        else:
+            z = tl.load(z_ptrs, mask=(offs_l[:, None] < rest) & (offs_r[None, :] < R), other=0.0)
+        # (BLOCK_M, BLOCK_L) @ (BLOCK_L, BLOCK_N)
+        acc = tl.dot(p, q, acc, input_precision=INPUT_PRECISION)
+        # (BLOCK_M, BLOCK_L) @ (BLOCK_L, BLOCK_R)
+        low = tl.dot(p, z, low, input_precision=INPUT_PRECISION)
+        if not USE_DESC:
+            p_ptrs += BLOCK_L
+            if Q_TRANSPOSED:
+                q_ptrs += BLOCK_L
+            else:
+                q_ptrs += BLOCK_L * stride_ql
+        z_ptrs += BLOCK_L * stride_zl
+    # Beyond the rank an infinite x times the zeros of Z is NaN, and would reach every column.
+    low = tl.where(offs_r[None, :] < R, low * tl.load(scale_ptr).to(tl.float32), 0.0)
+    if tl.program_id(1) == 0:
+        u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
+        tl.store(u_ptrs, low, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R))
+    v_ptrs = (
+        v_ptr + offs_r.to(tl.int64)[:, None] * stride_vr + offs_n.to(tl.int64)[None, :] * stride_vn
+    )
+    v = tl.load(v_ptrs, mask=(offs_r[:, None] < R) & cols, other=0.0)
+    if HAS_DROPOUT:
+        # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+        up = tl.dot(low.to(DTYPE), v.to(DTYPE), input_precision=INPUT_PRECISION)
+        keep = load_keep(words_ptr, stride_wm, first_m, first_n, M, BLOCK_M, BLOCK_N)
+        acc += tl.where(keep != 0, up * inv_keep, 0.0)
+    else:
+        # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+        acc = tl.dot(low.to(DTYPE), v.to(DTYPE), acc, input_precision=INPUT_PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    o_ptrs = o_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_n[None, :]
+    tl.store(o_ptrs, acc.to(DTYPE), mask=rows & cols)
+
+
+def single_pass(
+    o: torch.Tensor,
+    u: torch.Tensor,
+    p: torch.Tensor,
+    q: torch.Tensor,
+    z: torch.Tensor,
+    v: torch.Tensor,
+    scale: torch.Tensor,
+    config: SinglePassConfig,
+    *,
+    bias: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+    inv_keep: float = 1.0,
+    input_precision: str = "ieee",
+) -> None:
+    """Write ``u = scale · p z`` and ``o = p q + D(u v) + bias``.
+
+    Args:
+        o: ``(M, N)`` in p's dtype, inner stride 1.
+        u: ``(M, R)`` fp32, inner stride 1; ``R`` at most :data:`.configs.SINGLE_PASS_MAX_RANK`.
+        p: ``(M, L)``, inner stride 1.
+        q: ``(L, N)`` in p's dtype, one of its strides 1.
+        z: ``(L, R)`` in p's dtype, any strides.
+        v: ``(R, N)``, any strides and floating dtype; cast to p's.
+        scale: 0-d tensor, read on the device.
+        bias: ``(N,)``, contiguous, any floating dtype, or None.
+        words: keep bits of ``o``'s columns, or None.
+        inv_keep: what kept entries of ``u v`` are multiplied by.
+    """
+    M, L = p.shape
+    N, R = q.shape[1], u.shape[1]
+    q_transposed = q.stride(0) == 1 and q.stride(1) != 1
+    block_m, block_n, block_l = config.block_m, config.block_n, config.block_l
+    q_operand = (
+        config.operand(q.t(), (block_n, block_l))
+        if q_transposed
+        else config.operand(q, (block_l, block_n))
+    )
+    _single_pass[(cdiv(M, block_m), cdiv(N, block_n))](
+        o,
+        u,
+        config.operand(p, (block_m, block_l)),
+        q_operand,
+        z,
+        v,
+        u if words is None else words,
+        u if bias is None else bias,
+        scale,
+        inv_keep,
+        M,
+        N,
+        L,
+        R,
+        o.stride(0),
+        u.stride(0),
+        p.stride(0),
+        q.stride(0),
+        q.stride(1),
+        z.stride(0),
+        z.stride(1),
+        v.stride(0),
+        v.stride(1),
+        0 if words is None else words.stride(0),
+        DTYPE=TL_DTYPE[p.dtype],
+        HAS_BIAS=bias is not None,
+        HAS_DROPOUT=words is not None,
+        EVEN_L=L % block_l == 0,
+        ALIGN8=p.stride(0) % 8 == 0 and max(q.stride()) % 8 == 0,
+        USE_DESC=config.descriptors,
+        Q_TRANSPOSED=q_transposed,
+        INPUT_PRECISION=input_precision,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_L=block_l,
+        BLOCK_R=config.block_r(R),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,81 @@
+"""Yardsticks shared by the tests: float64 by the reference, and eager PyTorch in the dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_lora import reference
+
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+NAMES = ("y", "dx", "dA", "dB", "dbias")
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the error over that of ``expected``; 0/0 is 0, NaN is NaN."""
+    error = (actual.double() - expected.double()).norm()
+    size = expected.double().norm()
+    return 0.0 if error == 0 else (error / size).item()
+
+
+def run(function, inputs: dict, dy: Tensor) -> dict[str, Tensor | None]:
+    """Output and gradients of ``function(**inputs)`` under the cotangent ``dy``."""
+    leaves = {
+        name: inputs[name].detach().requires_grad_()
+        for name in ("x", "lora_A", "lora_B", "bias")
+        if inputs.get(name) is not None
+    }
+    y = function(**{**inputs, **leaves})
+    grads = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+    keys = dict(zip(("x", "lora_A", "lora_B", "bias"), NAMES[1:], strict=True))
+    return {"y": y.detach()} | {keys[name]: grad for name, grad in grads.items()}
+
+
+def textbook(x, weight, lora_A, lora_B, bias, scaling, mask=None):
+    """The usual eager formula, adapters cast to x's dtype as autocast would."""
+    dropped = x if mask is None else x * mask
+    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    return F.linear(x, weight, bias) + scaling * F.linear(F.linear(dropped, A), B)
+
+
+def in_float64(inputs: dict, dy: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """What exact arithmetic gives for these very inputs."""
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    mask = None if mask is None else mask.double()
+    return run(lambda **kw: reference.lora_linear(**kw, mask=mask), wide, dy.double())
+
+
+def in_eager(inputs: dict, dy: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """What eager PyTorch gives in the inputs' own dtypes."""
+    mask = None if mask is None else mask.to(inputs["x"].dtype)
+    return run(lambda **kw: textbook(**kw, mask=mask), inputs, dy)
+
+
+def assert_as_good_as_eager(actual: dict, expected: dict, eager: dict) -> None:
+    """Each result's error is at most twice eager's in its dtype, plus one unit round-off."""
+    unit = UNIT_ROUNDOFF[actual["y"].dtype]
+    for name, value in actual.items():
+        assert value.shape == expected[name].shape, name
+        assert value.dtype == eager[name].dtype, name
+        error = relative_rms(value, expected[name])
+        bound = 2 * relative_rms(eager[name], expected[name]) + unit
+        assert error <= bound, f"{name}: relative RMS {error:.2e}, bound {bound:.2e}"
+
+
+def pooled(results: list[dict]) -> dict[str, Tensor]:
+    """Results of several draws as one: the error of a handful of numbers is no statistic."""
+    return {name: torch.stack([result[name] for result in results]) for name in results[0]}
+
+
+def make_inputs(M, K, N, R, dtype, adapter_dtype=None, bias=True, scaling=1.5) -> dict:
+    """Random tensors of one call, scaled so that base and adapter are of one size."""
+    adapter_dtype = adapter_dtype or dtype
+    return {
+        "x": torch.randn(M, K).to(dtype),
+        "weight": (torch.randn(N, K) / max(1, K) ** 0.5).to(dtype),
+        "lora_A": (torch.randn(R, K) / max(1, K) ** 0.5).to(adapter_dtype),
+        "lora_B": (torch.randn(N, R) / R**0.5).to(adapter_dtype),
+        "bias": torch.randn(N).to(dtype) if bias else None,
+        "scaling": scaling,
+    }

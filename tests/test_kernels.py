@@ -1,0 +1,174 @@
+"""Each kernel alone, under the interpreter, with explicit configs, against float64."""
+
+import pytest
+import torch
+from support import UNIT_ROUNDOFF, relative_rms
+
+pytest.importorskip("triton")
+
+from fused_lora.kernels import ops
+from fused_lora.kernels.common import sum_partials
+from fused_lora.kernels.configs import (
+    AddConfig,
+    GemmConfig,
+    RankGradConfig,
+    ShrinkConfig,
+    SinglePassConfig,
+)
+from fused_lora.kernels.lora_gemm import lora_add, lora_gemm
+from fused_lora.kernels.rank_grad import rank_grad
+from fused_lora.kernels.shrink import shrink
+from fused_lora.kernels.single_pass import single_pass
+
+from fused_lora import dropout
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+KEEP = 45_000
+INV_KEEP = dropout.KEEP_ALL / KEEP
+
+
+def rand(*shape, dtype=FP32):
+    return torch.randn(shape).to(dtype)
+
+
+def keep_bits(rows, columns):
+    seed = torch.tensor(1234567)
+    words = dropout.keep_words(seed, rows, columns, KEEP)
+    return words, dropout.keep_matrix(words, columns, torch.float64) * INV_KEEP
+
+
+def check(actual, expected, dtype, unit_factor=2.0):
+    """Within rounding of the inputs' dtype: each product rounds its operands or result once."""
+    error = relative_rms(actual, expected)
+    assert error <= unit_factor * UNIT_ROUNDOFF[dtype] + 4 * UNIT_ROUNDOFF[FP32], error
+
+
+# M, L, R, dtype, splits, descriptors, masked
+SHRINK = [
+    (63, 256, 16, BF16, 1, True, False),
+    (63, 256, 16, BF16, 3, True, True),
+    (17, 123, 4, BF16, 1, False, True),
+    (64, 300, 100, FP16, 4, False, False),
+    (1, 17, 1, FP32, 1, False, False),
+    (40, 300, 300, FP32, 2, True, True),
+]
+
+
+@pytest.mark.parametrize("case", SHRINK, ids=str)
+def test_shrink(case):
+    M, L, R, dtype, splits, descriptors, masked = case
+    p, q, scale = rand(M, L, dtype=dtype), rand(L, R, dtype=dtype), torch.tensor(0.7)
+    words, mask = keep_bits(M, L) if masked else (None, 1.0)
+    u = torch.empty(M, R)
+    config = ShrinkConfig(4, 2, descriptors, block_m=32, block_l=64, splits=splits)
+    shrink(u, p, q, scale, config, words=words, inv_keep=INV_KEEP if masked else 1.0)
+    check(u, 0.7 * (p.double() * mask) @ q.double(), FP32)
+
+
+# M, N, L, R, dtype, adapter dtype, descriptors, transposed, masked, bias
+GEMM = [
+    (96, 80, 128, 16, BF16, BF16, True, True, False, True),
+    (63, 72, 120, 8, BF16, FP32, True, True, False, False),
+    (96, 128, 64, 16, BF16, BF16, True, False, True, False),
+    (63, 123, 300, 100, FP16, FP16, False, True, False, True),
+    (17, 123, 63, 24, FP16, FP32, False, False, True, False),
+    (123, 63, 17, 1, FP32, FP32, False, True, False, True),
+    (65, 65, 33, 200, FP32, FP32, False, False, True, True),
+]
+
+
+@pytest.mark.parametrize("programs", [0, 3], ids=["tile", "persistent"])
+@pytest.mark.parametrize("case", GEMM, ids=str)
+def test_lora_gemm(case, programs):
+    M, N, L, R, dtype, adapter, descriptors, transposed, masked, has_bias = case
+    p, u, v = rand(M, L, dtype=dtype), rand(M, R), rand(R, N, dtype=adapter)
+    q = rand(N, L, dtype=dtype).t() if transposed else rand(L, N, dtype=dtype)
+    bias = rand(N, dtype=dtype) if has_bias else None
+    words, mask = keep_bits(M, N) if masked else (None, 1.0)
+    o = torch.empty(M, N, dtype=dtype)
+    config = GemmConfig(
+        4, 2, descriptors, block_m=32, block_n=64, block_l=32, group_m=2, programs=programs
+    )
+    lora_gemm(o, p, q, u, v, config, bias=bias, words=words, inv_keep=INV_KEEP if masked else 1.0)
+    low_rank = u.to(dtype).double() @ v.to(dtype).double() * mask
+    expected = p.double() @ q.double() + low_rank + (bias.double() if has_bias else 0)
+    check(o, expected, dtype)
+
+
+@pytest.mark.parametrize("case", [(63, 123, 8, BF16), (17, 96, 100, FP16), (1, 1, 1, FP32)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_lora_add(case, masked):
+    M, N, R, dtype = case
+    o, u, v, bias = rand(M, N, dtype=dtype), rand(M, R), rand(R, N, dtype=dtype), rand(N)
+    words, mask = keep_bits(M, N) if masked else (None, 1.0)
+    before = o.double()
+    config = AddConfig(4, 1, block_m=32, block_n=64)
+    lora_add(o, u, v, config, bias=bias, words=words, inv_keep=INV_KEEP if masked else 1.0)
+    low_rank = u.to(dtype).double() @ v.double() * mask
+    check(o, before + low_rank + bias.double(), dtype)
+
+
+# M, L, R, dtype, output dtype, splits, descriptors, masked, transposed output
+RANK_GRAD = [
+    (300, 64, 16, BF16, FP32, 3, True, True, False),
+    (300, 123, 8, BF16, BF16, 2, False, False, True),
+    (63, 17, 1, FP32, FP32, 1, False, True, False),
+    (123, 100, 100, FP16, FP32, 2, False, False, True),
+    (64, 64, 300, FP32, FP32, 1, True, False, False),
+]
+
+
+@pytest.mark.parametrize("case", RANK_GRAD, ids=str)
+def test_rank_grad(case):
+    M, L, R, dtype, out_dtype, splits, descriptors, masked, transposed = case
+    u, p = rand(M, R), rand(M, L, dtype=dtype)
+    words, mask = keep_bits(M, L) if masked else (None, 1.0)
+    o = torch.empty(L, R, dtype=out_dtype).t() if transposed else torch.empty(R, L, dtype=out_dtype)
+    config = RankGradConfig(4, 2, descriptors, block_m=32, block_l=64, splits=splits)
+    rank_grad(o, u, p, config, words=words, inv_keep=INV_KEEP if masked else 1.0)
+    check(o, u.to(dtype).double().t() @ (p.double() * mask), out_dtype)
+
+
+# M, N, L, R, dtype, adapter dtype, descriptors, transposed, masked, bias
+SINGLE_PASS = [
+    (16, 128, 128, 16, BF16, BF16, True, True, False, True),
+    (17, 123, 63, 24, FP16, FP32, False, True, False, True),
+    (64, 72, 72, 64, BF16, BF16, True, False, True, False),
+    (1, 300, 17, 1, FP32, FP32, False, False, True, False),
+]
+
+
+@pytest.mark.parametrize("case", SINGLE_PASS, ids=str)
+def test_single_pass(case):
+    M, N, L, R, dtype, adapter, descriptors, transposed, masked, has_bias = case
+    p, z, v = rand(M, L, dtype=dtype), rand(L, R, dtype=dtype), rand(R, N, dtype=adapter)
+    q = rand(N, L, dtype=dtype).t() if transposed else rand(L, N, dtype=dtype)
+    bias = rand(N, dtype=dtype) if has_bias else None
+    words, mask = keep_bits(M, N) if masked else (None, 1.0)
+    o, u = torch.empty(M, N, dtype=dtype), torch.empty(M, R)
+    config = SinglePassConfig(4, 2, descriptors, block_m=16, block_n=64, block_l=64)
+    single_pass(
+        o, u, p, q, z, v, torch.tensor(0.1), config,
+        bias=bias, words=words, inv_keep=INV_KEEP if masked else 1.0,
+    )  # fmt: skip
+    low = 0.1 * p.double() @ z.double()
+    check(u, low, FP32)
+    low_rank = u.to(dtype).double() @ v.to(dtype).double() * mask
+    check(o, p.double() @ q.double() + low_rank + (bias.double() if has_bias else 0), dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (17, 300), (100, 17)])
+def test_sum_partials(shape):
+    parts, scale = rand(5, *shape), torch.tensor(0.3)
+    out = torch.empty(shape)
+    sum_partials(out, parts, 2.0, scale)
+    check(out, 0.6 * parts.double().sum(0), FP32)
+
+
+@pytest.mark.parametrize("case", [(37, 100, 58_982), (1, 1, 1), (8, 65, 32_768), (3, 300, 65_535)])
+def test_dropout_mask_equals_pytorchs(case):
+    rows, columns, keep = case
+    seed = dropout.draw_seed(torch.device("cpu"))
+    words = dropout.empty_words(rows, columns, seed.device)
+    ops.dropout_mask(words, seed, keep, dropout.DIGITS)
+    assert torch.equal(words, dropout.keep_words(seed, rows, columns, keep))
