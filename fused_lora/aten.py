@@ -78,10 +78,9 @@ def _rank_gradient(dy: Tensor, S: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _scaled_mm(a: Tensor, b: Tensor, scaling: float | Tensor, inv_keep: float) -> Tensor:
     """``scaling · inv_keep · a b``, rounded once where the scale is a number."""
-    if isinstance(scaling, Tensor):
+    if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would skip NaN and inf
         return torch.mm(a, b).mul_(scaling * inv_keep)
-    out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-    return torch.addmm(out, a, b, beta=0, alpha=scaling * inv_keep, out=out)
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling * inv_keep)
 
 
 def _mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -43,7 +43,10 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl):
     y, S = runner.forward(
         flat, weight, lora_A, lora_B, bias, scaling, words, dropout.KEEP_ALL / keep
     )
-    return y.view(*x.shape[:-1], y.shape[-1]), S, words, runner
+    if x.dim() != 2:
+        # A plain view could not be modified in place by the next layer.
+        y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    return y, S, words, runner
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -82,14 +85,8 @@ class _LoRALinear(torch.autograd.Function):
 def _backward(ctx, dy):
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     x, weight, lora_A, lora_B, S, words, scaling = ctx.saved_tensors
-    backward = ctx.runner.backward
-    if torch.is_grad_enabled():
-        if need_B and need_x and x is None:
-            raise RuntimeError(
-                "a second derivative through a frozen lora_A needs x, which was not saved: let"
-                " lora_A require grad, or use impl='reference'"
-            )
-        backward = reference.backward
+    twice = torch.is_grad_enabled()
+    backward = reference.backward if twice else ctx.runner.backward
     flat_dy = _flatten(dy)
     dx, dA, dB = backward(
         flat_dy,
@@ -103,12 +100,29 @@ def _backward(ctx, dy):
         ctx.inv_keep,
         (need_x, need_A, need_B),
     )
+    if twice and need_B and need_x and x is None:
+        dB = _OnceDifferentiable.apply(dB)
     db = None
     if need_bias:
         wide = torch.promote_types(dy.dtype, torch.float32)
         db = flat_dy.sum(0, dtype=wide).to(ctx.bias_dtype)
     dx = dx.view(ctx.x_shape) if need_x else None
     return dx, None, dA, dB, db, None, None, None, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """``dB`` depends on an x that was not saved, since a frozen ``lora_A`` does not ask for it."""
+
+    @staticmethod
+    def forward(ctx, dB):
+        return dB.view_as(dB)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "expected lora_A to require grad: the derivative of lora_B's gradient needs x, which is"
+            " not saved for a frozen lora_A; impl='reference' saves it"
+        )
 
 
 def _flatten(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import aten, cost, dropout
+from .validation import check_dropout, check_impl
 
 _failed: set[tuple] = set()
 
@@ -75,6 +76,8 @@ def explain(
             "expected a FusedLoRALinear, or the tensors x, weight and lora_A, got "
             f"{type(target).__name__}"
         )
+    check_impl(impl or "auto")
+    check_dropout(dropout_p or 0.0)
     if impl == "reference":
         return Decision("reference", None, None, "asked for: eager autograd")
     rows = x.shape[:-1].numel()

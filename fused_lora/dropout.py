@@ -4,7 +4,7 @@ A mask is ``int32 (M, words)``: bit ``j`` of word ``w`` keeps column ``32·w + j
 function of the seed, made alike here and in ``kernels/dropout.py``, so that every implementation
 drops the same entries and a recomputed forward repeats its mask.
 
-    h[m, l]  =  mix(seed xor (m·2³² + l))                        for the 64 columns 64·l …
+    h[m, l]  =  mix(mix(seed) xor (m·2³² + l))                   for the 64 columns 64·l …
     r[i]     =  mix(h + (i+1)·γ),  i = 0 … 15                    SplitMix64 seeded with h
     bits     =  r[i] | bits  if digit i of the keep probability is 1,  else  r[i] & bits
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 DIGITS = 16
 KEEP_ALL = 1 << DIGITS  # the keep probability is a multiple of 2⁻¹⁶
@@ -49,6 +50,12 @@ def empty_words(rows: int, columns: int, device: torch.device) -> Tensor:
 
 def keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
     """Keep bits ``int32 (rows, words)``, each set with probability keep/2¹⁶."""
+    # Compilers see one operator: views of another dtype and 64-bit constants are beyond them.
+    make = _keep_words_op if torch.compiler.is_compiling() else _keep_words
+    return make(seed, rows, columns, keep)
+
+
+def _keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
     device = seed.device
     words = empty_words(rows, columns, device)
     lanes = words.view(torch.int64)
@@ -60,9 +67,10 @@ def keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
     )
     block = max(1, at_once // max(1, width * steps.numel()))
     lane = torch.arange(width, device=device)
+    key = _mix(seed.clone())
     for first in range(0, rows, block):
         row = torch.arange(first, min(first + block, rows), device=device)
-        h = _mix((row[:, None] * (1 << 32) + lane).bitwise_xor_(seed))
+        h = _mix((row[:, None] * (1 << 32) + lane).bitwise_xor_(key))
         random = _mix(h + steps[:, None, None])
         bits = lanes[first : first + block].copy_(random[0])
         for digit, more in enumerate(random[1:], start=first_digit + 1):
@@ -91,14 +99,33 @@ def _mix(z: Tensor) -> Tensor:
     return z
 
 
+_keep_words_op = torch.library.custom_op(
+    "fused_lora::keep_words",
+    _keep_words,
+    mutates_args=(),
+    schema="(Tensor seed, SymInt rows, SymInt columns, int keep) -> Tensor",
+)
+
+
+@_keep_words_op.register_fake
+def _(seed, rows, columns, keep):
+    return empty_words(rows, columns, seed.device)
+
+
 _tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def _byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Row ``i`` is the eight bits of byte ``i``, lowest first."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return _new_byte_table(dtype, device)  # a fake tensor must not outlive its mode
     table = _tables.get((dtype, device))
     if table is None:
-        byte = torch.arange(256, device=device)
-        table = (byte[:, None] >> torch.arange(8, device=device) & 1).to(dtype)
-        _tables[dtype, device] = table
+        with torch.inference_mode(False):
+            table = _tables[dtype, device] = _new_byte_table(dtype, device)
     return table
+
+
+def _new_byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    byte = torch.arange(256, device=device)
+    return (byte[:, None] >> torch.arange(8, device=device) & 1).to(dtype)

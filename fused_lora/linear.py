@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+import weakref
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from .autograd import autocasts
 from .functional import fused_lora_linear
-from .validation import FLOATS, check_adapter_dtype, check_hyperparameters
+from .validation import (
+    check_dtype,
+    check_features,
+    check_hyperparameters,
+    check_same_dtype,
+    check_tensors,
+)
 
 _ADAPTER_KEYS = ("lora_A", "lora_B")
+_merged_weights = WeakTensorKeyDictionary()  # Parameter to the layer that merged into it
 
 
 class FusedLoRALinear(nn.Linear):
@@ -59,8 +70,10 @@ class FusedLoRALinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        check_features(in_features, out_features)
+        check_dtype("dtype", dtype)
         check_hyperparameters(rank, alpha, dropout, impl)
-        check_adapter_dtype(adapter_dtype)
+        check_dtype("adapter_dtype", adapter_dtype)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._add_adapter(rank, alpha, dropout, use_rslora, impl, adapter_dtype)
 
@@ -84,14 +97,18 @@ class FusedLoRALinear(nn.Linear):
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"expected an nn.Linear, got {type(linear).__name__}")
-        if linear.weight.dtype not in FLOATS:
-            raise TypeError(f"expected a floating-point weight, got {linear.weight.dtype}")
+        if not isinstance(linear.weight, nn.Parameter):
+            raise TypeError(
+                "expected weight to be a Parameter, got one that pruning or weight norm computes"
+            )
+        check_dtype("the weight's dtype", linear.weight.dtype)
         check_hyperparameters(rank, alpha, dropout, impl)
-        check_adapter_dtype(adapter_dtype)
+        check_dtype("adapter_dtype", adapter_dtype)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight = linear.weight
+        layer.register_parameter("bias", linear.bias)
         layer._add_adapter(rank, alpha, dropout, use_rslora, impl, adapter_dtype)
         return layer.train(linear.training)
 
@@ -112,8 +129,7 @@ class FusedLoRALinear(nn.Linear):
         where = {"device": weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty((rank, self.in_features), **where))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, rank), **where))
-        scale = torch.empty((), device=weight.device)
-        self.register_buffer("_scaling_tensor", scale, persistent=False)
+        self.register_buffer("_scaling_tensor", None, persistent=False)
         self.register_buffer("_base_weight", None, persistent=False)
         self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
         self.reset_adapter()
@@ -126,13 +142,23 @@ class FusedLoRALinear(nn.Linear):
     @scaling.setter
     def scaling(self, value: float) -> None:
         self._scaling = float(value)
-        self._scaling_tensor.fill_(self._scaling)
+        self._renew_scaling_tensor()
+
+    def _renew_scaling_tensor(self) -> None:
+        """The scale where kernels read it: exact in fp32, in place as long as the place serves."""
+        tensor, device = self._scaling_tensor, self.lora_A.device
+        if tensor is None or tensor.device != device or tensor.dtype != torch.float32:
+            with torch.inference_mode(False):
+                tensor = torch.empty((), dtype=torch.float32, device=device)
+            self._scaling_tensor = tensor
+        tensor.fill_(self._scaling)
 
     def reset_parameters(self) -> None:
         """Initialise the weight, the bias and the adapter (after ``to_empty``, for example)."""
         super().reset_parameters()
-        if "lora_A" in self._parameters:
-            self.scaling = self._scaling
+        if hasattr(self, "lora_A"):
+            self._forget_merge()
+            self._renew_scaling_tensor()
             self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -142,10 +168,10 @@ class FusedLoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        if self.merged or not self.enabled:
-            return F.linear(x, self._plain_weight(), self.bias)
         # A view of a sharded parameter requires grad although the parameter is frozen.
         weight = self.weight if isinstance(self.weight, nn.Parameter) else self.weight.detach()
+        if self.merged or not self.enabled:
+            return self._plain_forward(x, weight)
         return fused_lora_linear(
             x,
             weight,
@@ -158,34 +184,52 @@ class FusedLoRALinear(nn.Linear):
             impl=self.impl,
         )
 
-    def _plain_weight(self) -> Tensor:
-        if not self.merged or self.enabled:
-            return self.weight
-        if self._base_weight is None:
-            raise RuntimeError(
-                "expected a base weight to disable the adapter, got a layer merged with"
-                " keep_base=False"
-            )
-        return self._base_weight
+    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        check_tensors(x, weight, self.lora_A, self.lora_B, self.bias, self._scaling)
+        if not autocasts(x.device.type):
+            check_same_dtype(x, weight)
+        if self.merged and not self.enabled:
+            weight = self._base_weight
+            if weight is None:
+                raise RuntimeError(
+                    "expected a base weight to disable the adapter, got a layer merged with"
+                    " keep_base=False"
+                )
+        return F.linear(x, weight, self.bias)
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True) -> None:
         """Add ``s·B A`` to the weight in place, computed in float32 (float64 for float64).
 
         The base weight is kept aside, on the same device, for ``unmerge``; ``keep_base=False``
-        frees it and makes the merge final. A module that shares the weight sees it merged too.
+        frees it and makes the merge final. A plain module tied to the weight sees it merged too.
 
         Raises:
-            RuntimeError: already merged.
+            RuntimeError: already merged, or another layer has merged into the same weight.
+            TypeError: the weight is not a Parameter, so that it cannot be written.
         """
         if self.merged:
             raise RuntimeError("expected an unmerged layer, got one that is merged already")
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = self.lora_B.to(wide) @ self.lora_A.to(wide)
-        merged = self.weight.to(wide) + delta.mul_(self._scaling)
-        self._base_weight = self.weight.detach().clone() if keep_base else None
-        self.weight.copy_(merged)
+        if not isinstance(self.weight, nn.Parameter):
+            raise TypeError("expected weight to be a Parameter, got one computed or sharded")
+        other = _merged_weights.get(self.weight)
+        if other is not None and other() is not None:
+            raise RuntimeError(
+                "expected a weight of this layer alone, got one that another layer has merged into:"
+                " unmerge that layer first"
+            )
+        device, wide = (
+            self.weight.device.type,
+            torch.promote_types(self.weight.dtype, torch.float32),
+        )
+        with torch.inference_mode(False), torch.no_grad():
+            base = self.weight.detach().clone()
+        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+            delta = self.lora_B.to(wide) @ self.lora_A.to(wide)
+        self.weight.copy_(delta.mul_(self._scaling).add_(base))
+        self._base_weight = base if keep_base else None
         self.merged = True
+        _merged_weights[self.weight] = weakref.ref(self)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -201,15 +245,17 @@ class FusedLoRALinear(nn.Linear):
                 "expected a base weight to restore, got a layer merged with keep_base=False"
             )
         self.weight.copy_(self._base_weight)
+        self._forget_merge()
+
+    def _forget_merge(self) -> None:
         self._base_weight = None
         self.merged = False
+        _merged_weights.pop(self.weight, None)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        # ``.to(bfloat16)`` casts floating buffers; the scale stays exact.
-        if self._scaling_tensor.dtype != torch.float32:
-            self._scaling_tensor = self._scaling_tensor.float()
-            self._scaling_tensor.fill_(self._scaling)
+        # ``.to(bfloat16)`` casts floating buffers and ``to_empty`` forgets them.
+        self._renew_scaling_tensor()
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
@@ -225,25 +271,33 @@ class FusedLoRALinear(nn.Linear):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        remerge = self.merged
+        keys = [prefix + name for name in ("weight", *_ADAPTER_KEYS)]
+        given = [key in state_dict for key in keys]
+        remerge = self.merged and any(given)
         if remerge and self._base_weight is None:
-            error_msgs.append(
-                f"expected {prefix[:-1] or 'the layer'} to be unmerged, got one merged with"
-                " keep_base=False: its base weight is gone"
-            )
-            return
+            if not all(given):
+                error_msgs.append(
+                    f"expected the whole state of {prefix[:-1] or 'the layer'}, merged with"
+                    f" keep_base=False, got only part of {', '.join(keys)}"
+                )
+                return
+            self._forget_merge()
+            remerge = False
         if remerge:
             self.unmerge()
         first_missing = len(missing_keys)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        adapter_keys = [prefix + name for name in _ADAPTER_KEYS]
-        if all(key in missing_keys[first_missing:] for key in adapter_keys):
+        if given == [True, False, False]:
             # The state of a plain nn.Linear: the adapter stays as it is.
-            for key in adapter_keys:
-                missing_keys.remove(key)
+            added = missing_keys[first_missing:]
+            missing_keys[first_missing:] = [key for key in added if key not in keys]
+        self._renew_scaling_tensor()
         if remerge:
+            if local_metadata.get("assign_to_params_buffers", False):
+                # The weight is now the caller's tensor, which merging must not change.
+                self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
             self.merge()
 
     def extra_repr(self) -> str:

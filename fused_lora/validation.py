@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,19 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"expected impl to be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
-def check_adapter_dtype(dtype: torch.dtype | None) -> None:
-    """Check the dtype asked of ``lora_A`` and ``lora_B``."""
+def check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    """Check a dtype asked for by name; None is the default."""
     if dtype is not None and dtype not in FLOATS:
-        raise TypeError(f"expected adapter_dtype to be one of {_names(FLOATS)}, got {dtype}")
+        raise TypeError(f"expected {name} to be one of {_names(FLOATS)}, got {dtype}")
+
+
+def check_features(in_features: int, out_features: int) -> None:
+    """Check the sizes of a layer."""
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"expected {name} to be an int, got {size!r} ({type(size).__name__})")
+        if size < 0:
+            raise ValueError(f"expected {name} >= 0, got {size}")
 
 
 def check_tensors(
@@ -88,7 +99,7 @@ def check_tensors(
         _check_bias(bias, x, N)
     if isinstance(scaling, Tensor):
         _check_scaling_tensor(scaling, x)
-    elif not isinstance(scaling, (int, float)):
+    elif not isinstance(scaling, Real):
         raise TypeError(
             f"expected scaling to be a float or a 0-d Tensor, got {type(scaling).__name__}"
         )

@@ -171,7 +171,7 @@ SHARED_BYTES = {
     "sm_120": 101_376,
 }
 DEFAULT_SHARED_BYTES = 65_536  # gfx9, and the least of any GPU that Triton supports
-INTERPRETER = Target("interpreter", sms=4, shared_bytes=DEFAULT_SHARED_BYTES)
+INTERPRETER = Target("interpreter", sms=4, shared_bytes=1 << 30)
 
 
 @lru_cache
@@ -215,6 +215,10 @@ _HOPPER = (
     GemmConfig(8, 4, True, block_m=128, block_n=128, block_l=64, programs=1),
     GemmConfig(4, 4, True, block_m=64, block_n=128, block_l=64, programs=1),
 )
+_BLACKWELL = (
+    *_HOPPER[:2],
+    GemmConfig(8, 4, True, block_m=64, block_n=128, block_l=64, programs=1),
+)
 _CDNA = (
     GemmConfig(8, 2, block_m=128, block_n=128, block_l=32),
     GemmConfig(4, 2, block_m=64, block_n=64, block_l=32),
@@ -231,7 +235,7 @@ GEMM_TABLE = {
     "sm_86": _ADA,
     "sm_89": _ADA,
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "sm_120": _ADA,
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
@@ -269,10 +273,12 @@ def gemm_config(
     return replace(chosen, programs=target.sms) if chosen.programs else chosen
 
 
-def add_config(target: Target) -> AddConfig:
-    """The tile of ``lora_add``."""
+def add_config(target: Target, itemsize: int) -> AddConfig:
+    """The tile of ``lora_add``; fp32 dots are FMA loops, and need a smaller one."""
     if target.arch == "interpreter":
         return AddConfig(4, 1, block_m=64, block_n=64)
+    if itemsize == 4:
+        return AddConfig(4, 1, block_m=32, block_n=32)
     return AddConfig(4, 1, block_m=64, block_n=64)
 
 
@@ -283,9 +289,11 @@ def shrink_config(
     if target.arch == "interpreter":
         config = ShrinkConfig(4, 2, describable, block_m=64, block_l=64)
     else:
-        block_m = 16 if M <= 16 * target.sms else 32
+        block_m = 16 if 16 * target.sms >= M else 32
         block_l = 128 if itemsize == 2 and rank <= 64 else 64
-        config = ShrinkConfig(8 if rank > 128 else 4, 3, block_m=block_m, block_l=block_l)
+        if not describable:
+            block_l = 32  # narrow loads need an address and a mask an element
+        config = ShrinkConfig(8 if rank > 64 else 4, 3, block_m=block_m, block_l=block_l)
         while not is_valid(config, target, itemsize, rank) and config.block_l > 16:
             config = replace(config, block_l=config.block_l // 2)
     wanted = cdiv(2 * target.sms, cdiv(M, config.block_m))
@@ -300,18 +308,26 @@ def rank_grad_config(
     """The tile and splits of ``rank_grad``, by the same two rules as :func:`shrink_config`."""
     if target.arch == "interpreter":
         config = RankGradConfig(4, 2, describable, block_m=64, block_l=64)
+    elif itemsize == 4:
+        config = RankGradConfig(8 if rank > 64 else 4, 2, block_m=16, block_l=32)
     elif rank > 64:
         # U is staged in fp32: more rows a step, or more columns at rank 256, spill.
         config = RankGradConfig(8, 2, block_m=16, block_l=128 if rank <= 128 else 64)
     else:
         config = RankGradConfig(4, 3 if rank <= 32 else 2, block_m=32, block_l=64)
+    while not is_valid(config, target, itemsize, rank) and config.block_l > 32:
+        config = replace(config, block_l=config.block_l // 2)
     wanted = min(cdiv(2 * target.sms, cdiv(L, config.block_l)), cdiv(M, 256))
     return replace(config, splits=max(1, min(wanted, itemsize * M // (32 * rank))))
 
 
-def single_pass_config(target: Target, M: int, *, describable: bool) -> SinglePassConfig:
+def single_pass_config(
+    target: Target, itemsize: int, M: int, *, describable: bool
+) -> SinglePassConfig:
     """The tile of ``single_pass`` for at most SINGLE_PASS_MAX_ROWS rows."""
     if target.arch == "interpreter":
         return SinglePassConfig(4, 2, describable, block_m=16, block_n=64, block_l=64)
+    if itemsize == 4:
+        return SinglePassConfig(4, 2, block_m=16, block_n=32, block_l=32)
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
     return SinglePassConfig(4, 3, block_m=block_m, block_n=64, block_l=64)

@@ -38,7 +38,7 @@ def _dropout_mask(
     offs_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     place = (offs_m.to(tl.uint64)[:, None] << 32) + offs_l.to(tl.uint64)[None, :]
-    state = _mix(place ^ seed)
+    state = _mix(_mix(seed) ^ place)
     state += first_digit.to(tl.uint64) * 0x9E3779B97F4A7C15
     bits = tl.zeros((BLOCK_M, BLOCK_L), tl.uint64)
     for digit in range(first_digit, DIGITS):

@@ -49,7 +49,7 @@ def forward(
     S = _shrink(x, lora_A.t(), scale, target, words, inv_keep)
     if strategy == "addmm":
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        lora_add(y, S, lora_B.t(), configs.add_config(target), input_precision=_precision(x))
+        _add(y, S, lora_B.t(), target)
     else:
         y = _gemm(x, weight.t(), S, lora_B.t(), target, bias=bias)
     return y, S
@@ -83,10 +83,7 @@ def backward(
             G = _shrink(dy, lora_B, scale, target)
             if strategy == "addmm":
                 dx = torch.mm(dy, weight)
-                lora_add(
-                    dx, G, lora_A, configs.add_config(target), words=words, inv_keep=inv_keep,
-                    input_precision=_precision(dy),
-                )  # fmt: skip
+                _add(dx, G, lora_A, target, words, inv_keep)
             else:
                 dx = _gemm(dy, weight, G, lora_A, target, words=words, inv_keep=inv_keep)
     elif needs[1]:
@@ -126,12 +123,17 @@ def _gemm(p, q, u, v, target, bias=None, words=None, inv_keep=1.0) -> Tensor:
     return o
 
 
+def _add(o, u, v, target, words=None, inv_keep=1.0) -> None:
+    config = configs.add_config(target, o.element_size())
+    lora_add(o, u, v, config, words=words, inv_keep=inv_keep, input_precision=_precision(o))
+
+
 def _single_pass(p, q, z, v, scale, target, bias=None, words=None, inv_keep=1.0):
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
     u = _rank_matrix(p.shape[0], z.shape[1], p.device)
     config = configs.single_pass_config(
-        target, p.shape[0], describable=_describable(p) and _describable(q)
+        target, p.element_size(), p.shape[0], describable=_describable(p) and _describable(q)
     )
     single_pass(
         o, u, p, q, z.to(p.dtype), v, scale, config,

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+
 from support import UNIT_ROUNDOFF, relative_rms
 
 pytest.importorskip("triton")
 
+from fused_lora import dropout
 from fused_lora.kernels import ops
 from fused_lora.kernels.common import sum_partials
 from fused_lora.kernels.configs import (
@@ -19,8 +21,6 @@ from fused_lora.kernels.lora_gemm import lora_add, lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
-
-from fused_lora import dropout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KEEP = 45_000

@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+
+from fused_lora import cost, dispatch, dropout, fused_lora_linear
 from support import (
     assert_as_good_as_eager,
     in_eager,
@@ -13,8 +15,6 @@ from support import (
     relative_rms,
     run,
 )
-
-from fused_lora import cost, dispatch, dropout, fused_lora_linear
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (0, 1, 17, 63, 123, 300)

@@ -1,0 +1,296 @@
+"""Differentiation: gradcheck, what is saved, autocast, checkpointing, accumulation, grad modes."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from fused_lora import FusedLoRALinear, fused_lora_linear
+from support import make_inputs, relative_rms, run
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+IMPLS = ["torch", "reference"]
+ALL_IMPLS = [*IMPLS, *(["triton"] if importlib.util.find_spec("triton") else [])]
+NEEDS = ["x", "lora_A", "lora_B", "bias", "x lora_A lora_B bias", "lora_A lora_B"]
+
+
+def float64_function(impl: str, p: float, needs: str):
+    """A function of the tensors that need gradients, with the same mask on every call."""
+    inputs = make_inputs(5, 7, 6, 3, FP64)
+    names = needs.split()
+
+    def function(*leaves):
+        torch.manual_seed(3)
+        return fused_lora_linear(
+            **inputs | dict(zip(names, leaves, strict=True)), dropout_p=p, impl=impl
+        )
+
+    return function, tuple(inputs[name].requires_grad_() for name in names)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("needs", NEEDS)
+def test_gradcheck(impl, p, needs):
+    function, leaves = float64_function(impl, p, needs)
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("needs", NEEDS)
+def test_gradgradcheck(impl, p, needs):
+    function, leaves = float64_function(impl, p, needs)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_second_derivatives_with_a_frozen_adapter():
+    """A gradient penalty on x works; through dB, which would need x, it says what is missing."""
+    inputs = make_inputs(5, 7, 6, 3, FP64)
+    x, lora_B = inputs["x"].requires_grad_(), inputs["lora_B"].requires_grad_()
+    results = []
+    for impl in IMPLS:
+        y = fused_lora_linear(**inputs, impl=impl)
+        dx = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+        results.append(torch.autograd.grad(dx.square().sum(), (x, lora_B)))
+    torch.testing.assert_close(*results)
+    y = fused_lora_linear(**inputs, impl="torch")
+    dB = torch.autograd.grad(y.square().sum(), lora_B, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="lora_A to require grad"):
+        torch.autograd.grad(dB.sum(), x)
+
+
+def test_output_may_be_changed_in_place():
+    """The next layer may be ReLU(inplace=True), as after nn.Linear."""
+    for impl in ALL_IMPLS:
+        layer = FusedLoRALinear(8, 6, rank=2, impl=impl)
+        for shape in ((8,), (5, 8), (2, 5, 8)):
+            x = torch.randn(shape, requires_grad=True)
+            expected = torch.relu(layer(x))
+            y = torch.nn.functional.relu_(layer(x))
+            assert torch.equal(y, expected)
+            y.sum().backward()
+
+
+def test_batched_and_forward_transforms_of_the_gradients():
+    inputs = make_inputs(5, 7, 6, 3, FP64)
+    inputs["lora_A"].requires_grad_()
+    y = fused_lora_linear(**inputs, impl="torch")
+    dys = torch.randn(4, *y.shape, dtype=FP64)
+    batched = torch.autograd.grad(
+        y, inputs["lora_A"], dys, is_grads_batched=True, retain_graph=True
+    )[0]
+    one_by_one = [torch.autograd.grad(y, inputs["lora_A"], dy, retain_graph=True)[0] for dy in dys]
+    torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_compiles(p):
+    """Forward and backward through torch.compile equal eager's, the mask included."""
+    layer = FusedLoRALinear(40, 24, rank=4, dropout=p, impl="torch")
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(17, 40)
+    results = []
+    for module in (layer, torch.compile(layer, backend="aot_eager")):
+        torch.manual_seed(4)
+        y = module(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (layer.lora_A, layer.lora_B))))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_export_leaves_later_calls_right():
+    """Nothing that a tracer made is kept for real calls."""
+    from fused_lora import dropout
+
+    layer = FusedLoRALinear(64, 6, rank=4, dropout=0.5, impl="torch")
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 64)
+    torch.manual_seed(3)
+    expected = layer(x)
+    dropout._tables.clear()
+    torch.export.export(layer, (x,))
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), expected)
+
+
+def saved_bytes(function) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that ``function`` saves for backward, each storage once, and the tensors."""
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    return sum(storages.values()), saved
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_saves_the_input_the_thin_product_and_the_mask_as_bits(impl, p):
+    """bf16, M=1024, K=768, N=3072, R=16: at most x + S + M·K bytes, and far fewer."""
+    if impl == "triton":
+        pytest.importorskip("triton")
+    M, K, N, R = (1024, 768, 3072, 16) if impl == "torch" else (128, 96, 384, 16)
+    inputs = make_inputs(M, K, N, R, BF16)
+    for name in ("x", "lora_A", "lora_B"):
+        inputs[name].requires_grad_()
+    parameters = sum(inputs[n].nbytes for n in ("weight", "lora_A", "lora_B"))
+    total, _ = saved_bytes(lambda: fused_lora_linear(**inputs, dropout_p=p, impl=impl))
+    x, S, words = 2 * M * K, 4 * M * R, M * -(-K // 128) * 16
+    assert total - parameters <= x + S + (words if p else 0)
+    assert x + S + words <= x + S + M * K
+
+
+def test_saves_no_input_for_a_frozen_adapter_and_nothing_without_grad():
+    inputs = make_inputs(64, 96, 80, 4, FP32)
+    _, saved = saved_bytes(lambda: fused_lora_linear(**inputs, impl="torch"))
+    assert not saved
+    inputs["lora_B"].requires_grad_()
+    _, saved = saved_bytes(lambda: fused_lora_linear(**inputs, impl="torch", dropout_p=0.1))
+    assert {tuple(t.shape) for t in saved} == {(4, 96), (80, 4), (64, 4)}
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            _, saved = saved_bytes(lambda: fused_lora_linear(**inputs, impl="torch"))
+        assert not saved
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+def test_inputs_and_saved_tensors_are_never_mutated(impl):
+    inputs = make_inputs(17, 40, 24, 4, FP32)
+    leaves = [inputs[n].requires_grad_() for n in ("x", "lora_A", "lora_B", "bias")]
+    before = {n: t.detach().clone() for n, t in inputs.items() if isinstance(t, torch.Tensor)}
+    kept = {}
+
+    def pack(tensor):
+        kept[len(kept)] = (tensor, tensor.detach().clone())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = fused_lora_linear(**inputs, dropout_p=0.2, impl=impl)
+    dy = torch.randn_like(y)
+    dy_before = dy.clone()
+    first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    second = torch.autograd.grad(y, leaves, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(dy, dy_before)
+    for name, value in before.items():
+        assert torch.equal(inputs[name], value), name
+    for tensor, copy in kept.values():
+        assert torch.equal(tensor, copy)
+
+
+def test_changing_x_in_place_before_backward_is_an_error():
+    inputs = make_inputs(5, 7, 6, 3, FP32)
+    inputs["lora_A"].requires_grad_()
+    y = fused_lora_linear(**inputs, impl="torch")
+    inputs["x"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+def test_gradients_accumulate(impl):
+    inputs = make_inputs(17, 40, 24, 4, FP32)
+    A, B = inputs["lora_A"].requires_grad_(), inputs["lora_B"].requires_grad_()
+    fused_lora_linear(**inputs, impl=impl).sum().backward()
+    once = A.grad.clone(), B.grad.clone()
+    fused_lora_linear(**inputs, impl=impl).sum().backward()
+    torch.testing.assert_close((A.grad, B.grad), (2 * once[0], 2 * once[1]))
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_repeats_the_mask(impl, reentrant):
+    layer = FusedLoRALinear(40, 24, rank=4, dropout=0.3, impl=impl)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(17, 40, requires_grad=True)
+    results = []
+    for wrap in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=reentrant)):
+        torch.manual_seed(11)
+        y = wrap(layer, x)
+        grads = torch.autograd.grad if not reentrant else None
+        if grads:
+            results.append((y, *grads(y.square().sum(), (x, layer.lora_A, layer.lora_B))))
+        else:
+            for leaf in (x, layer.lora_A, layer.lora_B):
+                leaf.grad = None
+            y.square().sum().backward()
+            results.append((y, x.grad.clone(), layer.lora_A.grad, layer.lora_B.grad))
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+# weight and adapter dtype, dtype of x, autocast's dtype
+AUTOCAST = [
+    (FP32, FP32, FP32, BF16),
+    (FP32, FP32, FP32, torch.float16),
+    (BF16, FP32, FP32, BF16),
+    (BF16, FP32, BF16, BF16),
+    (BF16, BF16, FP32, BF16),
+]
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+@pytest.mark.parametrize("case", AUTOCAST, ids=str)
+def test_autocast(impl, case):
+    base, adapter, x_dtype, cast = case
+    inputs = make_inputs(63, 40, 24, 4, base, adapter)
+    inputs["x"] = inputs["x"].to(x_dtype)
+    dy = torch.randn(63, 24).to(cast)
+
+    def under_autocast(**kw):
+        with torch.autocast("cpu", dtype=cast):
+            y = fused_lora_linear(**kw, impl=impl)
+        assert y.dtype == cast
+        return y
+
+    got = run(under_autocast, inputs, dy)
+    names = {"dx": "x", "dA": "lora_A", "dB": "lora_B", "dbias": "bias"}
+    for key, name in names.items():
+        assert got[key].dtype == inputs[name].dtype, key
+    lowered = {k: v.to(cast) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    expected = run(lambda **kw: fused_lora_linear(**kw, impl="reference"), lowered, dy)
+    for key, value in got.items():
+        assert relative_rms(value, expected[key]) <= 2.0**-7, key
+
+
+def test_backward_inside_autocast_keeps_the_dtypes():
+    inputs = make_inputs(17, 40, 24, 4, FP32)
+    x, A = inputs["x"].requires_grad_(), inputs["lora_A"].requires_grad_()
+    y = fused_lora_linear(**inputs, impl="torch")
+    with torch.autocast("cpu", dtype=BF16):
+        got = torch.autograd.grad(y.sum(), (x, A), retain_graph=True)
+    expected = torch.autograd.grad(y.sum(), (x, A))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_autocast_leaves_float64_alone():
+    inputs = make_inputs(5, 7, 6, 3, FP64)
+    with torch.autocast("cpu", dtype=BF16):
+        assert fused_lora_linear(**inputs, impl="torch").dtype == FP64
+
+
+def test_autocast_saves_x_in_the_low_dtype():
+    inputs = make_inputs(256, 128, 64, 4, FP32)
+    inputs["lora_A"].requires_grad_()
+    with torch.autocast("cpu", dtype=BF16):
+        _, saved = saved_bytes(lambda: fused_lora_linear(**inputs, impl="torch"))
+    assert BF16 in {t.dtype for t in saved if t.shape == (256, 128)}
+    assert FP32 not in {t.dtype for t in saved if t.shape == (256, 128)}
+
+
+def test_a_tensor_scaling_is_a_float_scaling():
+    inputs = make_inputs(17, 40, 24, 4, FP32, scaling=0.7)
+    dy = torch.randn(17, 24)
+    for impl in ALL_IMPLS:
+        number = run(lambda impl=impl, **kw: fused_lora_linear(**kw, impl=impl), inputs, dy)
+        as_tensor = inputs | {"scaling": torch.tensor(0.7)}
+        tensor = run(lambda impl=impl, **kw: fused_lora_linear(**kw, impl=impl), as_tensor, dy)
+        for name, value in number.items():
+            torch.testing.assert_close(tensor[name], value)
