@@ -48,6 +48,7 @@ except ModuleNotFoundError:
 
 CHOSEN = (2, 3, 5, 8, 9)
 OTHERS = (0, 1, 4, 6, 7)
+IMPLS = ("auto", "torch", "reference", "triton")
 STATES = ("on", "off", "merged", "unmerged")
 BATCH = 64
 LEARNING_RATE = 2e-3
@@ -244,15 +245,15 @@ def plot(path: Path, wrong: dict[str, list[int]], curves: dict[str, list[float]]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     add, folder = parser.add_argument, os.environ.get("FUSED_LORA_DATA") or None
     add("--data", type=Path, default=folder, metavar="DIR", help="the four IDX files of MNIST")
-    add("--impl", default="auto", choices=("auto", "torch", "reference", "triton"))
+    add("--impl", default="auto", choices=IMPLS, help="who computes the adapters")
     add("--compare", action="store_true", help="fine-tune with the reference too")
-    add("--rank", type=int, default=2)
-    add("--alpha", type=float, default=4.0)
-    add("--dropout", type=float, default=0.0)
-    add("--seed", type=int, default=0)
+    add("--rank", type=int, default=2, help="of every adapter")
+    add("--alpha", type=float, default=4.0, help="the adapters count alpha / rank times")
+    add("--dropout", type=float, default=0.0, help="before the adapters")
+    add("--seed", type=int, default=0, help="of weights, batches and dropout masks")
     add("--quick", action="store_true", help="few steps; learning is checked but not required")
     add("--cpu", action="store_true", help="leave a GPU alone")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="for mnist.json, .png")

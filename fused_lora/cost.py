@@ -11,6 +11,7 @@ from dataclasses import dataclass
 SINGLE_PASS_MAX_ROWS = 64
 SINGLE_PASS_MAX_RANK = 64
 SINGLE_PASS_COLUMNS = 64  # of one program
+MIN_FILL = 0.85  # the published ratios are of GEMMs that fill the GPU
 MIN_GAIN = 0.05  # predicted gains below it are noise: the vendor's GEMM is taken
 
 
@@ -41,6 +42,8 @@ def choose_strategy(
     rank: int,
     *,
     masked_operand: bool,
+    aligned: bool,
+    fill: float,
 ) -> tuple[str, str]:
     """The strategy of one direction, ``(M,L) @ (L,N)``, and the reason for it.
 
@@ -49,19 +52,23 @@ def choose_strategy(
         sms: multiprocessors of the GPU.
         itemsize: bytes of an element.
         masked_operand: the contraction's operand is dropped, as in forward with dropout.
+        aligned: every row of the operands starts on 16 bytes.
+        fill: share of the GPU that Triton's tiles keep busy.
     """
     few_rows = M <= SINGLE_PASS_MAX_ROWS and rank <= SINGLE_PASS_MAX_RANK and not masked_operand
     if arch == "interpreter":
         return ("single_pass" if few_rows else "split"), "the interpreter runs Triton's own GEMM"
     if itemsize == 4:
         return "addmm", "float32 products are faster in the vendor's GEMM"
-    if N * itemsize % 16 or L * itemsize % 16:
+    if not aligned:
         return "addmm", "rows that do not start on 16 bytes are slow in Triton's GEMM"
     rates = RATES.get(arch)
     if rates is None:
         return "addmm", f"no measurement or published ratio of Triton's GEMM on {arch}"
     if few_rows and sms / 2 <= -(-N // SINGLE_PASS_COLUMNS):
         return "single_pass", f"{M} rows: one launch, one read of the weight"
+    if fill < MIN_FILL:
+        return "addmm", f"Triton's tiles would keep {fill:.0%} of the GPU busy"
     gemm = 2.0 * M * N * L / rates.flops
     add = 2.0 * M * N * itemsize / rates.bandwidth
     gain = (gemm + add) / (gemm / rates.gemm_ratio) - 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -91,7 +92,10 @@ def choose(x: Tensor, weight: Tensor, lora_A: Tensor, impl: str, dropped: bool):
     """The runner for ``x (M,K)``: an object with ``dropout_mask``, ``forward`` and ``backward``."""
     if impl == "torch" or (impl == "auto" and not _may_run_triton(x, weight)):
         return aten
-    return _runner(impl, x.device, x.dtype, x.shape[0], *weight.shape, lora_A.shape[0], dropped)
+    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return _runner(
+        impl, x.device, x.dtype, x.shape[0], *weight.shape, lora_A.shape[0], dropped, aligned
+    )
 
 
 def _may_run_triton(x: Tensor, weight: Tensor) -> bool:
@@ -100,16 +104,16 @@ def _may_run_triton(x: Tensor, weight: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _runner(impl: str, device, dtype, M: int, N: int, K: int, R: int, dropped: bool):
-    decision = _decide(impl, device, dtype, M, N, K, R, dropped)
+def _runner(impl: str, device, dtype, M, N, K, R, dropped: bool, aligned: bool):
+    decision = _decide(impl, device, dtype, M, N, K, R, dropped, aligned)
     if decision.impl == "torch":
         return aten
     key = (device, dtype, N, K, R, dropped)
-    return _Triton(decision, key if impl == "auto" else None)
+    return _Triton(decision, device, key if impl == "auto" else None)
 
 
 @lru_cache(maxsize=4096)
-def _decide(impl, device, dtype, M, N, K, R, dropped) -> Decision:
+def _decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
     if impl == "torch":
         return Decision("torch", None, None, "asked for")
     problem = _not_worth_it(device) if impl == "auto" else None
@@ -123,9 +127,27 @@ def _decide(impl, device, dtype, M, N, K, R, dropped) -> Decision:
     from .kernels import configs
 
     target = configs.target_of(device)
-    where = (target.arch, target.sms, dtype.itemsize)
-    forward, reason = cost.choose_strategy(*where, M, N, K, R, masked_operand=dropped)
-    backward, _ = cost.choose_strategy(*where, M, K, N, R, masked_operand=False)
+
+    def strategy(columns: int, inner: int, masked: bool, rows_aligned: bool):
+        aligned = rows_aligned and columns * dtype.itemsize % 16 == inner * dtype.itemsize % 16 == 0
+        config = configs.gemm_config(
+            target, dtype.itemsize, M, columns, R, aligned=aligned, describable=aligned
+        )
+        return cost.choose_strategy(
+            target.arch,
+            target.sms,
+            dtype.itemsize,
+            M,
+            columns,
+            inner,
+            R,
+            masked_operand=masked,
+            aligned=aligned,
+            fill=configs.fill(config, target, M, columns),
+        )
+
+    forward, reason = strategy(N, K, dropped, aligned)
+    backward, _ = strategy(K, N, False, True)
     return Decision("triton", forward, backward, reason)
 
 
@@ -136,7 +158,7 @@ def _triton_problem(device: torch.device) -> str | None:
         return f"the kernels run on CUDA and ROCm devices, got {device.type}"
     try:
         from .kernels import ops
-    except ImportError as error:
+    except Exception as error:  # an old Triton fails in other ways than ImportError
         return f"Triton cannot be imported ({error}); pip install triton"
     if device.type == "cpu" and not ops.INTERPRETED:
         return (
@@ -171,11 +193,12 @@ def clear_decisions() -> None:
 class _Triton:
     """The kernels with a decision taken; under "auto" with PyTorch behind them."""
 
-    def __init__(self, decision: Decision, fallback_key: tuple | None):
+    def __init__(self, decision: Decision, device: torch.device, fallback_key: tuple | None):
         from .kernels import ops
 
         self.ops = ops
         self.decision = decision
+        self.device = device
         self.key = fallback_key
 
     def dropout_mask(self, seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
@@ -202,7 +225,12 @@ class _Triton:
         if self.key in _failed:
             return instead()
         try:
-            return kernels()
+            # Triton launches on the current device, whatever the tensors' device is.
+            elsewhere = self.device.type == "cuda" and (
+                self.device.index != torch.cuda.current_device()
+            )
+            with torch.cuda.device(self.device) if elsewhere else nullcontext():
+                return kernels()
         except Exception as error:
             # An asynchronous error leaves the device unusable, and memory is missing either way.
             if self.key is None or isinstance(

@@ -9,6 +9,29 @@ from .configs import cdiv
 TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+def in_vectors(t: torch.Tensor, n: int = 8) -> bool:
+    """Whether the rows of ``t`` along its unit stride start on and hold whole groups of ``n``."""
+    if t.stride(1) == 1:
+        return t.stride(0) % n == 0 and t.shape[1] % n == 0
+    return t.stride(0) == 1 and t.stride(1) % n == 0 and t.shape[0] % n == 0
+
+
+@triton.jit
+def multiple(x, n: tl.constexpr):
+    """``x``, known to be a multiple of ``n``, in a form that the compiler can see.
+
+    Triton specialises arguments on divisibility by 16 only, and ``tl.multiple_of`` is lost on an
+    argument. The launcher must have checked: for any other ``x`` this is another number.
+    """
+    return x // n * n
+
+
+@triton.jit
+def advance(step: tl.constexpr, stride):
+    """``step · stride`` in 64 bits: rows of a view may lie 2³¹ / step elements apart."""
+    return tl.full((), step, tl.int64) * stride
+
+
 @triton.jit
 def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Tile number to (row block, column block), walking GROUP_M row blocks down each column."""
@@ -37,7 +60,8 @@ def load_keep(
     Each word is loaded once and shifted by 32 lanes; loading it from every lane spills on sm_100.
     ``first_n`` and ``BLOCK_N`` are multiples of 32; the row pitch is a multiple of 4 words.
     """
-    stride_wm = tl.multiple_of(stride_wm, 4)
+    tl.static_assert(BLOCK_N % 32 == 0, "a tile of keep bits is whole words")
+    stride_wm = multiple(stride_wm, 4)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_w = first_n // 32 + tl.arange(0, BLOCK_N // 32)
     words = tl.load(
@@ -65,9 +89,22 @@ def add_low_rank(
     DTYPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,
+    ALIGN_U: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """``acc + U V`` for one tile, the rank in CHUNKS of BLOCK_R; U fp32, V in any dtype."""
+    if ALIGN_U:
+        stride_um = multiple(stride_um, 4)
+        R = multiple(R, 4)
+    if ALIGN_V:
+        if V_TRANSPOSED:
+            stride_vn = multiple(stride_vn, 8)
+            R = multiple(R, 8)
+        else:
+            stride_vr = multiple(stride_vr, 8)
+            N = multiple(N, 8)
     offs_r = tl.arange(0, BLOCK_R)
     u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
     v_ptrs = (
@@ -79,14 +116,14 @@ def add_low_rank(
         # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
         acc = tl.dot(u.to(DTYPE), v.to(DTYPE), acc, input_precision=INPUT_PRECISION)
     else:
-        for chunk in tl.range(0, CHUNKS, num_stages=1):
+        for chunk in tl.range(0, CHUNKS, num_stages=2):
             rest = R - chunk * BLOCK_R
             u = tl.load(u_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < rest), other=0.0)
             v = tl.load(v_ptrs, mask=(offs_r[:, None] < rest) & (offs_n[None, :] < N), other=0.0)
             # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
             acc = tl.dot(u.to(DTYPE), v.to(DTYPE), acc, input_precision=INPUT_PRECISION)
             u_ptrs += BLOCK_R
-            v_ptrs += BLOCK_R * stride_vr
+            v_ptrs += advance(BLOCK_R, stride_vr)
     return acc
 
 
@@ -112,7 +149,7 @@ def _sum_partials(
     inside = (offs_m[:, None] < rows) & (offs_n[None, :] < cols)
     part_ptrs = parts_ptr + offs_m.to(tl.int64)[:, None] * stride_pm + offs_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(splits):
+    for _ in tl.range(0, splits, loop_unroll_factor=4, num_stages=1):
         acc += tl.load(part_ptrs, mask=inside, other=0.0)
         part_ptrs += stride_ps
     acc *= factor

@@ -66,8 +66,8 @@ class GemmConfig(Config):
         block_r, chunks = self.rank_blocks(rank)
         loop = self.num_stages * (self.block_m + self.block_n) * self.block_l * itemsize
         output = self.block_m * self.block_n * itemsize if self.descriptors else 0
-        low_rank = (self.block_m + self.block_n) * block_r * itemsize
-        # A chunked U V is a loop of its own and reuses the buffers of the other.
+        low_rank = (self.block_m + self.block_n) * block_r * (8 if chunks > 1 else itemsize)
+        # A chunked U V is a loop of its own, double-buffered in fp32; it reuses the other's memory.
         tiles = max(loop, low_rank) if chunks > 1 else loop + low_rank
         return tiles + output + BARRIER_BYTES
 
@@ -83,7 +83,7 @@ class AddConfig(Config):
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound of the shared memory of a block."""
-        staged = (self.block_m + self.block_n) * padded_rank(rank) * itemsize
+        staged = 2 * (self.block_m + self.block_n) * padded_rank(rank) * 4
         return max(staged, self.block_m * self.block_n * 4)
 
 
@@ -261,16 +261,42 @@ def gemm_config(
         candidates = _FP32
     else:
         candidates = GEMM_TABLE.get(target.arch, _CONSERVATIVE)
-    chosen = _CONSERVATIVE[0]
+    valid = []
     for config in candidates:
         if config.descriptors and not describable:
             config = replace(config, descriptors=False, programs=0)
-        if not is_valid(config, target, itemsize, rank):
-            continue
-        chosen = config
-        if cdiv(M, config.block_m) * cdiv(N, config.block_n) >= target.sms:
-            break
+        if is_valid(config, target, itemsize, rank):
+            valid.append(config)
+    # Ties go to the larger tile, which comes first.
+    chosen = max(valid or _CONSERVATIVE, key=lambda c: fill(c, target, M, N) * _intensity(c))
     return replace(chosen, programs=target.sms) if chosen.programs else chosen
+
+
+def fill(config: GemmConfig, target: Target, M: int, N: int) -> float:
+    """Share of the GPU's tile slots that do useful work over the waves of an ``(M, N)`` output."""
+    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
+    slots = cdiv(tiles, target.sms) * target.sms
+    return M * N / (slots * config.block_m * config.block_n)
+
+
+def _intensity(config: GemmConfig) -> float:
+    """Share of a tile's time that is arithmetic, were 16 products a load the balance: a guess."""
+    per_load = config.block_m * config.block_n / (config.block_m + config.block_n)
+    return per_load / (per_load + 16)
+
+
+def _fit(config, target: Target, itemsize: int, rank: int):
+    """``config`` with less in flight until it is valid; 32 columns are one word of keep bits."""
+    while not is_valid(config, target, itemsize, rank):
+        if config.num_stages > 2:
+            config = replace(config, num_stages=2)
+        elif config.block_l > 32:
+            config = replace(config, block_l=config.block_l // 2)
+        elif config.block_m > MIN_BLOCK_R:
+            config = replace(config, block_m=config.block_m // 2)
+        else:
+            return replace(config, num_stages=1)
+    return config
 
 
 def add_config(target: Target, itemsize: int) -> AddConfig:
@@ -294,8 +320,7 @@ def shrink_config(
         if not describable:
             block_l = 32  # narrow loads need an address and a mask an element
         config = ShrinkConfig(8 if rank > 64 else 4, 3, block_m=block_m, block_l=block_l)
-        while not is_valid(config, target, itemsize, rank) and config.block_l > 16:
-            config = replace(config, block_l=config.block_l // 2)
+        config = _fit(config, target, itemsize, rank)
     wanted = cdiv(2 * target.sms, cdiv(M, config.block_m))
     wanted = min(wanted, cdiv(L, 4 * config.block_l))
     # Partials are written and read in fp32: at most a quarter of the bytes of P.
@@ -315,14 +340,13 @@ def rank_grad_config(
         config = RankGradConfig(8, 2, block_m=16, block_l=128 if rank <= 128 else 64)
     else:
         config = RankGradConfig(4, 3 if rank <= 32 else 2, block_m=32, block_l=64)
-    while not is_valid(config, target, itemsize, rank) and config.block_l > 32:
-        config = replace(config, block_l=config.block_l // 2)
+    config = _fit(config, target, itemsize, rank)
     wanted = min(cdiv(2 * target.sms, cdiv(L, config.block_l)), cdiv(M, 256))
     return replace(config, splits=max(1, min(wanted, itemsize * M // (32 * rank))))
 
 
 def single_pass_config(
-    target: Target, itemsize: int, M: int, *, describable: bool
+    target: Target, itemsize: int, M: int, rank: int, *, describable: bool
 ) -> SinglePassConfig:
     """The tile of ``single_pass`` for at most SINGLE_PASS_MAX_ROWS rows."""
     if target.arch == "interpreter":
@@ -330,4 +354,5 @@ def single_pass_config(
     if itemsize == 4:
         return SinglePassConfig(4, 2, block_m=16, block_n=32, block_l=32)
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
-    return SinglePassConfig(4, 3, block_m=block_m, block_n=64, block_l=64)
+    config = SinglePassConfig(4, 3, block_m=block_m, block_n=64, block_l=64)
+    return _fit(config, target, itemsize, rank)

@@ -58,7 +58,8 @@ def dropout_mask(words: torch.Tensor, seed: torch.Tensor, keep: int, digits: int
     """Fill ``words`` ``(M, words)`` int32 from ``seed`` (0-d int64), ``0 < keep < 2**digits``."""
     lanes = words.view(torch.int64)
     M, width = lanes.shape
-    block_m, block_l = 32, 32
+    block_l = min(32, triton.next_power_of_2(max(1, width)))
+    block_m = 1024 // block_l
     _dropout_mask[(cdiv(M, block_m), cdiv(width, block_l))](
         lanes,
         seed,

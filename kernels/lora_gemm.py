@@ -11,7 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, add_low_rank, grouped_tile, load_keep
+from .common import (
+    TL_DTYPE,
+    add_low_rank,
+    advance,
+    grouped_tile,
+    in_vectors,
+    load_keep,
+    multiple,
+)
 from .configs import AddConfig, GemmConfig, cdiv
 
 
@@ -51,6 +59,9 @@ def _gemm_tile(
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,
     GROUP_M: tl.constexpr,
+    ALIGN_U: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
 ):
     tile_m, tile_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m = tile_m * BLOCK_M
@@ -64,7 +75,7 @@ def _gemm_tile(
         # The mask falls on U V alone, so it comes before anything else is in the accumulator.
         acc = add_low_rank(
             acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
-            DTYPE, BLOCK_R, CHUNKS, INPUT_PRECISION,
+            DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
         )  # fmt: skip
         keep = load_keep(words_ptr, stride_wm, first_m, first_n, M, BLOCK_M, BLOCK_N)
         acc = tl.where(keep != 0, acc * inv_keep, 0.0)
@@ -98,11 +109,11 @@ def _gemm_tile(
             if Q_TRANSPOSED:
                 q_ptrs += BLOCK_L
             else:
-                q_ptrs += BLOCK_L * stride_ql
+                q_ptrs += advance(BLOCK_L, stride_ql)
     if not HAS_DROPOUT:
         acc = add_low_rank(
             acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
-            DTYPE, BLOCK_R, CHUNKS, INPUT_PRECISION,
+            DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
         )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
@@ -139,7 +150,9 @@ def _lora_gemm(
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     EVEN_L: tl.constexpr,
-    ALIGN8: tl.constexpr,
+    ALIGN_O: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_Q: tl.constexpr,
     USE_DESC: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -149,17 +162,23 @@ def _lora_gemm(
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,
     GROUP_M: tl.constexpr,
+    ALIGN_U: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
     PERSISTENT: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    if ALIGN8:
-        # Triton sees divisibility by 16 elements only; 8 half-precision ones are a 16-byte copy.
-        stride_pm = tl.multiple_of(stride_pm, 8)
-        stride_om = tl.multiple_of(stride_om, 8)
+    if ALIGN_O:
+        stride_om = multiple(stride_om, 8)
+        N = multiple(N, 8)
+    if ALIGN_P:
+        stride_pm = multiple(stride_pm, 8)
+        L = multiple(L, 8)
+    if ALIGN_Q:
         if Q_TRANSPOSED:
-            stride_qn = tl.multiple_of(stride_qn, 8)
+            stride_qn = multiple(stride_qn, 8)
         else:
-            stride_ql = tl.multiple_of(stride_ql, 8)
+            stride_ql = multiple(stride_ql, 8)
     if PERSISTENT:
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -168,6 +187,7 @@ def _lora_gemm(
                 M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
                 stride_vn, stride_wm, DTYPE, HAS_BIAS, HAS_DROPOUT, EVEN_L, USE_DESC,
                 Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS, GROUP_M,
+                ALIGN_U, ALIGN_V, V_TRANSPOSED,
             )  # fmt: skip
     else:
         _gemm_tile(
@@ -175,6 +195,7 @@ def _lora_gemm(
             M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
             stride_vn, stride_wm, DTYPE, HAS_BIAS, HAS_DROPOUT, EVEN_L, USE_DESC,
             Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS, GROUP_M,
+                ALIGN_U, ALIGN_V, V_TRANSPOSED,
         )  # fmt: skip
 
 
@@ -239,7 +260,9 @@ def lora_gemm(
         HAS_BIAS=bias is not None,
         HAS_DROPOUT=words is not None,
         EVEN_L=L % block_l == 0,
-        ALIGN8=all(t % 8 == 0 for t in (o.stride(0), p.stride(0), max(q.stride()))),
+        ALIGN_O=in_vectors(o),
+        ALIGN_P=in_vectors(p),
+        ALIGN_Q=in_vectors(q),
         USE_DESC=config.descriptors,
         Q_TRANSPOSED=q_transposed,
         INPUT_PRECISION=input_precision,
@@ -249,6 +272,9 @@ def lora_gemm(
         BLOCK_R=block_r,
         CHUNKS=chunks,
         GROUP_M=config.group_m,
+        ALIGN_U=in_vectors(u, 4),
+        ALIGN_V=in_vectors(v),
+        V_TRANSPOSED=v.stride(1) != 1,
         PERSISTENT=config.programs > 0,
         FLATTEN=config.flatten and words is None,
         num_warps=config.num_warps,
@@ -275,15 +301,19 @@ def _lora_add(
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    ALIGN8: tl.constexpr,
+    ALIGN_O: tl.constexpr,
+    ALIGN_U: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    if ALIGN8:
-        stride_om = tl.multiple_of(stride_om, 8)
+    if ALIGN_O:
+        stride_om = multiple(stride_om, 8)
+        N = multiple(N, 8)
     # Rows are the fast axis of the grid: V's tile stays in cache, and the row axis has no limit.
     first_m = tl.program_id(0) * BLOCK_M
     first_n = tl.program_id(1) * BLOCK_N
@@ -292,7 +322,7 @@ def _lora_add(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = add_low_rank(
         acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
-        DTYPE, BLOCK_R, CHUNKS, INPUT_PRECISION,
+        DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
     )  # fmt: skip
     if HAS_DROPOUT:
         keep = load_keep(words_ptr, stride_wm, first_m, first_n, M, BLOCK_M, BLOCK_N)
@@ -338,7 +368,10 @@ def lora_add(
         DTYPE=TL_DTYPE[o.dtype],
         HAS_BIAS=bias is not None,
         HAS_DROPOUT=words is not None,
-        ALIGN8=o.stride(0) % 8 == 0,
+        ALIGN_O=in_vectors(o),
+        ALIGN_U=in_vectors(u, 4),
+        ALIGN_V=in_vectors(v),
+        V_TRANSPOSED=v.stride(1) != 1,
         INPUT_PRECISION=input_precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -25,6 +25,7 @@ __all__ = ["INTERPRETED", "backward", "dropout_mask", "forward"]
 INTERPRETED = triton.knobs.runtime.interpret  # decided when the kernels were decorated
 
 _VECTOR_BYTES = 16
+_MIN_ROWS_PER_RANK = 16  # below, the partial sums outweigh the operand: the vendor's GEMM is taken
 
 
 def forward(
@@ -133,7 +134,11 @@ def _single_pass(p, q, z, v, scale, target, bias=None, words=None, inv_keep=1.0)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
     u = _rank_matrix(p.shape[0], z.shape[1], p.device)
     config = configs.single_pass_config(
-        target, p.element_size(), p.shape[0], describable=_describable(p) and _describable(q)
+        target,
+        p.element_size(),
+        p.shape[0],
+        u.shape[1],
+        describable=_describable(p) and _describable(q),
     )
     single_pass(
         o, u, p, q, z.to(p.dtype), v, scale, config,
@@ -144,6 +149,9 @@ def _single_pass(p, q, z, v, scale, target, bias=None, words=None, inv_keep=1.0)
 
 def _rank_grad(o, u, p, target, words=None, inv_keep=1.0) -> None:
     (M, L), R = p.shape, u.shape[1]
+    if words is None and M < _MIN_ROWS_PER_RANK * R:
+        o.copy_(torch.mm(u.to(p.dtype).t(), p))
+        return
     config = configs.rank_grad_config(
         target, p.element_size(), M, L, R, describable=_describable(p)
     )
@@ -158,7 +166,11 @@ def _rank_matrix(M: int, R: int, device: torch.device) -> Tensor:
 
 def _inner_contiguous(t: Tensor) -> Tensor:
     """``t`` with inner stride 1; rows may lie anywhere, even on top of each other."""
-    return t if t.stride(1) == 1 else t.contiguous()
+    if t.stride(1) == 1:
+        return t
+    if t.shape[1] == 1:  # its stride means nothing, and ``contiguous`` leaves it
+        return t.as_strided(t.shape, (t.stride(0), 1))
+    return t.contiguous()
 
 
 def _one_contiguous(t: Tensor) -> Tensor:
@@ -167,7 +179,7 @@ def _one_contiguous(t: Tensor) -> Tensor:
 
 def _describable(t: Tensor) -> bool:
     """Whether a tensor descriptor (or a 16-byte copy) can address the rows of ``t`` or ``tᵀ``."""
-    if t.stride(1) != 1:
+    if t.stride(1) != 1 and t.stride(0) == 1:
         t = t.t()
     return (
         t.stride(1) == 1

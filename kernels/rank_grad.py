@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, load_keep, sum_partials
+from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple, sum_partials
 from .configs import RankGradConfig, cdiv
 
 
@@ -33,13 +33,20 @@ def _rank_grad(
     stride_wm,
     DTYPE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    ALIGN8: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_U: tl.constexpr,
     USE_DESC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    if ALIGN_P:
+        stride_pm = multiple(stride_pm, 8)
+        L = multiple(L, 8)
+    if ALIGN_U:
+        stride_um = multiple(stride_um, 4)
+        R = multiple(R, 4)
     first_l = tl.program_id(0) * BLOCK_L
     split = tl.program_id(1)
     offs_l = first_l + tl.arange(0, BLOCK_L)
@@ -47,8 +54,6 @@ def _rank_grad(
     offs_m = tl.arange(0, BLOCK_M)
     first_m = split * m_per_split
     last_m = tl.minimum(first_m + m_per_split, M)
-    if ALIGN8:
-        stride_pm = tl.multiple_of(stride_pm, 8)
     rows = (first_m + offs_m).to(tl.int64)
     u_ptrs = u_ptr + rows[None, :] * stride_um + offs_r[:, None]
     if not USE_DESC:
@@ -66,9 +71,9 @@ def _rank_grad(
             p = tl.where(keep != 0, p, 0.0).to(DTYPE)
         # (BLOCK_R, BLOCK_M) @ (BLOCK_M, BLOCK_L)
         acc = tl.dot(u.to(DTYPE), p, acc, input_precision=INPUT_PRECISION)
-        u_ptrs += BLOCK_M * stride_um
+        u_ptrs += advance(BLOCK_M, stride_um)
         if not USE_DESC:
-            p_ptrs += BLOCK_M * stride_pm
+            p_ptrs += advance(BLOCK_M, stride_pm)
     o_ptrs = (
         o_ptr
         + split.to(tl.int64) * stride_os
@@ -130,7 +135,8 @@ def rank_grad(
         0 if words is None else words.stride(0),
         DTYPE=TL_DTYPE[p.dtype],
         HAS_DROPOUT=words is not None,
-        ALIGN8=p.stride(0) % 8 == 0,
+        ALIGN_P=in_vectors(p),
+        ALIGN_U=in_vectors(u, 4),
         USE_DESC=config.descriptors,
         INPUT_PRECISION=input_precision,
         BLOCK_M=config.block_m,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import load_keep, sum_partials
+from .common import advance, in_vectors, load_keep, multiple, sum_partials
 from .configs import ShrinkConfig, cdiv
 
 
@@ -35,13 +35,24 @@ def _shrink(
     HAS_DROPOUT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     EVEN_L: tl.constexpr,
-    ALIGN8: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_Q: tl.constexpr,
+    Q_TRANSPOSED: tl.constexpr,
     USE_DESC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    if ALIGN_P:
+        stride_pm = multiple(stride_pm, 8)
+        L = multiple(L, 8)
+    if ALIGN_Q:
+        if Q_TRANSPOSED:
+            stride_qr = multiple(stride_qr, 8)
+        else:
+            stride_ql = multiple(stride_ql, 8)
+            R = multiple(R, 8)
     first_m = tl.program_id(0) * BLOCK_M
     split = tl.program_id(1)
     offs_m = first_m + tl.arange(0, BLOCK_M)
@@ -49,8 +60,6 @@ def _shrink(
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     first_l = split * l_per_split
     last_l = tl.minimum(first_l + l_per_split, L)
-    if ALIGN8:
-        stride_pm = tl.multiple_of(stride_pm, 8)
     if not USE_DESC:
         p_ptrs = p_ptr + offs_m.to(tl.int64)[:, None] * stride_pm + (first_l + offs_l)[None, :]
     q_ptrs = (
@@ -79,7 +88,7 @@ def _shrink(
         acc = tl.dot(p, q, acc, input_precision=INPUT_PRECISION)
         if not USE_DESC:
             p_ptrs += BLOCK_L
-        q_ptrs += BLOCK_L * stride_ql
+        q_ptrs += advance(BLOCK_L, stride_ql)
     if HAS_SCALE:
         acc *= factor * tl.load(scale_ptr).to(tl.float32)
     u_ptrs = (
@@ -142,7 +151,9 @@ def shrink(
         HAS_DROPOUT=words is not None,
         HAS_SCALE=splits == 1,
         EVEN_L=L % config.block_l == 0,
-        ALIGN8=p.stride(0) % 8 == 0,
+        ALIGN_P=in_vectors(p),
+        ALIGN_Q=in_vectors(q),
+        Q_TRANSPOSED=q.stride(1) != 1,
         USE_DESC=config.descriptors,
         INPUT_PRECISION=input_precision,
         BLOCK_M=config.block_m,

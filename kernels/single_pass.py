@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, load_keep
+from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple
 from .configs import SinglePassConfig, cdiv
 
 
@@ -46,21 +46,44 @@ def _single_pass(
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     EVEN_L: tl.constexpr,
-    ALIGN8: tl.constexpr,
+    ALIGN_O: tl.constexpr,
+    ALIGN_P: tl.constexpr,
+    ALIGN_Q: tl.constexpr,
+    ALIGN_Z: tl.constexpr,
+    ALIGN_V: tl.constexpr,
     USE_DESC: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
+    Z_TRANSPOSED: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    if ALIGN8:
-        stride_pm = tl.multiple_of(stride_pm, 8)
+    if ALIGN_O:
+        stride_om = multiple(stride_om, 8)
+        N = multiple(N, 8)
+    if ALIGN_P:
+        stride_pm = multiple(stride_pm, 8)
+        L = multiple(L, 8)
+    if ALIGN_Q:
         if Q_TRANSPOSED:
-            stride_qn = tl.multiple_of(stride_qn, 8)
+            stride_qn = multiple(stride_qn, 8)
         else:
-            stride_ql = tl.multiple_of(stride_ql, 8)
+            stride_ql = multiple(stride_ql, 8)
+    if ALIGN_Z:
+        if Z_TRANSPOSED:
+            stride_zr = multiple(stride_zr, 8)
+        else:
+            stride_zl = multiple(stride_zl, 8)
+            R = multiple(R, 8)
+    if ALIGN_V:
+        if V_TRANSPOSED:
+            stride_vn = multiple(stride_vn, 8)
+            R = multiple(R, 8)
+        else:
+            stride_vr = multiple(stride_vr, 8)
     first_m = tl.program_id(0) * BLOCK_M
     first_n = tl.program_id(1) * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
@@ -107,8 +130,8 @@ def _single_pass(
             if Q_TRANSPOSED:
                 q_ptrs += BLOCK_L
             else:
-                q_ptrs += BLOCK_L * stride_ql
-        z_ptrs += BLOCK_L * stride_zl
+                q_ptrs += advance(BLOCK_L, stride_ql)
+        z_ptrs += advance(BLOCK_L, stride_zl)
     # Beyond the rank an infinite x times the zeros of Z is NaN, and would reach every column.
     low = tl.where(offs_r[None, :] < R, low * tl.load(scale_ptr).to(tl.float32), 0.0)
     if tl.program_id(1) == 0:
@@ -199,9 +222,15 @@ def single_pass(
         HAS_BIAS=bias is not None,
         HAS_DROPOUT=words is not None,
         EVEN_L=L % block_l == 0,
-        ALIGN8=p.stride(0) % 8 == 0 and max(q.stride()) % 8 == 0,
+        ALIGN_O=in_vectors(o),
+        ALIGN_P=in_vectors(p),
+        ALIGN_Q=in_vectors(q),
+        ALIGN_Z=in_vectors(z),
+        ALIGN_V=in_vectors(v),
         USE_DESC=config.descriptors,
         Q_TRANSPOSED=q_transposed,
+        Z_TRANSPOSED=z.stride(1) != 1,
+        V_TRANSPOSED=v.stride(1) != 1,
         INPUT_PRECISION=input_precision,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

@@ -30,11 +30,13 @@ CASES = [
     ("split", 2048, 1024, 4096, 256, FP16, FP16, True),
     ("split", 512, 1024, 1024, 16, BF16, BF16, False),
     ("split", 512, 1003, 1001, 100, BF16, BF16, True),
+    ("split", 512, 1032, 1048, 8, BF16, BF16, True),
     ("addmm", 512, 1024, 2048, 128, BF16, BF16, True),
     ("addmm", 512, 1003, 1001, 8, BF16, FP32, True),
     ("addmm", 512, 1024, 2048, 32, FP32, FP32, True),
+    ("addmm", 512, 1024, 2048, 256, FP32, FP32, True),
     ("single_pass", 16, 1024, 4096, 16, BF16, BF16, False),
-    ("single_pass", 64, 1024, 4096, 64, FP16, FP32, False),
+    ("single_pass", 64, 1032, 4096, 64, FP16, FP32, False),
 ]
 
 

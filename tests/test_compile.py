@@ -59,7 +59,9 @@ def test_every_shape_gets_a_config_that_fits(arch, rank, itemsize):
                 configs.add_config(target, itemsize),
             ]
             if rank <= configs.SINGLE_PASS_MAX_RANK:
-                chosen.append(configs.single_pass_config(target, itemsize, M, describable=N != 17))
+                chosen.append(
+                    configs.single_pass_config(target, itemsize, M, rank, describable=N != 17)
+                )
             for config in chosen:
                 assert configs.is_valid(config, target, itemsize, rank), config
 

@@ -225,7 +225,7 @@ def test_layers_that_share_a_weight_merge_one_at_a_time():
 
 def test_merging_a_computed_weight_is_refused():
     layer = trained()
-    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
     with pytest.raises(TypeError, match="expected weight to be a Parameter"):
         layer.merge()
 

@@ -1,0 +1,175 @@
+"""Who runs: explicit choices, automatic ones, the fallback, and the strategies."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from fused_lora import FusedLoRALinear, aten, cost, dispatch, explain, fused_lora_linear
+
+
+@pytest.fixture(autouse=True)
+def _fresh_decisions():
+    dispatch.clear_decisions()
+    yield
+    dispatch.clear_decisions()
+
+
+def call(impl, **kwargs):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(6, 8)
+    A, B = torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    y = fused_lora_linear(x, weight, A, B, impl=impl, **kwargs)
+    return y, torch.autograd.grad(y.sum(), (x, A, B))
+
+
+def test_auto_on_a_cpu_is_torch():
+    decision = explain(FusedLoRALinear(8, 6, rank=2))
+    assert (decision.impl, decision.forward) == ("torch", None)
+    assert "cpu" in decision.reason
+
+
+def test_explain_of_other_choices():
+    layer = FusedLoRALinear(8, 6, rank=2)
+    assert explain(layer, impl="reference").impl == "reference"
+    assert explain(layer, impl="torch").reason == "asked for"
+    layer.merge()
+    assert "merged" in str(explain(layer))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
+def test_triton_that_cannot_run_says_why():
+    """Without the interpreter, on a machine without a GPU: an error, not "0 active drivers"."""
+    script = (
+        "import torch, fused_lora\n"
+        "layer = fused_lora.FusedLoRALinear(8, 6, rank=2, impl='triton')\n"
+        "try: layer(torch.randn(5, 8))\n"
+        "except ValueError as error: print(error)\n"
+        "layer.impl = 'auto'\n"
+        "layer(torch.randn(5, 8)).sum().backward()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "impl='triton' cannot run here" in done.stdout
+    assert "Triton" in done.stdout
+    assert done.stderr == ""
+
+
+def test_float64_is_not_for_triton():
+    pytest.importorskip("triton")
+    layer = FusedLoRALinear(8, 6, rank=2, dtype=torch.float64, impl="triton")
+    with pytest.raises(ValueError, match="float64"):
+        layer(torch.randn(5, 8, dtype=torch.float64))
+
+
+def test_triton_explains_its_strategies():
+    pytest.importorskip("triton")
+    decision = explain(FusedLoRALinear(80, 60, rank=2, impl="triton"), tokens=1000)
+    assert (decision.impl, decision.forward, decision.backward) == ("triton", "split", "split")
+    assert "split" in str(decision)
+
+
+class BrokenKernels:
+    """Stands for kernels that fail to compile or launch, in one direction or in all."""
+
+    def __init__(self, ops, broken):
+        self.ops, self.broken, self.calls = ops, broken, []
+
+    def __getattr__(self, name):
+        self.calls.append(name)
+        if name in self.broken:
+            raise RuntimeError("out of resource: shared memory\nlong details")
+        return getattr(self.ops, name)
+
+
+@pytest.mark.parametrize("broken", [("forward",), ("backward",), ("dropout_mask",)])
+def test_auto_falls_back_with_one_warning(broken, monkeypatch):
+    pytest.importorskip("triton")
+    from fused_lora.kernels import ops
+
+    monkeypatch.setattr(dispatch, "_may_run_triton", lambda x, weight: True)
+    monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
+    kernels = BrokenKernels(ops, broken)
+    original = dispatch._Triton.__init__
+
+    def with_broken_kernels(self, *args):
+        original(self, *args)
+        self.ops = kernels
+
+    monkeypatch.setattr(dispatch._Triton, "__init__", with_broken_kernels)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = [call("auto", dropout_p=0.3) for _ in range(2)]
+    assert kernels.calls.count(broken[0]) == 1
+    messages = [str(w.message) for w in caught if "fused_lora" in str(w.message)]
+    assert len(messages) == 1
+    assert "out of resource: shared memory" in messages[0]
+    assert "impl='torch'" in messages[0]
+    assert "details" not in messages[0]
+    expected = call("torch", dropout_p=0.3)
+    for y, grads in results:
+        torch.testing.assert_close((y, *grads), (expected[0], *expected[1]))
+
+
+def test_an_explicit_choice_does_not_fall_back(monkeypatch):
+    pytest.importorskip("triton")
+    from fused_lora.kernels import ops
+
+    def fail(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(ops, "forward", fail)
+    with pytest.raises(RuntimeError, match="no"):
+        call("triton")
+
+
+def test_missing_memory_is_not_hidden(monkeypatch):
+    pytest.importorskip("triton")
+    from fused_lora.kernels import ops
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(dispatch, "_may_run_triton", lambda x, weight: True)
+    monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
+    monkeypatch.setattr(ops, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        call("auto")
+
+
+def test_subclasses_take_aten_operators():
+    class Subclass(torch.Tensor):
+        pass
+
+    weight = torch.randn(6, 8).as_subclass(Subclass)
+    assert dispatch.choose(torch.randn(5, 8), weight, torch.randn(2, 8), "auto", False) is aten
+
+
+SHAPE = {"M": 8192, "N": 4096, "L": 4096, "rank": 16}
+# arch, item size, changes, strategy
+STRATEGIES = [
+    ("sm_90", 2, {}, "split"),
+    ("sm_80", 2, {"L": 65_536}, "addmm"),
+    ("sm_90", 4, {}, "addmm"),
+    ("sm_90", 2, {"aligned": False}, "addmm"),
+    ("sm_90", 2, {"fill": 0.5}, "addmm"),
+    ("sm_100", 2, {}, "addmm"),
+    ("gfx942", 2, {}, "addmm"),
+    ("sm_90", 2, {"M": 16, "N": 16_384}, "single_pass"),
+    ("sm_90", 2, {"M": 16, "N": 16_384, "masked_operand": True}, "addmm"),
+    ("sm_90", 2, {"M": 16, "N": 16_384, "rank": 128}, "addmm"),
+]
+
+
+@pytest.mark.parametrize("case", STRATEGIES, ids=str)
+def test_strategies(case):
+    arch, itemsize, changes, expected = case
+    arguments = SHAPE | {"masked_operand": False, "aligned": True, "fill": 0.95} | changes
+    strategy, reason = cost.choose_strategy(arch, 132, itemsize, **arguments)
+    assert strategy == expected, reason
+    assert reason

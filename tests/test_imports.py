@@ -1,0 +1,67 @@
+"""Imports in a fresh interpreter: quiet, without Triton, and beside other libraries."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, **kwargs) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        **kwargs,
+    )
+
+
+def test_import_is_quiet_and_loads_no_triton():
+    done = run("import sys, fused_lora; assert 'triton' not in sys.modules")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_works_with_triton_blocked():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from fused_lora import FusedLoRALinear, explain\n"
+        "layer = FusedLoRALinear(8, 6, rank=2, dropout=0.1)\n"
+        "layer(torch.randn(5, 8)).sum().backward()\n"
+        "assert layer.lora_A.grad is not None\n"
+        "try: explain(layer, impl='triton')\n"
+        "except ValueError as error: assert 'pip install triton' in str(error), error\n"
+        "else: raise SystemExit('no error')\n"
+    )
+    done = run(script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["transformers.modeling_utils", "peft"])
+def test_other_libraries_import_from_our_root(module):
+    """They probe for any module named ``kernels``, which our folder answers to there."""
+    pytest.importorskip(module.partition(".")[0])
+    done = run(f"import {module}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_top_level_kernels_package_is_installed():
+    script = (
+        "import importlib.util\n"
+        "import fused_lora.kernels.configs\n"
+        "spec = importlib.util.find_spec('kernels')\n"
+        "assert spec is None or 'fused' not in str(spec.origin), spec\n"
+    )
+    done = run(script, cwd=ROOT / "tests")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_folder_imported_by_itself_is_harmless():
+    done = run("import kernels, sys; assert kernels.__version__ == '0'", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
