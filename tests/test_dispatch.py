@@ -153,11 +153,12 @@ def test_subclasses_take_aten_operators():
 SHAPE = {"M": 8192, "N": 4096, "L": 4096, "rank": 16}
 # arch, item size, changes, strategy
 STRATEGIES = [
-    ("sm_90", 2, {}, "split"),
+    ("sm_90", 2, {"L": 2048}, "split"),
+    ("sm_90", 2, {}, "addmm"),
     ("sm_80", 2, {"L": 65_536}, "addmm"),
-    ("sm_90", 4, {}, "addmm"),
-    ("sm_90", 2, {"aligned": False}, "addmm"),
-    ("sm_90", 2, {"fill": 0.5}, "addmm"),
+    ("sm_90", 4, {"L": 2048}, "addmm"),
+    ("sm_90", 2, {"L": 2048, "aligned": False}, "addmm"),
+    ("sm_90", 2, {"L": 2048, "fill": 0.5}, "addmm"),
     ("sm_100", 2, {}, "addmm"),
     ("gfx942", 2, {}, "addmm"),
     ("sm_90", 2, {"M": 16, "N": 16_384}, "single_pass"),
