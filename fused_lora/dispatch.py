@@ -99,8 +99,13 @@ def choose(x: Tensor, weight: Tensor, lora_A: Tensor, impl: str, dropped: bool):
 
 
 def _may_run_triton(x: Tensor, weight: Tensor) -> bool:
-    """A plain tensor on a GPU; subclasses such as DTensor need aten operators."""
-    return x.is_cuda and type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
+    """A plain tensor on a GPU; subclasses such as DTensor, and compilers, need aten operators."""
+    return (
+        x.is_cuda
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
 
 
 @lru_cache(maxsize=4096)

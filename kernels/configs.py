@@ -338,8 +338,10 @@ def rank_grad_config(
     elif rank > 64:
         # U is staged in fp32: more rows a step, or more columns at rank 256, spill.
         config = RankGradConfig(8, 2, block_m=16, block_l=128 if rank <= 128 else 64)
+    elif rank > 32:
+        config = RankGradConfig(8, 2, block_m=32, block_l=128)
     else:
-        config = RankGradConfig(4, 3 if rank <= 32 else 2, block_m=32, block_l=64)
+        config = RankGradConfig(4, 3, block_m=32, block_l=64)
     config = _fit(config, target, itemsize, rank)
     wanted = min(cdiv(2 * target.sms, cdiv(L, config.block_l)), cdiv(M, 256))
     return replace(config, splits=max(1, min(wanted, itemsize * M // (32 * rank))))

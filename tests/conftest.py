@@ -48,6 +48,8 @@ def _mend_interpreter() -> None:
 
 if interpreter is not None:
     _mend_interpreter()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are the threads
 
 
 @pytest.fixture(autouse=True)
