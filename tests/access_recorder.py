@@ -1,0 +1,156 @@
+"""Every address that a kernel touches, seen through Triton's interpreter.
+
+``with record() as launches: launcher(...)`` checks each launch as it ends: every lane that is not
+masked off reads and writes inside a tensor argument (at one of its elements, not merely inside its
+span), and every element of a tensor that is written at all is written exactly once. Tensors from
+:func:`guarded` stand between bands that nothing may change.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+GUARD = 64  # elements on either side
+
+
+class AccessError(AssertionError):
+    """A launch touched what it must not, or left or repeated what it must write once."""
+
+
+@dataclass
+class Launch:
+    """One launch: bytes by argument name, unique (each address once) and in all."""
+
+    kernel: str
+    read_unique: dict[str, int] = field(default_factory=dict)
+    read_total: dict[str, int] = field(default_factory=dict)
+    written: dict[str, int] = field(default_factory=dict)
+
+
+class _Region:
+    """The elements of one tensor argument, as addresses."""
+
+    def __init__(self, name: str, base: Tensor, shape, strides):
+        self.name, self.itemsize = name, base.element_size()
+        offsets = np.zeros(1, dtype=np.int64)
+        for size, stride in zip(shape, strides, strict=True):
+            steps = np.arange(size, dtype=np.int64) * stride
+            offsets = (offsets[:, None] + steps).reshape(-1)
+        self.elements = np.unique(base.data_ptr() + offsets * self.itemsize).astype(np.uint64)
+        self.reads: list[np.ndarray] = []
+        self.writes: list[np.ndarray] = []
+
+    def holds(self, addresses: np.ndarray) -> np.ndarray:
+        at = np.searchsorted(self.elements, addresses)
+        at = np.minimum(at, max(0, self.elements.size - 1))
+        return self.elements[at] == addresses if self.elements.size else addresses != addresses
+
+
+class _Recorder:
+    def __init__(self):
+        self.launches: list[Launch] = []
+        self.regions: list[_Region] = []
+
+    def begin(self, names: list[str], args) -> None:
+        self.regions = []
+        known = set()
+        for name, arg in zip(names, args, strict=False):
+            if isinstance(arg, TensorDescriptor):
+                base, shape, strides = arg.base, arg.shape, arg.strides
+            elif isinstance(arg, Tensor):
+                base, shape, strides = arg, arg.shape, arg.stride()
+            else:
+                continue
+            if base.data_ptr() not in known:  # flags off pass another argument in its place
+                known.add(base.data_ptr())
+                self.regions.append(_Region(name, base, shape, strides))
+
+    def access(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, kind: str) -> None:
+        addresses = pointers[np.broadcast_to(mask, pointers.shape)].reshape(-1).astype(np.uint64)
+        for region in self.regions:
+            if region.itemsize != itemsize or not addresses.size:
+                continue
+            inside = region.holds(addresses)
+            if inside.any():
+                getattr(region, kind).append(addresses[inside])
+            addresses = addresses[~inside]
+        if addresses.size:
+            raise AccessError(f"{kind} outside of every argument, at {addresses[:4].tolist()}")
+
+    def end(self, kernel: str) -> None:
+        launch = Launch(kernel)
+        for region in self.regions:
+            if region.reads:
+                reads = np.concatenate(region.reads)
+                launch.read_unique[region.name] = np.unique(reads).size * region.itemsize
+                launch.read_total[region.name] = reads.size * region.itemsize
+            if region.writes:
+                places, counts = np.unique(np.concatenate(region.writes), return_counts=True)
+                if (counts > 1).any():
+                    raise AccessError(f"{kernel} writes elements of {region.name} repeatedly")
+                if places.size != region.elements.size:
+                    missing = region.elements.size - places.size
+                    raise AccessError(f"{kernel} leaves {missing} elements of {region.name}")
+                launch.written[region.name] = places.size * region.itemsize
+        self.launches.append(launch)
+
+
+@contextmanager
+def record():
+    """Record and check every launch of the block; yields the list of :class:`Launch`."""
+    recorder = _Recorder()
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+    def itemsize(pointers) -> int:
+        return pointers.get_element_ty().primitive_bitwidth // 8
+
+    def recording_load(self, ptrs, mask, *args, **kwargs):
+        recorder.access(ptrs.data, mask.data, itemsize(ptrs), "reads")
+        return load(self, ptrs, mask, *args, **kwargs)
+
+    def recording_store(self, ptrs, value, mask, *args, **kwargs):
+        recorder.access(ptrs.data, mask.data, itemsize(ptrs), "writes")
+        return store(self, ptrs, value, mask, *args, **kwargs)
+
+    def recording_call(self, *args, **kwargs):
+        recorder.begin(self.arg_names, args)
+        call(self, *args, **kwargs)
+        recorder.end(self.fn.__name__)
+
+    builder.create_masked_load, builder.create_masked_store = recording_load, recording_store
+    executor.__call__ = recording_call
+    try:
+        yield recorder.launches
+    except interpreter.InterpreterError as error:
+        if isinstance(error.__cause__, AccessError):
+            raise error.__cause__ from None
+        raise
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        executor.__call__ = call
+
+
+def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """``tensor`` copied between two bands, and the whole buffer; see :func:`assert_guards`."""
+    fill = float("nan") if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max
+    buffer = torch.full((tensor.numel() + 2 * GUARD,), fill, dtype=tensor.dtype)
+    inner = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+    return inner.copy_(tensor), buffer
+
+
+def assert_guards(buffer: Tensor) -> None:
+    """The bands of a buffer from :func:`guarded` are untouched."""
+    bands = torch.cat([buffer[:GUARD], buffer[-GUARD:]])
+    untouched = (
+        bands.isnan() if bands.is_floating_point() else bands == torch.iinfo(bands.dtype).max
+    )
+    if not untouched.all():
+        raise AccessError("a guard band was written")

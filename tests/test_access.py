@@ -1,0 +1,131 @@
+"""Bounds, exactly-once writes and bytes of every kernel, over ragged shapes."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from access_recorder import AccessError, assert_guards, guarded, record
+
+from fused_lora import dropout
+from fused_lora.kernels import ops
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# M, K, N, R, dtype, strategy, dropout
+CASES = [
+    (63, 123, 80, 8, BF16, "split", True),
+    (130, 65, 129, 100, FP16, "split", True),
+    (300, 17, 33, 1, FP32, "split", False),
+    (64, 128, 192, 16, BF16, "split", False),
+    (17, 300, 123, 24, BF16, "addmm", True),
+    (1, 1, 1, 1, FP32, "addmm", False),
+    (65, 64, 63, 200, FP32, "addmm", True),
+    (17, 123, 65, 64, FP16, "single_pass", False),
+    (64, 128, 64, 16, BF16, "single_pass", False),
+]
+
+
+def layer(case):
+    """The layer's tensors between guard bands, and the buffers to check."""
+    M, K, N, R, dtype, *_ = case
+    shapes = {"x": (M, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R), "dy": (M, N)}
+    pairs = {name: guarded(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+    return {n: t for n, (t, _) in pairs.items()}, [buffer for _, buffer in pairs.values()]
+
+
+def run_both_directions(case, tensors):
+    M, K, _, _, _, strategy, dropped = case
+    x, weight, A, B, dy = (tensors[n] for n in ("x", "weight", "lora_A", "lora_B", "dy"))
+    words = None
+    if dropped:
+        words = dropout.empty_words(M, K, x.device)
+        ops.dropout_mask(words, torch.tensor(7), 50_000, dropout.DIGITS)
+    bias = torch.randn(weight.shape[0])
+    _, S = ops.forward(x, weight, A, B, bias, 2.0, words, 1.3, strategy)
+    ops.backward(dy, x, weight, A, B, S, 2.0, words, 1.3, (True, True, True), strategy)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_in_bounds_and_written_once(case):
+    tensors, buffers = layer(case)
+    with record() as launches:
+        run_both_directions(case, tensors)
+    assert len(launches) >= 2
+    assert all(launch.written for launch in launches)
+    for buffer in buffers:
+        assert_guards(buffer)
+
+
+def test_bytes_of_the_split_strategy():
+    """Unique bytes are the compulsory ones: each operand once, each result once."""
+    M, K, N, R = 130, 128, 192, 16
+    case = (M, K, N, R, BF16, "split", False)
+    tensors, _ = layer(case)
+    with record() as launches:
+        run_both_directions(case, tensors)
+    by_name = {}
+    for launch in launches:
+        by_name.setdefault(launch.kernel, []).append(launch)
+    gemm = by_name["_lora_gemm"][0]
+    assert gemm.read_unique["p_ptr"] == 2 * M * K
+    assert gemm.read_unique["q_ptr"] == 2 * N * K
+    assert gemm.read_unique["u_ptr"] == 4 * M * R
+    assert gemm.written == {"o_ptr": 2 * M * N}
+    assert gemm.read_total["p_ptr"] == 3 * gemm.read_unique["p_ptr"]  # once a block of 64 columns
+    for launch, length in zip(by_name["_shrink"], (K, N), strict=True):
+        assert launch.read_total["p_ptr"] == launch.read_unique["p_ptr"] == 2 * M * length
+
+
+@triton.jit
+def _copy(out_ptr, in_ptr, n, MASK_LOAD: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(in_ptr + offs, mask=offs < n) if MASK_LOAD else tl.load(in_ptr + offs)
+    tl.store(out_ptr + offs, x, mask=offs < n)
+
+
+@triton.jit
+def _overlapping(out_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * (BLOCK // 2) + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, offs.to(tl.float32), mask=offs < n)
+
+
+def test_recorder_passes_a_sound_kernel():
+    out, source = torch.empty(100), torch.randn(100)
+    with record() as launches:
+        _copy[(4,)](out, source, 100, MASK_LOAD=True, BLOCK=32)
+    assert torch.equal(out, source)
+    assert launches[0].read_unique == {"in_ptr": 400}
+    assert launches[0].written == {"out_ptr": 400}
+
+
+def test_recorder_catches_an_unmasked_load():
+    source, _ = guarded(torch.randn(100))
+    with pytest.raises(AccessError, match="reads outside"), record():
+        _copy[(4,)](torch.empty(100), source, 100, MASK_LOAD=False, BLOCK=32)
+
+
+def test_recorder_catches_a_missing_tile():
+    with pytest.raises(AccessError, match="leaves 4 elements of out_ptr"), record():
+        _copy[(3,)](torch.empty(100), torch.randn(100), 100, MASK_LOAD=True, BLOCK=32)
+
+
+def test_recorder_catches_a_double_write():
+    with pytest.raises(AccessError, match="repeatedly"), record():
+        _overlapping[(6,)](torch.empty(100), 100, BLOCK=32)
+
+
+def test_recorder_catches_a_read_between_the_rows_of_a_view():
+    matrix = torch.randn(10, 16)[:, :8]
+    with pytest.raises(AccessError, match="reads outside"), record():
+        _copy[(4,)](torch.empty(100), matrix, 100, MASK_LOAD=True, BLOCK=32)
+
+
+def test_guard_bands_show_a_write():
+    inner, buffer = guarded(torch.zeros(10))
+    assert_guards(buffer)
+    torch.as_strided(buffer, (1,), (1,), inner.storage_offset() - 1).zero_()
+    with pytest.raises(AccessError, match="guard band"):
+        assert_guards(buffer)
