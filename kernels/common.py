@@ -175,7 +175,7 @@ def sum_partials(
         scale: 0-d tensor read on the device, or None.
     """
     splits, rows, cols = partials.shape
-    block_m, block_n = (4, 256) if cols >= 256 else (16, 64)
+    block_m, block_n = (4, 128) if cols >= 128 else (8, 64)
     _sum_partials[(cdiv(rows, block_m), cdiv(cols, block_n))](
         out,
         partials,

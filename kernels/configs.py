@@ -94,10 +94,11 @@ class ShrinkConfig(Config):
     block_m: int = 32
     block_l: int = 64
     splits: int = 1
+    max_block_r: int = SHRINK_MAX_BLOCK_R
 
     def block_r(self, rank: int) -> int:
         """Columns of U a program owns."""
-        return padded_rank(rank, SHRINK_MAX_BLOCK_R)
+        return padded_rank(rank, self.max_block_r)
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound of the shared memory of a block."""
@@ -320,6 +321,8 @@ def shrink_config(
         if not describable:
             block_l = 32  # narrow loads need an address and a mask an element
         config = ShrinkConfig(8 if rank > 64 else 4, 3, block_m=block_m, block_l=block_l)
+        if itemsize == 4:
+            config = replace(config, max_block_r=128)  # fp32 dots are FMA loops: 256 spills
         config = _fit(config, target, itemsize, rank)
     wanted = cdiv(2 * target.sms, cdiv(M, config.block_m))
     wanted = min(wanted, cdiv(L, 4 * config.block_l))
