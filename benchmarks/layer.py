@@ -1,6 +1,7 @@
 """Forward and backward of one layer against its peers: ``python benchmarks/layer.py``.
 
-Every variant has the same weights and is checked against the textbook formula before it is timed.
+Every variant has the same weights, and its output is checked against the textbook formula before it
+is timed.
 Rounds are interleaved; a number is a variant's median over that of the bare frozen layer in the
 same run, so that it carries from machine to machine better than milliseconds do. ``saved`` is what
 autograd keeps for backward beside the parameters, over the bytes of x.
@@ -82,7 +83,7 @@ def check(layers: dict[str, nn.Module], x) -> None:
     for name, layer in layers.items():
         if name != "frozen":
             error = ((layer.eval()(x) - y).float().norm() / y.float().norm()).item()
-            assert error < 2e-2, f"{name}: relative error {error:.1e}"
+            assert error < 4 * torch.finfo(x.dtype).eps, f"{name}: relative error {error:.1e}"
         layer.train()
     expected.p = p
 
@@ -106,6 +107,7 @@ def saved_bytes(layer: nn.Module, x) -> int:
 def step(layer: nn.Module, x, dy) -> float:
     """Seconds of one forward and backward."""
     x.grad = None
+    layer.zero_grad()
     synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -147,8 +149,10 @@ def device_name(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    dtypes = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--device", choices=devices, default=devices[0])
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16", "float32"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--seconds", type=float, default=4.0, help="a table row")
     args = parser.parse_args()

@@ -78,6 +78,8 @@ def read_idx(folder: Path, name: str, magic: int) -> Tensor:
         raise ValueError(f"{path} is no MNIST file: expected magic number {magic}, got {words[0]}")
     start, shape = 4 * len(words), torch.Size(words[1:])
     size = start + shape.numel()
+    if not shape.numel():
+        raise ValueError(f"{path} is empty; {FETCH}")
     if len(raw) != size:
         raise ValueError(f"{path} is truncated: expected {size} bytes, got {len(raw)}; {FETCH}")
     return torch.frombuffer(raw, dtype=torch.uint8, offset=start).view(shape)
@@ -245,6 +247,7 @@ def plot(path: Path, wrong: dict[str, list[int]], curves: dict[str, list[float]]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     add, folder = parser.add_argument, os.environ.get("FUSED_LORA_DATA") or None
     add("--data", type=Path, default=folder, metavar="DIR", help="the four IDX files of MNIST")
@@ -264,6 +267,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def mlp() -> nn.Sequential:
+    """784→256→128→10 with ReLU: 235,146 parameters."""
     first, second, head = nn.Linear(784, 256), nn.Linear(256, 128), nn.Linear(128, 10)
     return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), head)
 
@@ -316,10 +320,11 @@ def run(args: argparse.Namespace) -> bool:
     }
     if args.compare:
         gap = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-        text = f"loss curve: within {gap:.7f} of the reference's, at most {CURVE_TOLERANCE:.7f}"
+        text = f"loss curve: within {gap:.1e} of the reference's, at most {CURVE_TOLERANCE:.1e}"
         exact[text] = gap <= CURVE_TOLERANCE
     for text, passed in (learned | exact).items():
-        print(f"{'PASS' if passed else 'FAIL'}  {text}")
+        missed = "note" if args.quick and text in learned else "FAIL"
+        print(f"{'PASS' if passed else missed}  {text}")
     return all(exact.values()) and (args.quick or all(learned.values()))
 
 
@@ -327,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 if the checks passed, 1 if one failed, 2 if the run could not be made."""
     try:
         return 0 if run(parse(argv)) else 1
-    except (OSError, ValueError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

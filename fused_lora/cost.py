@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SINGLE_PASS_MAX_ROWS = 64
-SINGLE_PASS_MAX_RANK = 64
+from .kernels.configs import SINGLE_PASS_MAX_RANK, SINGLE_PASS_MAX_ROWS
+
 SINGLE_PASS_COLUMNS = 64  # of one program
 MIN_FILL = 0.85  # the published ratios are of GEMMs that fill the GPU
 MIN_GAIN = 0.05  # predicted gains below it are noise: the vendor's GEMM is taken

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import aten, cost, dropout
-from .validation import check_dropout, check_impl
+from .validation import check_dropout, check_impl, check_tensors
 
 _failed: set[tuple] = set()
 
@@ -49,6 +49,8 @@ def explain(
 ) -> Decision:
     """Which implementation and strategy a call would use, and why. Runs nothing.
 
+    Of an eager call on plain tensors, in ``x``'s own dtype: autocast and compilers are not asked.
+
     Args:
         target: a :class:`fused_lora.FusedLoRALinear`, or ``x (..., in)`` with ``weight`` and
             ``lora_A`` as for :func:`fused_lora.fused_lora_linear`.
@@ -60,8 +62,10 @@ def explain(
         TypeError: neither a layer nor three tensors.
         ValueError: an explicit ``impl`` that cannot run here.
     """
-    if isinstance(target, nn.Module) and hasattr(target, "lora_A"):
+    if isinstance(target, nn.Linear) and hasattr(target, "lora_A"):
         layer = target
+        if tokens < 0:
+            raise ValueError(f"expected tokens >= 0, got {tokens}")
         if layer.merged or not layer.enabled:
             state = "merged" if layer.merged else "disabled"
             return Decision("torch", None, None, f"the adapter is {state}: a plain F.linear")
@@ -70,28 +74,33 @@ def explain(
         impl = layer.impl if impl is None else impl
         if dropout_p is None:
             dropout_p = layer.dropout if layer.training else 0.0
-    elif isinstance(target, Tensor) and weight is not None and lora_A is not None:
+    elif all(isinstance(t, Tensor) for t in (target, weight, lora_A)):
         x = target
+        if weight.dim() == lora_A.dim() == 2:
+            lora_B = lora_A.new_empty((weight.shape[0], lora_A.shape[0]))
+            check_tensors(x, weight.detach(), lora_A, lora_B, None, 1.0)
     else:
         raise TypeError(
             "expected a FusedLoRALinear, or the tensors x, weight and lora_A, got "
             f"{type(target).__name__}"
         )
-    check_impl(impl or "auto")
-    check_dropout(dropout_p or 0.0)
+    impl = "auto" if impl is None else impl
+    dropout_p = 0.0 if dropout_p is None else dropout_p
+    check_impl(impl)
+    check_dropout(dropout_p)
     if impl == "reference":
         return Decision("reference", None, None, "asked for: eager autograd")
     rows = x.shape[:-1].numel()
-    dropped = dropout.keep_count(dropout_p or 0.0) < dropout.KEEP_ALL
-    return _decide(
-        impl or "auto", weight.device, x.dtype, rows, *weight.shape, lora_A.shape[0], dropped
-    )
+    dropped = dropout.keep_count(dropout_p) < dropout.KEEP_ALL
+    return _decide(impl, weight.device, x.dtype, rows, *weight.shape, lora_A.shape[0], dropped)
 
 
 def choose(x: Tensor, weight: Tensor, lora_A: Tensor, impl: str, dropped: bool):
     """The runner for ``x (M,K)``: an object with ``dropout_mask``, ``forward`` and ``backward``."""
     if impl == "torch" or (impl == "auto" and not _may_run_triton(x, weight)):
         return aten
+    if torch.compiler.is_compiling():
+        raise ValueError("impl='triton' cannot be traced by a compiler; use impl='auto' or 'torch'")
     aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     return _runner(
         impl, x.device, x.dtype, x.shape[0], *weight.shape, lora_A.shape[0], dropped, aligned
@@ -126,6 +135,11 @@ def _decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
     if problem is not None:
         if impl == "triton":
             raise ValueError(f"impl='triton' cannot run here: {problem}")
+        if device.type == "cuda" and dtype != torch.float64:
+            _warn_once(
+                f"fused_lora: PyTorch's products are used on {device}: {problem}. impl='torch' asks"
+                " for them without this warning."
+            )
         return Decision("torch", None, None, problem)
     if 0 in (M, N, K):
         return Decision("torch", None, None, "an empty dimension: there is nothing to launch")
@@ -135,9 +149,7 @@ def _decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
 
     def strategy(columns: int, inner: int, masked: bool, rows_aligned: bool):
         aligned = rows_aligned and columns * dtype.itemsize % 16 == inner * dtype.itemsize % 16 == 0
-        config = configs.gemm_config(
-            target, dtype.itemsize, M, columns, R, aligned=aligned, describable=aligned
-        )
+        config = configs.gemm_config(target, dtype.itemsize, M, columns, R, aligned=aligned)
         return cost.choose_strategy(
             target.arch,
             target.sms,
@@ -188,10 +200,17 @@ def _not_worth_it(device: torch.device) -> str | None:
     return None
 
 
+@lru_cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
 def clear_decisions() -> None:
     """Forget cached decisions and failures, as after a change of tuning."""
     _runner.cache_clear()
     _decide.cache_clear()
+    _triton_problem.cache_clear()
+    _warn_once.cache_clear()
     _failed.clear()
 
 

@@ -48,6 +48,8 @@ class FusedLoRALinear(nn.Linear):
         scaling: ``s``; may be assigned.
         enabled: False computes the base layer alone.
         merged: whether ``weight`` contains the adapter at present.
+        dropout, impl: as given; may be assigned.
+        rank, alpha, use_rslora: as given; the scale follows ``scaling`` alone from then on.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range.
@@ -167,7 +169,12 @@ class FusedLoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_features)`` to ``(..., out_features)``."""
+        """``(..., in_features)`` to ``(..., out_features)``, dtypes as in the functional form.
+
+        Raises:
+            TypeError, ValueError: as the functional form, in every state of the adapter.
+            RuntimeError: disabled while merged with ``keep_base=False``.
+        """
         # A view of a sharded parameter requires grad although the parameter is frozen.
         weight = self.weight if isinstance(self.weight, nn.Parameter) else self.weight.detach()
         if self.merged or not self.enabled:
@@ -178,7 +185,7 @@ class FusedLoRALinear(nn.Linear):
             self.lora_A,
             self.lora_B,
             self.bias,
-            scaling=self._scaling_tensor if x.is_cuda else self._scaling,
+            scaling=self._scaling_tensor if self._scaling_tensor.is_cuda else self._scaling,
             dropout_p=self.dropout,
             training=self.training,
             impl=self.impl,
@@ -202,7 +209,8 @@ class FusedLoRALinear(nn.Linear):
         """Add ``s·B A`` to the weight in place, computed in float32 (float64 for float64).
 
         The base weight is kept aside, on the same device, for ``unmerge``; ``keep_base=False``
-        frees it and makes the merge final. A plain module tied to the weight sees it merged too.
+        frees it and makes the merge final. Whatever else uses the weight (a tied module, another
+        adapter) sees it merged too.
 
         Raises:
             RuntimeError: already merged, or another layer has merged into the same weight.
@@ -306,6 +314,8 @@ class FusedLoRALinear(nn.Linear):
             parts.append(f"dropout={self.dropout}")
         if self.impl != "auto":
             parts.append(f"impl={self.impl!r}")
-        parts += [state for state in ("merged",) if self.merged]
-        parts += [] if self.enabled else ["disabled"]
+        if self.merged:
+            parts.append("merged")
+        if not self.enabled:
+            parts.append("disabled")
         return ", ".join(parts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from numbers import Real
+import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -18,19 +19,21 @@ def check_hyperparameters(rank: int, alpha: float, dropout: float, impl: str) ->
         TypeError: a value of the wrong type.
         ValueError: a value out of range.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool):
+    if not isinstance(rank, Integral) or isinstance(rank, bool):
         raise TypeError(f"expected rank to be an int, got {rank!r} ({type(rank).__name__})")
     if rank < 1:
         raise ValueError(f"expected rank >= 1, got {rank}")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+    if not isinstance(alpha, Real) or isinstance(alpha, bool):
         raise TypeError(f"expected alpha to be a number, got {alpha!r} ({type(alpha).__name__})")
+    if not math.isfinite(alpha):
+        raise ValueError(f"expected a finite alpha, got {alpha}")
     check_dropout(dropout)
     check_impl(impl)
 
 
 def check_dropout(p: float) -> None:
     """Check a dropout probability: a number in [0, 1)."""
-    if not isinstance(p, (int, float)) or isinstance(p, bool):
+    if not isinstance(p, Real) or isinstance(p, bool):
         raise TypeError(f"expected dropout to be a number, got {p!r} ({type(p).__name__})")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"expected dropout in [0, 1), got {p}")
@@ -51,7 +54,7 @@ def check_dtype(name: str, dtype: torch.dtype | None) -> None:
 def check_features(in_features: int, out_features: int) -> None:
     """Check the sizes of a layer."""
     for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if not isinstance(size, int) or isinstance(size, bool):
+        if not isinstance(size, Integral) or isinstance(size, bool):
             raise TypeError(f"expected {name} to be an int, got {size!r} ({type(size).__name__})")
         if size < 0:
             raise ValueError(f"expected {name} >= 0, got {size}")

@@ -54,7 +54,6 @@ class GemmConfig(Config):
     block_l: int = 32
     group_m: int = 8
     programs: int = 0
-    flatten: bool = False
 
     def rank_blocks(self, rank: int) -> tuple[int, int]:
         """Block and number of chunks that cover ``rank``."""
@@ -246,13 +245,13 @@ GEMM_TABLE = {
 
 
 def gemm_config(
-    target: Target, itemsize: int, M: int, N: int, rank: int, *, aligned: bool, describable: bool
+    target: Target, itemsize: int, M: int, N: int, rank: int, *, aligned: bool
 ) -> GemmConfig:
     """The tile of ``lora_gemm`` for an ``(M, N)`` output.
 
     Args:
-        aligned: every row starts on 16 bytes; else only the conservative tile is clean.
-        describable: the operands satisfy what a tensor descriptor asserts.
+        aligned: every row starts on 16 bytes, as vector loads and tensor descriptors need; else
+            only the conservative tile is clean.
     """
     if target.arch == "interpreter":
         candidates = _INTERPRETER
@@ -264,7 +263,7 @@ def gemm_config(
         candidates = GEMM_TABLE.get(target.arch, _CONSERVATIVE)
     valid = []
     for config in candidates:
-        if config.descriptors and not describable:
+        if config.descriptors and not aligned:
             config = replace(config, descriptors=False, programs=0)
         if is_valid(config, target, itemsize, rank):
             valid.append(config)

@@ -166,7 +166,6 @@ def _lora_gemm(
     ALIGN_V: tl.constexpr,
     V_TRANSPOSED: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     if ALIGN_O:
         stride_om = multiple(stride_om, 8)
@@ -181,7 +180,7 @@ def _lora_gemm(
             stride_ql = multiple(stride_ql, 8)
     if PERSISTENT:
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _gemm_tile(
                 tile, o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, words_ptr, bias_ptr, inv_keep,
                 M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
@@ -276,7 +275,6 @@ def lora_gemm(
         ALIGN_V=in_vectors(v),
         V_TRANSPOSED=v.stride(1) != 1,
         PERSISTENT=config.programs > 0,
-        FLATTEN=config.flatten and words is None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -113,10 +113,8 @@ def _shrink(p, q, scale, target, words=None, inv_keep=1.0) -> Tensor:
 def _gemm(p, q, u, v, target, bias=None, words=None, inv_keep=1.0) -> Tensor:
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
-    describable = _describable(p) and _describable(q) and _describable(o)
-    config = configs.gemm_config(
-        target, p.element_size(), *o.shape, u.shape[1], aligned=describable, describable=describable
-    )
+    aligned = _describable(p) and _describable(q) and _describable(o)
+    config = configs.gemm_config(target, p.element_size(), *o.shape, u.shape[1], aligned=aligned)
     lora_gemm(
         o, p, q, u, v, config,
         bias=bias, words=words, inv_keep=inv_keep, input_precision=_precision(p),

@@ -111,7 +111,15 @@ def run(case: tuple) -> None:
     ops.backward(dy, x, weight, A, B, S, scale, words, 1.0, (True, True, True), strategy)
 
 
-def main(arch: str) -> None:
+def main(arch: str) -> int:
+    """1 if anything spills, 2 if it cannot be told."""
+    if arch not in configs.GEMM_TABLE:
+        print(f"expected one of {', '.join(configs.GEMM_TABLE)}, got {arch!r}", file=sys.stderr)
+        return 2
+    if ops.INTERPRETED:
+        print("expected TRITON_INTERPRET to be unset: nothing would be compiled", file=sys.stderr)
+        return 2
+    spilling = 0
     fake = FakeDriver(arch)
     driver.set_active(fake)
     target = configs.Target(
@@ -123,8 +131,11 @@ def main(arch: str) -> None:
         run(case)
         for name, binary, shared in fake.binaries[first:]:
             row = {"case": str(case), "kernel": name, "shared": shared, **inspect(binary, arch)}
+            spilling += row["spill"] > 0
             print(json.dumps(row), flush=True)
+    print(f"{arch}: {len(fake.binaries)} kernels compiled, {spilling} spill", file=sys.stderr)
+    return int(spilling > 0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ""))

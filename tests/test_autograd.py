@@ -74,7 +74,7 @@ def test_output_may_be_changed_in_place():
             y.sum().backward()
 
 
-def test_batched_and_forward_transforms_of_the_gradients():
+def test_batched_gradients():
     inputs = make_inputs(5, 7, 6, 3, FP64)
     inputs["lora_A"].requires_grad_()
     y = fused_lora_linear(**inputs, impl="torch")
@@ -144,7 +144,7 @@ def test_saves_the_input_the_thin_product_and_the_mask_as_bits(impl, p):
     total, _ = saved_bytes(lambda: fused_lora_linear(**inputs, dropout_p=p, impl=impl))
     x, S, words = 2 * M * K, 4 * M * R, M * -(-K // 128) * 16
     assert total - parameters <= x + S + (words if p else 0)
-    assert x + S + words <= x + S + M * K
+    assert total - parameters <= x + S + M * K  # a byte an element, as PEFT's mask alone
 
 
 def test_saves_no_input_for_a_frozen_adapter_and_nothing_without_grad():
@@ -214,14 +214,11 @@ def test_checkpoint_repeats_the_mask(impl, reentrant):
     for wrap in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=reentrant)):
         torch.manual_seed(11)
         y = wrap(layer, x)
-        grads = torch.autograd.grad if not reentrant else None
-        if grads:
-            results.append((y, *grads(y.square().sum(), (x, layer.lora_A, layer.lora_B))))
-        else:
-            for leaf in (x, layer.lora_A, layer.lora_B):
-                leaf.grad = None
-            y.square().sum().backward()
-            results.append((y, x.grad.clone(), layer.lora_A.grad, layer.lora_B.grad))
+        leaves = (x, layer.lora_A, layer.lora_B)
+        for leaf in leaves:
+            leaf.grad = None
+        y.square().sum().backward()
+        results.append((y, *(leaf.grad for leaf in leaves)))
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
 

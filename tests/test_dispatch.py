@@ -1,5 +1,6 @@
 """Who runs: explicit choices, automatic ones, the fallback, and the strategies."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -114,6 +115,16 @@ def test_auto_falls_back_with_one_warning(broken, monkeypatch):
     expected = call("torch", dropout_p=0.3)
     for y, grads in results:
         torch.testing.assert_close((y, *grads), (expected[0], *expected[1]))
+
+
+def test_a_gpu_that_cannot_run_the_kernels_is_announced_once(monkeypatch):
+    monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: "too old")
+    gpu = torch.device("cuda", 0)
+    decide = functools.partial(dispatch._decide, "auto", gpu, torch.float16)
+    with pytest.warns(UserWarning, match="too old") as caught:
+        decisions = [decide(rows, 8, 8, 2, False) for rows in (1, 2, 3)]
+    assert len(caught) == 1
+    assert {decision.impl for decision in decisions} == {"torch"}
 
 
 def test_an_explicit_choice_does_not_fall_back(monkeypatch):

@@ -56,6 +56,7 @@ BAD_LAYERS = [
     ({"rank": 1.5}, TypeError, r"rank to be an int, got 1\.5"),
     ({"rank": True}, TypeError, "rank to be an int, got True"),
     ({"alpha": "16"}, TypeError, "alpha to be a number"),
+    ({"alpha": float("nan")}, ValueError, "a finite alpha, got nan"),
     ({"dropout": 1}, ValueError, r"dropout in \[0, 1\), got 1"),
     ({"impl": "fast"}, ValueError, "got 'fast'"),
     ({"dtype": torch.int32}, TypeError, r"dtype to be one of .*, got torch\.int32"),
@@ -101,5 +102,14 @@ def test_explain_checks_its_arguments():
         explain(torch.nn.Linear(8, 6))
     with pytest.raises(ValueError, match="got 'bogus'"):
         explain(x, weight, lora_A, impl="bogus")
+    with pytest.raises(ValueError, match=r"lora_A of shape \(rank, 8\), got \(2, 7\)"):
+        explain(x, weight, torch.randn(2, 7))
+    with pytest.raises(ValueError, match="tokens >= 0"):
+        explain(FusedLoRALinear(8, 6), tokens=-1)
     with pytest.raises(ValueError, match=r"got 7\.0"):
         explain(x, weight, lora_A, dropout_p=7.0)
+
+
+def test_a_layer_refuses_what_is_no_tensor():
+    with pytest.raises(TypeError, match="x to be a Tensor, got list"):
+        FusedLoRALinear(8, 6)([1.0])
