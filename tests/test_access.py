@@ -11,6 +11,17 @@ from access_recorder import AccessError, assert_guards, guarded, record
 
 from fused_lora import dropout
 from fused_lora.kernels import ops
+from fused_lora.kernels.configs import (
+    AddConfig,
+    GemmConfig,
+    RankGradConfig,
+    ShrinkConfig,
+    SinglePassConfig,
+)
+from fused_lora.kernels.lora_gemm import lora_add, lora_gemm
+from fused_lora.kernels.rank_grad import rank_grad
+from fused_lora.kernels.shrink import shrink
+from fused_lora.kernels.single_pass import single_pass
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -57,6 +68,33 @@ def test_in_bounds_and_written_once(case):
     assert all(launch.written for launch in launches)
     for buffer in buffers:
         assert_guards(buffer)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("M", "N", "L", "R"), [(33, 72, 64, 40), (17, 65, 63, 5)])
+def test_tiles_wider_than_the_matrix(M, N, L, R, transposed, masked):
+    """Explicit configs: 256 columns are more words than a row of the narrowest mask has."""
+    p, u, v, z = torch.randn(M, L), torch.randn(M, R), torch.randn(R, N), torch.randn(L, R)
+    q = torch.randn(N, L).t() if transposed else torch.randn(L, N)
+    o, bias, scale = torch.zeros(M, N), torch.randn(N), torch.tensor(0.5)
+    seed = torch.tensor(1)
+    over_o = {"words": dropout.keep_words(seed, M, N, 45_000) if masked else None}
+    over_p = {"words": dropout.keep_words(seed, M, L, 45_000) if masked else None}
+    with record() as launches:
+        for block in (32, 256):
+            for programs in (0, 3):
+                gemm = GemmConfig(4, 2, block_m=16, block_n=block, block_l=32, programs=programs)
+                lora_gemm(o, p, q, u, v, gemm, bias=bias, **over_o)
+            lora_add(o, u, v, AddConfig(4, 1, block_m=16, block_n=block), bias=bias, **over_o)
+            single = SinglePassConfig(4, 2, block_m=16, block_n=block, block_l=32)
+            single_pass(o, u, p, q, z, v, scale, single, bias=bias, **over_o)
+            for splits in (1, 2):
+                thin = ShrinkConfig(4, 2, block_m=16, block_l=block, splits=splits)
+                shrink(torch.empty(M, R), p, z, scale, thin, **over_p)
+                grad = RankGradConfig(4, 2, block_m=16, block_l=block, splits=splits)
+                rank_grad(torch.empty(R, L), u, p, grad, **over_p)
+    assert len(launches) >= 16
 
 
 def test_bytes_of_the_split_strategy():

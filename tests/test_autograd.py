@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from fused_lora import FusedLoRALinear, fused_lora_linear
 from support import make_inputs, relative_rms, run
 
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 IMPLS = ["torch", "reference"]
 ALL_IMPLS = [*IMPLS, *(["triton"] if importlib.util.find_spec("triton") else [])]
@@ -291,3 +293,47 @@ def test_a_tensor_scaling_is_a_float_scaling():
         tensor = run(lambda impl=impl, **kw: fused_lora_linear(**kw, impl=impl), as_tensor, dy)
         for name, value in number.items():
             torch.testing.assert_close(tensor[name], value)
+
+
+@pytest.mark.parametrize(
+    ("needs", "extra"),
+    [
+        ("x", ["weight", "words"]),
+        ("lora_A", ["x", "words"]),
+        ("lora_B", ["S"]),
+        ("bias", []),
+        ("x lora_B", ["weight", "words", "S"]),
+    ],
+)
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_saves_exactly_what_its_gradients_need(needs, extra, impl):
+    """Beside the adapter; every shape differs, so a list of shapes tells them apart."""
+    inputs = make_inputs(64, 96, 80, 8, FP32)
+    for name in needs.split():
+        inputs[name].requires_grad_()
+    saved = []
+    with saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        fused_lora_linear(**inputs, dropout_p=0.1, impl=impl)
+    shapes = {"x": (64, 96), "weight": (80, 96), "words": (64, 4), "S": (64, 8)}
+    assert sorted(saved) == sorted([(8, 96), (80, 8), *(shapes[name] for name in extra)])
+
+
+def test_a_float32_bias_gets_a_float32_sum_under_autocast():
+    inputs = make_inputs(300, 40, 24, 4, FP32)
+    bias, dy = inputs["bias"].requires_grad_(), torch.randn(300, 24).to(BF16)
+    with torch.autocast("cpu", dtype=BF16):
+        y = fused_lora_linear(**inputs, impl="torch")
+    (got,) = torch.autograd.grad(y, bias, dy)
+    torch.testing.assert_close(got, dy.float().sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("needs", ["x lora_A lora_B bias", "lora_A lora_B", "x", "x lora_B"])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradients_are_the_same_with_a_graph_of_their_own(needs, p):
+    """``create_graph`` computes them by other formulas; gradgradcheck sees only those."""
+    inputs = make_inputs(5, 7, 6, 3, torch.float64)
+    leaves = [inputs[name].requires_grad_() for name in needs.split()]
+    y = fused_lora_linear(**inputs, dropout_p=p, impl="torch")
+    dy = torch.randn_like(y)
+    plain = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y, leaves, dy, create_graph=True), plain)

@@ -1,6 +1,7 @@
 """Who runs: explicit choices, automatic ones, the fallback, and the strategies."""
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +11,11 @@ import pytest
 import torch
 
 from fused_lora import FusedLoRALinear, aten, cost, dispatch, explain, fused_lora_linear
+from support import make_inputs
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
 @pytest.fixture(autouse=True)
@@ -139,20 +145,6 @@ def test_an_explicit_choice_does_not_fall_back(monkeypatch):
         call("triton")
 
 
-def test_missing_memory_is_not_hidden(monkeypatch):
-    pytest.importorskip("triton")
-    from fused_lora.kernels import ops
-
-    def fail(*args):
-        raise torch.OutOfMemoryError("full")
-
-    monkeypatch.setattr(dispatch, "_may_run_triton", lambda x, weight: True)
-    monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
-    monkeypatch.setattr(ops, "forward", fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        call("auto")
-
-
 def test_subclasses_take_aten_operators():
     class Subclass(torch.Tensor):
         pass
@@ -185,3 +177,95 @@ def test_strategies(case):
     strategy, reason = cost.choose_strategy(arch, 132, itemsize, **arguments)
     assert strategy == expected, reason
     assert reason
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """``auto`` takes the kernels, interpreted."""
+    monkeypatch.setattr(dispatch, "_may_run_triton", lambda x, weight: True)
+    monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
+    dispatch.clear_decisions()
+    yield monkeypatch
+    monkeypatch.undo()
+    dispatch.clear_decisions()
+
+
+@needs_triton
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_errors_that_pytorch_would_not_survive_are_raised(error, pretended):
+    from fused_lora.kernels import ops
+
+    def fail(*args):
+        raise error("full, or an illegal address")
+
+    pretended.setattr(ops, "forward", fail)
+    with pytest.raises(error):
+        fused_lora_linear(**make_inputs(5, 8, 6, 2, FP32))
+
+
+@needs_triton
+def test_a_failure_is_remembered_for_its_dtype_alone(pretended):
+    from fused_lora.kernels import ops
+
+    forward, ran = ops.forward, []
+
+    def fail_in_half(x, *args):
+        ran.append(x.dtype)
+        if x.dtype == FP16:
+            raise RuntimeError("no")
+        return forward(x, *args)
+
+    pretended.setattr(ops, "forward", fail_in_half)
+    with pytest.warns(UserWarning, match="Triton failed"):
+        fused_lora_linear(**make_inputs(5, 8, 6, 2, FP16))
+    fused_lora_linear(**make_inputs(5, 8, 6, 2, FP32))
+    assert ran == [FP16, FP32]
+
+
+def test_explain_knows_the_state_of_a_layer():
+    layer = FusedLoRALinear(80, 72, rank=2)
+    layer.enabled = False
+    assert "disabled" in explain(layer).reason
+
+
+@needs_triton
+def test_explain_leaves_dropout_out_in_eval_mode():
+    """In training with few rows, dropped operands forbid the single pass; in eval they do not."""
+    layer = FusedLoRALinear(80, 72, rank=2, dropout=0.5, impl="triton")
+    assert explain(layer, tokens=8).forward == "split"
+    assert explain(layer.eval(), tokens=8).forward == "single_pass"
+    assert explain(layer, tokens=8, dropout_p=0.5).forward == "split"
+    # dY is never dropped, whatever the forward's operand is.
+    assert explain(layer.train(), tokens=8).backward == "single_pass"
+
+
+@needs_triton
+def test_the_alignment_of_x_reaches_the_choice(monkeypatch):
+    asked = []
+
+    def record(*args, aligned, **kwargs):
+        asked.append(aligned)
+        return "split", "recorded"
+
+    monkeypatch.setattr(cost, "choose_strategy", record)
+    weight, A = torch.zeros(64, 64, dtype=BF16), torch.zeros(2, 64)
+    flat = torch.zeros(5 * 72 + 1, dtype=BF16)
+    views = {
+        "whole": flat[:320].view(5, 64),
+        "offset": flat[1:321].view(5, 64),
+        "odd rows": flat[: 5 * 66].view(5, 66)[:, :64],
+    }
+    forward = {}
+    for name, x in views.items():
+        dispatch.clear_decisions()
+        asked.clear()
+        dispatch.choose(x, weight, A, "triton", False)
+        forward[name] = asked[0]
+    dispatch.clear_decisions()
+    assert forward == {"whole": True, "offset": False, "odd rows": False}
+
+
+def test_a_single_pass_needs_columns_for_half_the_gpu():
+    few = {"M": 16, "L": 4096, "rank": 16, "masked_operand": False, "aligned": True, "fill": 0.1}
+    assert cost.choose_strategy("sm_90", 132, 2, N=66 * 64, **few)[0] == "single_pass"
+    assert cost.choose_strategy("sm_90", 132, 2, N=65 * 64, **few)[0] == "addmm"

@@ -5,7 +5,12 @@ import importlib.util
 import pytest
 import torch
 
-from fused_lora import FusedLoRALinear, dropout, fused_lora_linear
+from fused_lora import FusedLoRALinear, dropout, explain, fused_lora_linear
+from support import make_inputs, run
+
+FP32 = torch.float32
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 IMPLS = ["torch", "reference", *(["triton"] if importlib.util.find_spec("triton") else [])]
 CPU = torch.device("cpu")
@@ -134,3 +139,25 @@ def test_mask_shapes(shape):
     words = dropout.keep_words(dropout.draw_seed(CPU), rows, columns, 40_000)
     assert words.shape == (rows, -(-columns // 128) * 4)
     assert dropout.keep_matrix(words, columns, torch.bfloat16).shape == shape
+
+
+@needs_triton
+@pytest.mark.parametrize("M", [17, 70])  # backward in a single pass, or split
+def test_triton_with_dropout_is_the_reference(M):
+    """With few rows forward is split and backward a single pass: one mask, one factor."""
+    inputs, dy = make_inputs(M, 80, 72, 8, FP32), torch.randn(M, 72)
+    decision = explain(
+        inputs["x"], inputs["weight"], inputs["lora_A"], dropout_p=0.3, impl="triton"
+    )
+    assert (decision.forward, decision.backward) == ("split", "single_pass" if M < 65 else "split")
+    results = []
+    for impl in ("triton", "reference"):
+        torch.manual_seed(7)
+        results.append(
+            run(
+                lambda impl=impl, **kw: fused_lora_linear(**kw, dropout_p=0.3, impl=impl),
+                inputs,
+                dy,
+            )
+        )
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

@@ -1,10 +1,9 @@
 """Each kernel alone, under the interpreter, with explicit configs, against float64."""
 
-import numpy as np
 import pytest
 import torch
 
-from support import UNIT_ROUNDOFF, relative_rms
+from support import UNIT_ROUNDOFF, make_inputs, relative_rms
 
 pytest.importorskip("triton")
 
@@ -175,15 +174,53 @@ def test_dropout_mask_equals_pytorchs(case):
     assert torch.equal(words, dropout.keep_words(seed, rows, columns, keep))
 
 
-def test_rows_may_lie_further_apart_than_32_bits_reach():
-    """As the last token of each of many long sequences does: a view keeps its strides."""
-    rows, pitch = 33, 1 << 26
-    flat = torch.from_numpy(np.empty(rows * pitch, dtype=np.float16))  # touched where written only
-    p = flat.as_strided((rows, 64), (pitch, 1)).copy_(rand(rows, 64))
-    u, o = rand(rows, 8), torch.empty(8, 64)
-    rank_grad(o, u, p, RankGradConfig(4, 2, block_m=16, block_l=64))
-    check(o, u.half().double().t() @ p.double(), FP32)
-    s = torch.empty(rows, 8)
-    q = rand(64, 8, dtype=FP16)
-    shrink(s, p, q, torch.tensor(1.0), ShrinkConfig(4, 2, block_m=16, block_l=64))
-    check(s, p.double() @ q.double(), FP32)
+def test_partial_sums_are_rounded_once():
+    """A bfloat16 result of several splits is the rounded float32 result of the same splits."""
+    u, p = torch.randn(300, 8), torch.randn(300, 96).to(BF16)
+    config = RankGradConfig(4, 2, block_m=32, block_l=64, splits=3)
+    wide, narrow = torch.empty(8, 96), torch.empty(8, 96, dtype=BF16)
+    rank_grad(wide, u, p, config)
+    rank_grad(narrow, u, p, config)
+    assert torch.equal(narrow, wide.to(BF16))
+
+
+def test_what_a_descriptor_can_address():
+    flat = torch.zeros(16 * 64 + 16, dtype=BF16)  # PyTorch's storages start on 64 bytes
+    aligned = flat[: 16 * 64].view(16, 64)
+    assert ops._describable(aligned)
+    assert ops._describable(aligned.t())
+    assert ops._describable(aligned[:, :60])  # rows still start on 16 bytes
+    assert not ops._describable(flat[1 : 1 + 16 * 64].view(16, 64))  # its start does not
+    assert not ops._describable(flat[: 16 * 60].view(16, 60))
+    assert not ops._describable(aligned[:1].expand(16, 64))  # rows on top of each other
+    assert not ops._describable(aligned[:, ::2])
+
+
+@pytest.mark.parametrize("how", ["split", "single_pass", "addmm"])
+def test_the_thin_product_is_kept_in_float32(how):
+    inputs = make_inputs(17, 40, 24, 5, BF16)
+    y, S = ops.forward(**inputs, words=None, inv_keep=1.0, strategy=how)
+    assert (y.dtype, S.dtype, S.shape) == (BF16, FP32, (17, 5))
+    assert S.stride(0) * 4 % 16 == 0  # rows start on a vector
+
+
+def test_rows_two_to_the_31_elements_apart(tmp_path):
+    """A sparse file stands for a view whose rows lie far apart: 16 rows are 2³¹ elements."""
+    M, pitch = 17, 2**27
+    flat = torch.from_file(str(tmp_path / "sparse"), shared=True, size=M * pitch, dtype=BF16)
+    far = flat.view(M, pitch)[:, :32]
+    near = torch.randn(M, 32).to(BF16)
+    far.copy_(near)
+    u, config = torch.randn(M, 8), RankGradConfig(4, 2, block_m=16, block_l=32)
+    got, expected = torch.empty(8, 32), torch.empty(8, 32)
+    rank_grad(got, u, far, config)
+    rank_grad(expected, u, near, config)
+    assert torch.equal(got, expected)
+    q, scale = torch.randn(M, 8).to(BF16), torch.tensor(0.5)
+    far_q, p = flat.view(M, pitch)[:, :8], torch.randn(4, M).to(BF16)
+    far_q.copy_(q)
+    config = ShrinkConfig(4, 2, block_m=16, block_l=16)
+    got, expected = torch.empty(4, 8), torch.empty(4, 8)
+    shrink(got, p, far_q, scale, config)
+    shrink(expected, p, q, scale, config)
+    assert torch.equal(got, expected)

@@ -1,5 +1,6 @@
 """The whole layer, forward and backward, every implementation and strategy, against float64."""
 
+import importlib.util
 import random
 
 import pytest
@@ -15,6 +16,8 @@ from support import (
     relative_rms,
     run,
 )
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (0, 1, 17, 63, 123, 300)
@@ -202,3 +205,46 @@ def test_strided_parameters(how, dtype, strategy):
     dy = torch.randn(24, 63).to(dtype).t()
     got = run(lambda **kw: fused_lora_linear(**kw, impl=impl), inputs | views, dy)
     assert_as_good_as_eager(got, in_float64(inputs, dy), in_eager(inputs, dy))
+
+
+@needs_triton
+@pytest.mark.parametrize("how", TRITON)
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_a_bias_of_any_stride(how, layout, strategy):
+    impl = strategy(how)
+    inputs = make_inputs(17, 40, 24, 4, FP32)
+    inputs["bias"] = torch.randn(48)[::2] if layout == "strided" else torch.randn(1).expand(24)
+    got = fused_lora_linear(**inputs, impl=impl)
+    torch.testing.assert_close(got, fused_lora_linear(**inputs, impl="reference"))
+
+
+@needs_triton
+@pytest.mark.parametrize("how", TRITON)
+def test_a_single_column_whose_stride_means_nothing(how, strategy):
+    """``(16, 1)`` with strides ``(1, 16)``: contiguous to PyTorch, a transpose to the launchers."""
+    impl = strategy(how)
+    inputs, dy = make_inputs(16, 1, 1, 4, FP32), torch.randn(16, 16).t()[:, :1]
+    inputs["x"] = torch.randn(16, 16).t()[:, :1]
+    got = run(lambda **kw: fused_lora_linear(**kw, impl=impl), inputs, dy)
+    expected = run(lambda **kw: fused_lora_linear(**kw, impl="reference"), inputs, dy)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_gradients_of_the_adapter_are_contiguous(impl):
+    """M >= 128 and R < 16 takes the transposed product on a CPU."""
+    inputs, dy = make_inputs(130, 40, 24, 8, FP32), torch.randn(130, 24)
+    got = run(lambda **kw: fused_lora_linear(**kw, impl=impl), inputs, dy)
+    assert got["dA"].is_contiguous()
+    assert got["dB"].is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy under the interpreter
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_a_scale_of_zero_hides_no_infinity(impl):
+    """0·∞ is NaN, as in eager; BLAS skips the product when alpha is 0."""
+    inputs = make_inputs(17, 40, 24, 4, FP32, scaling=0.0)
+    inputs["x"][3, 5] = float("inf")
+    got, expected = (fused_lora_linear(**inputs, impl=how) for how in (impl, "reference"))
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert got[3].isnan().all()

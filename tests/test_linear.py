@@ -335,3 +335,24 @@ def test_layers_stack_and_train():
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(m.weight, w) for m, w in zip((model[0], model[2]), frozen, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_merge_rounds_once_from_float32(dtype):
+    layer = FusedLoRALinear(40, 24, rank=4, dtype=dtype)
+    nn.init.normal_(layer.lora_B)
+    base = layer.weight.detach().float()
+    exact = base + layer.scaling * (layer.lora_B.detach() @ layer.lora_A.detach())
+    layer.merge()
+    assert torch.equal(layer.weight, exact.to(dtype))
+
+
+def test_a_computed_weight_that_requires_grad_is_taken_as_frozen():
+    """As a view of a sharded parameter does, whatever the parameter says."""
+    layer = FusedLoRALinear(8, 6, rank=2)
+    computed = layer.weight.detach() * torch.ones((), requires_grad=True)
+    del layer._parameters["weight"]
+    layer.weight = computed
+    layer(torch.randn(5, 8)).sum().backward()
+    layer.enabled = False
+    assert layer(torch.randn(5, 8)).shape == (5, 6)

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from fused_lora import FusedLoRALinear, explain, fused_lora_linear
+from support import make_inputs
+
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def tensors(**changes):
@@ -113,3 +116,23 @@ def test_explain_checks_its_arguments():
 def test_a_layer_refuses_what_is_no_tensor():
     with pytest.raises(TypeError, match="x to be a Tensor, got list"):
         FusedLoRALinear(8, 6)([1.0])
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "bias", "scaling"])
+def test_every_tensor_must_be_on_the_device_of_x(name):
+    inputs = make_inputs(5, 8, 6, 2, FP32, scaling=torch.tensor(1.0))
+    inputs[name] = inputs[name].to("meta")
+    with pytest.raises(ValueError, match=f"expected {name} on x's device cpu, got meta"):
+        fused_lora_linear(**inputs)
+
+
+@pytest.mark.parametrize("state", ["disabled", "merged"])
+def test_plain_states_check_the_dtype_of_x(state):
+    layer = FusedLoRALinear(8, 6, rank=2)
+    if state == "merged":
+        layer.merge()
+    layer.enabled = state != "disabled"
+    with pytest.raises(TypeError, match=r"dtype torch\.float32, got torch\.float16"):
+        layer(torch.randn(5, 8).half())
+    with torch.autocast("cpu", dtype=BF16):
+        assert layer(torch.randn(5, 8).half()).dtype == BF16
