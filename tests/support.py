@@ -68,7 +68,7 @@ def pooled(results: list[dict]) -> dict[str, Tensor]:
     return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
-def make_inputs(M, K, N, R, dtype, adapter_dtype=None, bias=True, scaling=1.5) -> dict:
+def make_inputs(M, K, N, R, dtype, adapter_dtype=None, bias=True, scaling=1.3) -> dict:
     """Random tensors of one call, scaled so that base and adapter are of one size."""
     adapter_dtype = adapter_dtype or dtype
     return {
