@@ -149,7 +149,12 @@ class FusedLoRALinear(nn.Linear):
     def _renew_scaling_tensor(self) -> None:
         """The scale where kernels read it: exact in fp32, in place as long as the place serves."""
         tensor, device = self._scaling_tensor, self.lora_A.device
-        if tensor is None or tensor.device != device or tensor.dtype != torch.float32:
+        if (
+            tensor is None
+            or tensor.device != device
+            or tensor.dtype != torch.float32
+            or tensor.is_inference()
+        ):
             with torch.inference_mode(False):
                 tensor = torch.empty((), dtype=torch.float32, device=device)
             self._scaling_tensor = tensor

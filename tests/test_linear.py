@@ -141,6 +141,15 @@ def test_scaling_survives_conversion_exactly():
     assert layer._scaling_tensor.item() == pytest.approx(1 / 3, rel=1e-7)
 
 
+def test_scaling_may_be_set_after_a_move_in_inference_mode():
+    layer = trained()
+    with torch.inference_mode():
+        layer.to_empty(device="cpu")
+    layer.scaling = 3.0
+    assert layer._scaling_tensor.item() == 3.0
+    assert not layer._scaling_tensor.is_inference()
+
+
 def test_state_dict_round_trip_and_names():
     layer, other = trained(), trained()
     assert list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
