@@ -7,15 +7,50 @@
 torch.Size([8, 32])
 """
 
+from .adapters import adapter_names, add_adapter, add_weighted_adapter, delete_adapter, set_adapter
+from .checkpoint import load_adapter, save_adapter
+from .conv import LoRAConv2d
 from .dispatch import Decision, explain
+from .embedding import LoRAEmbedding
 from .functional import fused_lora_linear
-from .linear import FusedLoRALinear
+from .lifecycle import disable_lora, merge_lora, unload_lora, unmerge_lora
+from .linear import FusedLoRAConv1D, FusedLoRALinear
+from .model import (
+    ParameterSummary,
+    apply_lora,
+    assert_only_lora_gradients,
+    lora_layers,
+    lora_param_groups,
+    lora_parameters,
+    parameter_summary,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Decision",
+    "FusedLoRAConv1D",
     "FusedLoRALinear",
+    "LoRAConv2d",
+    "LoRAEmbedding",
+    "ParameterSummary",
+    "adapter_names",
+    "add_adapter",
+    "add_weighted_adapter",
+    "apply_lora",
+    "assert_only_lora_gradients",
+    "delete_adapter",
+    "disable_lora",
     "explain",
     "fused_lora_linear",
+    "load_adapter",
+    "lora_layers",
+    "lora_param_groups",
+    "lora_parameters",
+    "merge_lora",
+    "parameter_summary",
+    "save_adapter",
+    "set_adapter",
+    "unload_lora",
+    "unmerge_lora",
 ]

@@ -6,6 +6,8 @@ parameters. Never the dropped ``x``.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -74,12 +76,9 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        device = dy.device.type
-        if autocasts(device):
-            # The saved tensors already have the dtypes that autocast chose in forward.
-            with torch.autocast(device, enabled=False):
-                return _backward(ctx, dy)
-        return _backward(ctx, dy)
+        # The saved tensors already have the dtypes that autocast chose in forward.
+        with without_autocast(dy.device.type):
+            return _backward(ctx, dy)
 
 
 def _backward(ctx, dy):
@@ -133,3 +132,8 @@ def _flatten(t: Tensor) -> Tensor:
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a type of device."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """A context in which autocast is off for a type of device."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+INITS = ("default", "gaussian", "orthogonal", "pissa")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_hyperparameters(rank: int, alpha: float, dropout: float, impl: str) -> None:
-    """Check what a layer is built with.
+def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str) -> None:
+    """Check what an adapter is made with.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -28,7 +29,12 @@ def check_hyperparameters(rank: int, alpha: float, dropout: float, impl: str) ->
     if not math.isfinite(alpha):
         raise ValueError(f"expected a finite alpha, got {alpha}")
     check_dropout(dropout)
-    check_impl(impl)
+    if init not in INITS:
+        raise ValueError(f"expected init to be one of {', '.join(INITS)}, got {init!r}")
+    if init == "orthogonal" and rank % 2:
+        raise ValueError(f"expected an even rank for init='orthogonal', got {rank}")
+    if init == "pissa" and alpha <= 0:
+        raise ValueError(f"expected alpha > 0 for init='pissa', got {alpha}")
 
 
 def check_dropout(p: float) -> None:

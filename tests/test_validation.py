@@ -101,7 +101,7 @@ def test_from_linear_refuses_a_computed_weight():
 
 def test_explain_checks_its_arguments():
     x, weight, lora_A = torch.randn(5, 8), torch.randn(6, 8), torch.randn(2, 8)
-    with pytest.raises(TypeError, match="expected a FusedLoRALinear"):
+    with pytest.raises(TypeError, match="expected an adapted layer"):
         explain(torch.nn.Linear(8, 6))
     with pytest.raises(ValueError, match="got 'bogus'"):
         explain(x, weight, lora_A, impl="bogus")

@@ -1,0 +1,353 @@
+"""What every adapted layer shares: construction, merging, named adapters, state.
+
+A layer sees its weight as a matrix ``(out, in)`` and its adapter as ``lora_A (rank, in)`` and
+``lora_B (out, rank)``; ``to_matrix`` and ``from_matrix`` say how. The active adapter is Parameters;
+the others wait in ``inactive_adapters``, outside ``state_dict``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import dora, initialization
+from .config import AdapterConfig
+from .merging import MergeableLayer
+from .validation import check_dtype, check_impl
+
+ADAPTER_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@dataclass
+class Adapter:
+    """An adapter aside: its hyper-parameters, its scale, and its tensors by parameter name."""
+
+    config: AdapterConfig
+    scaling: float
+    tensors: dict[str, Tensor]
+
+
+class LoRALayer(MergeableLayer):
+    """The base of adapted layers; comes before the plain layer's class.
+
+    Attributes:
+        rank, alpha, use_rslora, use_dora, init: as given; the scale follows ``scaling`` alone.
+        dropout, impl: as given; may be assigned.
+        scaling: ``s``; may be assigned.
+        enabled: False computes the base layer alone.
+        merged: whether ``weight`` contains the adapter at present.
+        adapter_name: of the active adapter; the others are in ``inactive_adapters``.
+    """
+
+    copied: ClassVar[tuple[str, ...]]  # what makes the plain layer, besides its Parameters
+    inits: ClassVar[tuple[str, ...]] = ("default", "gaussian")
+    has_dora: ClassVar[bool] = False
+    no_kernel: ClassVar[str | None] = None  # why no kernel computes this layer
+
+    @classmethod
+    def plain_class(cls) -> type[nn.Module]:
+        """The class that this one adapts."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_plain(
+        cls,
+        base: nn.Module,
+        config: AdapterConfig,
+        impl: str = "torch",
+        adapter_dtype: torch.dtype | None = None,
+    ):
+        """Adapt ``base``, whose very Parameters (frozen) and hooks are kept."""
+        cls.check_plain(base)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        _copy_layer(base, layer, cls.copied)
+        layer._add_adapter(config, impl, adapter_dtype)
+        return layer
+
+    @classmethod
+    def check_plain(cls, base: nn.Module) -> None:
+        """Check that ``base`` is a layer whose forward this class reproduces.
+
+        Raises:
+            TypeError: another class, a replaced forward, or a weight that is no float Parameter.
+            ValueError: a setting that cannot be adapted.
+        """
+        plain = cls.plain_class()
+        if type(base) is not plain:
+            raise TypeError(f"expected an {_name(plain)}, got {type(base).__name__}")
+        if "forward" in base.__dict__:
+            raise TypeError(
+                f"expected the forward of {_name(plain)}, got one replaced on the instance (as"
+                " accelerate's hooks do), which the adapted layer would not call"
+            )
+        if not isinstance(base.weight, nn.Parameter):
+            raise TypeError(
+                "expected weight to be a Parameter, got one that pruning or weight norm computes"
+            )
+        check_dtype("the weight's dtype", base.weight.dtype)
+
+    def plain(self) -> nn.Module:
+        """The plain layer again, around the same Parameters (still frozen) and hooks.
+
+        While merged it has the merged weight, else the base weight; a PiSSA layer that is not
+        merged gives back the very weight it was made from.
+        """
+        cls = self.plain_class()
+        base = cls.__new__(cls)
+        nn.Module.__init__(base)
+        _copy_layer(self, base, self.copied)
+        if self._original_weight is not None and not self.merged:
+            base.weight = self._original_weight
+        if self.merged:
+            self.disown_weight()
+        return base
+
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        """A weight as ``(out, in)``."""
+        return weight
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """A matrix ``(out, in)`` as a weight."""
+        return matrix
+
+    @classmethod
+    def adapter_shapes(cls, weight: Tensor, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+        """Shapes of an adapter's tensors, by parameter name."""
+        out_features, in_features = cls.to_matrix(weight).shape
+        shapes = {"lora_A": (config.rank, in_features), "lora_B": (out_features, config.rank)}
+        if config.use_dora:
+            shapes["lora_magnitude_vector"] = (out_features,)
+        return shapes
+
+    @classmethod
+    def check_config(cls, weight: Tensor, config: AdapterConfig) -> None:
+        """Check that a layer of this kind can have such an adapter.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        kind = _name(cls.plain_class())
+        if config.init not in cls.inits:
+            raise ValueError(
+                f"expected init to be one of {', '.join(cls.inits)} for {kind}, got {config.init!r}"
+            )
+        if config.use_dora and not cls.has_dora:
+            raise ValueError(f"expected a linear layer for use_dora, got {kind}")
+        largest = min(cls.to_matrix(weight).shape)
+        if config.init == "pissa" and config.rank > largest:
+            raise ValueError(f"expected rank <= {largest} for init='pissa', got {config.rank}")
+
+    def _add_adapter(self, config: AdapterConfig, impl: str, adapter_dtype) -> None:
+        check_impl(impl)
+        check_dtype("adapter_dtype", adapter_dtype)
+        self.check_config(self.weight, config)
+        weight = self.weight
+        weight.requires_grad_(False)
+        if getattr(self, "bias", None) is not None:
+            self.bias.requires_grad_(False)
+        if adapter_dtype is None:
+            adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.impl = impl
+        self.enabled = True
+        self.merged = False
+        self.adapter_name = "default"
+        self.inactive_adapters: dict[str, Adapter] = {}
+        self.__dict__["_original_weight"] = None  # PiSSA's; a Parameter, but not of this layer
+        self._configure(config)
+        self.lora_magnitude_vector = None
+        for name, shape in self.adapter_shapes(self.weight, config).items():
+            tensor = torch.empty(shape, device=weight.device, dtype=adapter_dtype)
+            setattr(self, name, nn.Parameter(tensor))
+        self.register_buffer("_scaling_tensor", None, persistent=False)
+        self.register_buffer("_base_weight", None, persistent=False)
+        self.scaling = config.scaling
+        self.reset_adapter()
+
+    def _configure(self, config: AdapterConfig) -> None:
+        for name, value in vars(config).items():
+            setattr(self, name, value)
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """The active adapter's hyper-parameters."""
+        return AdapterConfig(
+            self.rank, self.alpha, self.dropout, self.use_rslora, self.use_dora, self.init
+        )
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The active adapter's Parameters, by name."""
+        named = {name: self._parameters.get(name) for name in ADAPTER_NAMES}
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
+
+    @property
+    def scaling(self) -> float:
+        """``s``, the factor of the adapter's output."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self._scaling = float(value)
+        self._renew_scaling_tensor()
+
+    def _renew_scaling_tensor(self) -> None:
+        """The scale where kernels read it: exact in fp32, in place as long as the place serves."""
+        tensor, device = self._scaling_tensor, self.lora_A.device
+        if (
+            tensor is None
+            or tensor.device != device
+            or tensor.dtype != torch.float32
+            or tensor.is_inference()
+        ):
+            with torch.inference_mode(False):
+                tensor = torch.empty((), dtype=torch.float32, device=device)
+            self._scaling_tensor = tensor
+        tensor.fill_(self._scaling)
+
+    def reset_parameters(self) -> None:
+        """Initialise the weight, the bias and the adapter (after ``to_empty``, for example)."""
+        super().reset_parameters()
+        if hasattr(self, "lora_A"):
+            self._forget_merge()
+            self.__dict__["_original_weight"] = None
+            self._renew_scaling_tensor()
+            self.reset_adapter()
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Initialise the active adapter as its ``init`` says; see :mod:`.initialization`.
+
+        Raises:
+            RuntimeError: PiSSA or DoRA, which read the base weight, while merged.
+        """
+        if self.merged and (self.init == "pissa" or self.use_dora):
+            raise RuntimeError("expected an unmerged layer to initialise, got a merged one")
+        if self.init == "pissa" and not self.weight.is_meta:
+            self._take_principal_part()
+        else:
+            self._fill(self.init, self.lora_A, self.lora_B)
+        if self.use_dora:
+            norm = dora.row_norm(
+                self.to_matrix(self.weight), self.lora_A, self.lora_B, self.scaling
+            )
+            self.lora_magnitude_vector.copy_(norm)
+
+    def _fill(self, init: str, lora_A: Tensor, lora_B: Tensor) -> None:
+        initialization.fill("default" if init == "pissa" else init, lora_A, lora_B)
+
+    def _take_principal_part(self) -> None:
+        original = self.weight if self._original_weight is None else self._original_weight
+        residual = initialization.principal(
+            self.to_matrix(original), self.lora_A, self.lora_B, self.scaling
+        )
+        # A Parameter of its own: whoever shares the original must not see it change.
+        self.__dict__["_original_weight"] = original
+        self.weight = nn.Parameter(
+            self.from_matrix(residual).to(original.dtype).contiguous(), requires_grad=False
+        )
+
+    def stash_adapter(self) -> Adapter:
+        """A copy of the active adapter."""
+        tensors = {name: p.detach().clone() for name, p in self.adapter_parameters().items()}
+        return Adapter(self.adapter_config, self.scaling, tensors)
+
+    @torch.no_grad()
+    def new_adapter(self, config: AdapterConfig) -> Adapter:
+        """An initialised adapter for this layer, aside.
+
+        Raises:
+            ValueError: the layer cannot have such an adapter.
+        """
+        self.check_config(self.weight, config)
+        like = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
+        tensors = {
+            n: torch.empty(s, **like) for n, s in self.adapter_shapes(self.weight, config).items()
+        }
+        lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
+        self._fill(config.init, lora_A, lora_B)
+        if config.use_dora:
+            tensors["lora_magnitude_vector"].copy_(
+                dora.row_norm(self.to_matrix(self.weight), lora_A, lora_B, config.scaling)
+            )
+        return Adapter(config, config.scaling, tensors)
+
+    @torch.no_grad()
+    def activate_adapter(self, adapter: Adapter) -> bool:
+        """Give the active adapter these values; False if its Parameters had to be replaced.
+
+        Where shapes match they are written in place, so that whatever optimizer holds the
+        Parameters stays valid.
+        """
+        current = self.adapter_parameters()
+        in_place = {n: p.shape for n, p in current.items()} == {
+            n: t.shape for n, t in adapter.tensors.items()
+        }
+        like = self.lora_A
+        for name in ADAPTER_NAMES:
+            tensor = adapter.tensors.get(name)
+            if in_place and tensor is not None:
+                current[name].copy_(tensor)
+            elif not in_place and tensor is None:
+                setattr(self, name, None)
+            elif not in_place:
+                tensor = tensor.to(like.device, like.dtype, copy=True)
+                setattr(self, name, nn.Parameter(tensor, requires_grad=like.requires_grad))
+        self._configure(adapter.config)
+        self.scaling = adapter.scaling
+        return in_place
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # ``.to(bfloat16)`` casts floating buffers and ``to_empty`` forgets them.
+        self._renew_scaling_tensor()
+        with torch.no_grad():
+            if self._original_weight is not None:
+                self._original_weight.data = fn(self._original_weight.data)
+            for adapter in self.inactive_adapters.values():
+                adapter.tensors = {name: fn(tensor) for name, tensor in adapter.tensors.items()}
+        return self
+
+    def extra_repr(self) -> str:
+        parts = [f"rank={self.rank}", f"scaling={self.scaling:g}"]
+        if plain := super().extra_repr():
+            parts.insert(0, plain)
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
+        if self.use_dora:
+            parts.append("DoRA")
+        if self.impl not in ("auto", "torch") or (self.impl == "torch" and not self.no_kernel):
+            parts.append(f"impl={self.impl!r}")
+        if self.adapter_name != "default" or self.inactive_adapters:
+            parts.append(f"adapter={self.adapter_name!r}")
+        if self.merged:
+            parts.append("merged")
+        if not self.enabled:
+            parts.append("disabled")
+        return ", ".join(parts)
+
+
+def _copy_layer(source: nn.Module, target: nn.Module, names: tuple[str, ...]) -> None:
+    """The same attributes, Parameters, hook dictionaries (whose handles stay valid) and mode."""
+    for name in (*names, *_HOOKS):
+        setattr(target, name, getattr(source, name))
+    for name in ("weight", "bias"):
+        if name in source._parameters:
+            target.register_parameter(name, source._parameters[name])
+    target.train(source.training)
+
+
+def _name(cls: type) -> str:
+    return f"nn.{cls.__name__}" if cls.__module__.startswith("torch.nn.") else cls.__name__

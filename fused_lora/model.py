@@ -1,0 +1,295 @@
+"""Whole models: adapt, list what trains, check it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .config import AdapterConfig
+from .embedding import LoRAEmbedding
+from .layer import LoRALayer
+from .targets import ALL_LINEAR, check_pattern, find_targets, layer_class, pattern_value
+from .validation import check_dtype, check_impl
+
+
+def apply_lora(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    target_modules: str | Iterable[str] = ALL_LINEAR,
+    exclude_modules: str | Iterable[str] | None = None,
+    include_head: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: str = "default",
+    impl: str = "auto",
+    adapter_dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Give modules of ``model`` adapters, in place, and freeze everything else.
+
+    ``nn.Linear`` becomes :class:`fused_lora.FusedLoRALinear`, transformers' ``Conv1D``
+    :class:`FusedLoRAConv1D`, ``nn.Embedding`` :class:`LoRAEmbedding` and ``nn.Conv2d``
+    :class:`LoRAConv2d`, around the same Parameters. A module that stands in several places gets one
+    adapter; two modules that share a weight get one each, as in PEFT. On an error the model is as
+    it was.
+
+    Args:
+        model: any ``nn.Module`` that contains what is to be adapted.
+        rank, alpha, dropout, use_rslora, use_dora, init, impl, adapter_dtype: as for
+            :class:`fused_lora.FusedLoRALinear`; convolutions and embeddings take the
+            initialisations "default" and "gaussian", no DoRA, and embeddings no dropout.
+        target_modules: "all-linear" (every Linear and Conv1D but the output embeddings of a
+            transformers model), a list of names or of their endings from a dot on, or a regular
+            expression that must match a name in full.
+        exclude_modules: names to leave out, as a list or a regular expression.
+        include_head: whether "all-linear" includes the output embeddings.
+        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions that match the
+            end of a name from a dot on; the first that matches counts.
+
+    Returns:
+        The names of the adapted modules.
+
+    Raises:
+        TypeError: a target that cannot be adapted, or an argument of the wrong type.
+        ValueError: nothing matches, an argument out of range, a projection of
+            ``nn.MultiheadAttention``, or a model that has adapters already.
+    """
+    check_impl(impl)
+    check_dtype("adapter_dtype", adapter_dtype)
+    _check_unadapted(model)
+    found = find_targets(model, target_modules, exclude_modules, include_head)
+    check_pattern("rank_pattern", rank_pattern, found)
+    check_pattern("alpha_pattern", alpha_pattern, found)
+    configs = {
+        name: AdapterConfig(
+            pattern_value(rank_pattern, name, rank),
+            pattern_value(alpha_pattern, name, alpha),
+            dropout,
+            use_rslora,
+            use_dora,
+            init,
+        )
+        for name in found
+    }
+    adapt(model, found, configs, impl, adapter_dtype)
+    return list(found)
+
+
+def adapt(
+    model: nn.Module,
+    found: Mapping[str, nn.Module],
+    configs: Mapping[str, AdapterConfig],
+    impl: str = "auto",
+    adapter_dtype: torch.dtype | None = None,
+) -> None:
+    """Replace the modules ``found`` by adapted ones and freeze the rest; all or nothing."""
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    replaced = {}
+    try:
+        for name, module in found.items():
+            replaced[module] = layer_class(module).from_plain(
+                module, configs[name], impl, adapter_dtype
+            )
+    except (TypeError, ValueError) as error:
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+        raise type(error)(f"{name}: {error}") from error
+    for parameter, _ in required:
+        parameter.requires_grad_(False)
+    replace_modules(model, replaced)
+    _leave_fast_path(model)
+
+
+def _check_unadapted(model: nn.Module) -> None:
+    if isinstance(model, LoRALayer) or layer_class(model) is not None:
+        raise ValueError(
+            f"expected a model that contains layers, got a {type(model).__name__} itself: adapt it"
+            " with FusedLoRALinear.from_linear or its like"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            raise ValueError(
+                f"expected a model without adapters, got one at {name}: add_adapter or load_adapter"
+                " gives it another, unload_lora takes them off"
+            )
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            raise ValueError(
+                f"expected a model without adapters, got PEFT's at {name}: merge_and_unload or"
+                " unload takes them off"
+            )
+
+
+def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each module's replacement in every place where it stands."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child in replaced:
+                setattr(parent, name, replaced[child])
+
+
+def _no_fast_path(module: nn.Module, args) -> None:
+    """A hook that does nothing: its presence keeps ``nn.TransformerEncoderLayer`` in Python."""
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Make encoder layers call their adapted linears, whose weights their fast path reads."""
+    slow = set()
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in module.modules():
+                if isinstance(child, LoRALayer):
+                    child.register_forward_pre_hook(_no_fast_path)
+                    slow.add(module)
+    for module in model.modules():
+        # A stack with a padding mask hands its layers nested tensors, for the fast path alone.
+        if isinstance(module, nn.TransformerEncoder) and slow & set(module.layers):
+            module._nested_before_lora = module.use_nested_tensor
+            module.use_nested_tensor = False
+
+
+def restore_fast_path(model: nn.Module) -> None:
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _no_fast_path]:
+            del hooks[key]
+        if "_nested_before_lora" in module.__dict__:
+            module.use_nested_tensor = module.__dict__.pop("_nested_before_lora")
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The adapted layers of ``model``, by the first of their names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+    if not layers:
+        raise ValueError(
+            f"expected a model with adapters, got a {type(model).__name__} without: apply_lora or"
+            " load_adapter gives it some"
+        )
+    return layers
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The Parameters of the active adapters: ``lora_A``, ``lora_B``, DoRA's magnitudes."""
+    for layer in lora_layers(model).values():
+        yield from layer.adapter_parameters().values()
+
+
+def lora_param_groups(
+    model: nn.Module,
+    lr: float,
+    lr_ratio: float = 1.0,
+    weight_decay: float = 0.0,
+    no_decay: Iterable[str] = (),
+) -> list[dict]:
+    """Groups for an optimizer that cover every trainable parameter of ``model`` once.
+
+    LoRA+ (Hayou et al., 2024): ``lora_B`` learns ``lr_ratio`` times as fast as ``lora_A``.
+    Embeddings, whose ``lora_A`` is the one that starts at zero, and anything else that trains,
+    learn at ``lr``.
+
+    Args:
+        lr, lr_ratio, weight_decay: numbers of at least 0.
+        no_decay: last parts of the names of parameters without weight decay, such as "lora_B",
+            "lora_magnitude_vector" or "bias".
+
+    Raises:
+        ValueError: no adapters, or a negative number.
+    """
+    for name, value in (("lr", lr), ("lr_ratio", lr_ratio), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"expected {name} >= 0, got {value}")
+    fast = {
+        id(layer.lora_B)
+        for layer in lora_layers(model).values()
+        if not isinstance(layer, LoRAEmbedding)
+    }
+    no_decay = set(no_decay)
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = lr * lr_ratio if id(parameter) in fast else lr
+        decay = 0.0 if name.rpartition(".")[2] in no_decay else weight_decay
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class ParameterSummary:
+    """Numbers of parameters; prints as one line.
+
+    Attributes:
+        trainable: those that require grad.
+        adapters: those of the active adapters.
+        total: all, adapters included.
+    """
+
+    trainable: int
+    adapters: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(1, self.total)
+        return (
+            f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f} %);"
+            f" {self.adapters:,} are adapters"
+        )
+
+
+def parameter_summary(model: nn.Module) -> ParameterSummary:
+    """Count the parameters of ``model``, shared ones once.
+
+    Raises:
+        ValueError: no adapters.
+    """
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return ParameterSummary(
+        sum(size for size, trains in sizes if trains),
+        sum(p.numel() for p in lora_parameters(model)),
+        sum(size for size, _ in sizes),
+    )
+
+
+def assert_only_lora_gradients(model: nn.Module) -> None:
+    """Check, after a backward, that every active adapter has gradients and nothing else has.
+
+    Raises:
+        RuntimeError: names the parameters that should have none, or have none.
+        ValueError: no adapters.
+    """
+    adapters = {id(parameter) for parameter in lora_parameters(model)}
+    strays, missing = [], []
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in adapters:
+            if parameter.requires_grad or parameter.grad is not None:
+                strays.append(name)
+        elif parameter.grad is None:
+            missing.append(name)
+    if strays or missing:
+        parts = [
+            ("no gradient but the adapters'", strays),
+            ("a gradient in every adapter", missing),
+        ]
+        raise RuntimeError(
+            "; ".join(
+                f"expected {what}, got {'one' if names is strays else 'none'} at {_first(names)}"
+                for what, names in parts
+                if names
+            )
+        )
+
+
+def _first(names: list[str], most: int = 5) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
