@@ -80,7 +80,10 @@ def add_adapter(
             init,
         )
         check_sharing(place, layer, config)
-        new[place] = layer.new_adapter(config)
+        try:
+            new[place] = layer.new_adapter(config)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
     for place, layer in layers.items():
         layer.inactive_adapters[name] = new[place]
 

@@ -161,6 +161,12 @@ def load_adapter(
 
 def _into_adapted(model, loaded: Mapping[str, Adapter], name: str, folder: Path) -> None:
     layers = _by_alias(model, loaded)
+    plain = [place for place, layer in layers.items() if not isinstance(layer, LoRALayer)]
+    if plain:
+        raise ValueError(
+            f"{folder / WEIGHTS}: expected adapters of adapted layers only, got one of"
+            f" {_list(plain)}, which the model's other adapters leave out"
+        )
     absent = [place for place, x in lora_layers(model).items() if x not in set(layers.values())]
     if absent:
         raise ValueError(
@@ -183,7 +189,7 @@ def _into_adapted(model, loaded: Mapping[str, Adapter], name: str, folder: Path)
                 f"{folder / CONFIG}: expected init_lora_weights as the model's at {place}: PiSSA's"
                 " base weight is its own; load into a model without adapters"
             )
-        for parameter in old.tensors.keys() | loaded[place].tensors.keys():
+        for parameter in {**old.tensors, **loaded[place].tensors}:
             had, got = (
                 None if (t := a.tensors.get(parameter)) is None else tuple(t.shape)
                 for a in (old, loaded[place])
@@ -331,7 +337,7 @@ class _Tensors:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.path}: {place}: {error}") from error
         expected = cls.adapter_shapes(module.weight, config)
-        for parameter in expected.keys() | parameters.keys():
+        for parameter in {**expected, **parameters}:
             key = parameters.get(parameter)
             if key is None:
                 raise ValueError(f"{self.path}: expected {parameter} of {place}, got none")

@@ -129,7 +129,7 @@ def _check_unadapted(model: nn.Module) -> None:
 def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
     """Put each module's replacement in every place where it stands."""
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children() skips repeats
             if child in replaced:
                 setattr(parent, name, replaced[child])
 
@@ -276,18 +276,13 @@ def assert_only_lora_gradients(model: nn.Module) -> None:
                 strays.append(name)
         elif parameter.grad is None:
             missing.append(name)
-    if strays or missing:
-        parts = [
-            ("no gradient but the adapters'", strays),
-            ("a gradient in every adapter", missing),
-        ]
-        raise RuntimeError(
-            "; ".join(
-                f"expected {what}, got {'one' if names is strays else 'none'} at {_first(names)}"
-                for what, names in parts
-                if names
-            )
-        )
+    parts = []
+    if strays:
+        parts.append(f"expected gradients in adapters only, got one at {_first(strays)}")
+    if missing:
+        parts.append(f"expected a gradient in every adapter, got none at {_first(missing)}")
+    if parts:
+        raise RuntimeError("; ".join(parts))
 
 
 def _first(names: list[str], most: int = 5) -> str:

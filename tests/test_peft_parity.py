@@ -1,10 +1,14 @@
 """PEFT's own layer, same weights: the output and every gradient."""
 
+import copy
+import warnings
+
 import pytest
 import torch
+from models import gpt2, llama, tokens
 from torch import nn
 
-from fused_lora import FusedLoRALinear, fused_lora_linear
+from fused_lora import FusedLoRALinear, apply_lora, fused_lora_linear, lora_layers
 from support import relative_rms, run
 
 peft = pytest.importorskip("peft")
@@ -101,3 +105,46 @@ def test_dropout_falls_where_pefts_does():
     y, dx, dA, dB = results(theirs, (A, B), x, dy)
     for name, expected in (("y", y), ("dx", dx), ("dA", dA), ("dB", dB)):
         assert relative_rms(got[name], expected) <= 2.0**-20, name
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_twenty_training_steps_of_a_whole_model(make):
+    """Losses and adapters stay PEFT's to float32's rounding, which Adam's division amplifies."""
+    base = make()
+    ours = copy.deepcopy(base).train()
+    apply_lora(ours, rank=4, alpha=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, on Conv1D
+        config = peft.LoraConfig(target_modules="all-linear", r=4, lora_alpha=8)
+        theirs = peft.get_peft_model(copy.deepcopy(base), config).train()
+    inner = dict(theirs.base_model.model.named_modules())
+    pairs = {
+        f"{name}.{which}": (getattr(layer, which), getattr(inner[name], which)["default"].weight)
+        for name, layer in lora_layers(ours).items()
+        for which in ("lora_A", "lora_B")
+    }
+    with torch.no_grad():
+        for mine, other in pairs.values():
+            other.copy_(mine)
+    start = {name: mine.detach().clone() for name, (mine, _) in pairs.items()}
+    optimizers = [
+        torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        for model in (ours, theirs)
+    ]
+    first = last = None
+    batch = tokens(4, 16)
+    for _ in range(20):
+        losses = []
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            loss = model(batch, labels=batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        first, last = first or losses[0], losses[0]
+    assert last < first - 0.01
+    for name, (mine, other) in pairs.items():
+        moved = (other - start[name]).norm()
+        assert moved > 0, name
+        assert (mine - other).norm() <= 0.01 * moved, name
