@@ -6,8 +6,10 @@ others are kept aside in each layer and are no part of ``parameters()`` or ``sta
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 from .config import AdapterConfig
 from .layer import Adapter, LoRALayer
 from .model import lora_layers
-from .targets import check_pattern, pattern_value
+from .sharding import check_whole
+from .targets import adapter_configs
+from .validation import check_rank
 
 COMBINATIONS = ("cat", "svd")
 
@@ -63,25 +67,18 @@ def add_adapter(
     Raises:
         RuntimeError: a merged layer.
         TypeError, ValueError: an argument of the wrong type or out of range, a name in use, no
-            adapters, or PiSSA, whose base weight is its own.
+            adapters, PiSSA, whose base weight is its own, or a sharded model.
     """
     layers = lora_layers(model)
     check_new_name(layers, name)
-    check_pattern("rank_pattern", rank_pattern, layers)
-    check_pattern("alpha_pattern", alpha_pattern, layers)
+    check_whole(model, "add adapters")
+    config = AdapterConfig(rank, alpha, dropout, use_rslora, use_dora, init)
+    configs = adapter_configs(layers, config, rank_pattern, alpha_pattern)
     new = {}
     for place, layer in layers.items():
-        config = AdapterConfig(
-            pattern_value(rank_pattern, place, rank),
-            pattern_value(alpha_pattern, place, alpha),
-            dropout,
-            use_rslora,
-            use_dora,
-            init,
-        )
-        check_sharing(place, layer, config)
+        check_sharing(place, layer, configs[place])
         try:
-            new[place] = layer.new_adapter(config)
+            new[place] = layer.new_adapter(configs[place])
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
     for place, layer in layers.items():
@@ -158,17 +155,18 @@ def add_weighted_adapter(
 
     Args:
         name: a new one.
-        weights: names of adapters to factors, of any sign.
+        weights: names of adapters to finite factors, of any sign.
         combination: "cat" is exact, and its rank is the sum of the ranks; "svd" is the best
             approximation of rank ``rank`` (by default the largest of the ranks).
 
     Raises:
         RuntimeError: a merged layer.
-        ValueError: unknown or used names, DoRA (whose update is no product), no weights, or an
-            argument out of range.
+        TypeError, ValueError: unknown or used names, DoRA (whose update is no product), no weights,
+            an argument of the wrong type or out of range, or a sharded model.
     """
     layers = lora_layers(model)
     check_new_name(layers, name)
+    check_whole(model, "add adapters")
     known = _names(layers)
     if combination not in COMBINATIONS:
         raise ValueError(
@@ -176,8 +174,13 @@ def add_weighted_adapter(
         )
     if not weights or any(source not in known for source in weights):
         raise ValueError(f"expected weights of the adapters {', '.join(known)}, got {weights!r}")
-    if rank is not None and combination == "cat":
-        raise ValueError(f"expected rank=None with combination='cat', got {rank}")
+    for source, weight in weights.items():
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ValueError(f"expected a finite weight of {source!r}, got {weight!r}")
+    if rank is not None:
+        check_rank(rank)
+        if combination == "cat":
+            raise ValueError(f"expected rank=None with combination='cat', got {rank}")
     new = {}
     for place, layer in layers.items():
         sources = {
@@ -201,11 +204,11 @@ def _weighted_sum(
 ) -> Adapter:
     first = terms[0][1]
     like = first.tensors["lora_A"]
-    A = torch.cat([a.tensors["lora_A"].flatten(1).double() for _, a in terms])
-    B = torch.cat([a.tensors["lora_B"].flatten(1).double() * w for w, a in terms], dim=1)
+    wide = {"device": "cpu", "dtype": torch.float64}  # MPS has no float64
+    A = torch.cat([a.tensors["lora_A"].flatten(1).to(**wide) for _, a in terms])
+    B = torch.cat([a.tensors["lora_B"].flatten(1).to(**wide) * w for w, a in terms], dim=1)
     if combination == "svd":
-        rank = rank or max(a.config.rank for _, a in terms)
-        A, B = _truncated(A, B, rank)
+        A, B = _truncated(A, B, rank or max(a.config.rank for _, a in terms))
     # The scale of the sum is 1, in the factors.
     config = AdapterConfig(len(A), len(A), first.config.dropout)
     tensors: dict[str, Tensor] = {"lora_A": A, "lora_B": B}
@@ -213,7 +216,7 @@ def _weighted_sum(
         config,
         config.scaling,
         {
-            n: tensors[n].to(like.dtype).view(s)
+            n: tensors[n].to(like).view(s)
             for n, s in layer.adapter_shapes(layer.weight, config).items()
         },
     )
@@ -232,6 +235,18 @@ def _truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return new_A, new_B
 
 
+def check_name(name: str) -> None:
+    """Check that an adapter can have that name.
+
+    Raises:
+        TypeError, ValueError: it cannot.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"expected an adapter's name to be a str, got {type(name).__name__}")
+    if not name:
+        raise ValueError("expected an adapter's name, got ''")
+
+
 def check_new_name(layers: Mapping[str, LoRALayer], name: str) -> None:
     """Check that an adapter of that name may be added.
 
@@ -240,10 +255,7 @@ def check_new_name(layers: Mapping[str, LoRALayer], name: str) -> None:
         TypeError, ValueError: no name, or one in use.
     """
     check_unmerged(layers)
-    if not isinstance(name, str):
-        raise TypeError(f"expected an adapter's name to be a str, got {type(name).__name__}")
-    if not name:
-        raise ValueError("expected an adapter's name, got ''")
+    check_name(name)
     if name in _names(layers):
         raise ValueError(f"expected a new adapter's name, got {name!r}, which is in use")
 

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from . import peft_format
-from .adapters import adapter_names, check_new_name, check_sharing, check_unmerged
+from .adapters import adapter_names, check_name, check_new_name, check_sharing, check_unmerged
 from .config import AdapterConfig
 from .layer import Adapter, LoRALayer
 from .model import adapt, lora_layers
+from .sharding import check_whole, is_shard
 from .targets import layer_class
-from .validation import FLOATS
+from .validation import FLOATS, listed
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _DIGEST = "fused_lora_config_sha256"  # in the safetensors metadata
-_MOST_NAMED = 5
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
@@ -44,7 +44,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
 
     Raises:
         OSError: the files cannot be written; those that were there are still whole.
-        ValueError: no adapters, no adapter of that name, or settings that PEFT cannot hold.
+        ValueError: no adapters, no adapter of that name, settings that PEFT cannot hold, or tensors
+            that are sharded or on the meta device.
     """
     model = _unwrapped(model)
     layers = lora_layers(model)
@@ -78,7 +79,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
 
 
 def _whole(place: str, tensor: Tensor) -> Tensor:
-    if hasattr(tensor, "full_tensor") or tensor.is_meta:
+    if is_shard(tensor) or tensor.is_meta:
         raise ValueError(f"expected whole tensors to save, got a sharded or meta one at {place}")
     return tensor.contiguous().cpu()
 
@@ -127,10 +128,13 @@ def load_adapter(
     Raises:
         FileNotFoundError: a file is missing.
         RuntimeError: a merged layer.
+        TypeError: a name that is no str.
         ValueError: damaged or mismatched files, something that fused_lora does not compute, or an
-            adapter of another model; names the file and the key.
+            adapter of another model; names the file and the key. A sharded model.
     """
+    check_name(name)
     model = _unwrapped(model)
+    check_whole(model, "load an adapter")
     folder = Path(directory)
     config = _read_config(folder)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -165,13 +169,13 @@ def _into_adapted(model, loaded: Mapping[str, Adapter], name: str, folder: Path)
     if plain:
         raise ValueError(
             f"{folder / WEIGHTS}: expected adapters of adapted layers only, got one of"
-            f" {_list(plain)}, which the model's other adapters leave out"
+            f" {listed(plain)}, which the model's other adapters leave out"
         )
     absent = [place for place, x in lora_layers(model).items() if x not in set(layers.values())]
     if absent:
         raise ValueError(
             f"{folder / WEIGHTS}: expected an adapter of every adapted layer, got none for"
-            f" {_list(absent)}"
+            f" {listed(absent)}"
         )
     known = adapter_names(model)
     if name not in known:
@@ -285,7 +289,7 @@ class _Tensors:
                 unknown.append(key)
         if unknown:
             raise ValueError(
-                f"{self.path}: expected tensors of adapters only, got {_list(unknown)}"
+                f"{self.path}: expected tensors of adapters only, got {listed(unknown)}"
             )
         if not places:
             raise ValueError(f"{self.path}: expected tensors of adapters, got none")
@@ -374,8 +378,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more

@@ -20,7 +20,6 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     (rank, in_channels, kH, kW)`` and ``lora_B (out_channels, rank, 1, 1)``.
     """
 
-    copied = (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice")
     no_kernel = "a convolution's adapter is two convolutions"
 
     @classmethod

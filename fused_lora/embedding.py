@@ -21,7 +21,6 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     ``lora_A (rank, num_embeddings)`` and ``lora_B (embedding_dim, rank)``.
     """
 
-    copied = tuple(nn.Embedding.__constants__)
     no_kernel = "an embedding's adapter is a look-up and a thin product"
 
     @classmethod

@@ -7,27 +7,26 @@ the others wait in ``inactive_adapters``, outside ``state_dict``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import dora, initialization
+from . import dora, initialization, sharding
 from .config import AdapterConfig
 from .merging import MergeableLayer
 from .validation import check_dtype, check_impl
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+# What an adapted layer has and its plain one has not.
+_ADDED = {
+    *ADAPTER_NAMES,
+    *(field.name for field in fields(AdapterConfig)),
+    *("impl", "enabled", "merged", "adapter_name", "inactive_adapters"),
+    *("_scaling", "_scaling_tensor", "_base_weight", "_original_weight"),
+}
 
 
 @dataclass
@@ -51,7 +50,6 @@ class LoRALayer(MergeableLayer):
         adapter_name: of the active adapter; the others are in ``inactive_adapters``.
     """
 
-    copied: ClassVar[tuple[str, ...]]  # what makes the plain layer, besides its Parameters
     inits: ClassVar[tuple[str, ...]] = ("default", "gaussian")
     has_dora: ClassVar[bool] = False
     no_kernel: ClassVar[str | None] = None  # why no kernel computes this layer
@@ -69,11 +67,10 @@ class LoRALayer(MergeableLayer):
         impl: str = "torch",
         adapter_dtype: torch.dtype | None = None,
     ):
-        """Adapt ``base``, whose very Parameters (frozen) and hooks are kept."""
+        """Adapt ``base``, whose very Parameters (frozen), hooks and attributes are kept."""
         cls.check_plain(base)
         layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        _copy_layer(base, layer, cls.copied)
+        _copy_module(base, layer)
         layer._add_adapter(config, impl, adapter_dtype)
         return layer
 
@@ -88,11 +85,7 @@ class LoRALayer(MergeableLayer):
         plain = cls.plain_class()
         if type(base) is not plain:
             raise TypeError(f"expected an {_name(plain)}, got {type(base).__name__}")
-        if "forward" in base.__dict__:
-            raise TypeError(
-                f"expected the forward of {_name(plain)}, got one replaced on the instance (as"
-                " accelerate's hooks do), which the adapted layer would not call"
-            )
+        check_own_forward(base)
         if not isinstance(base.weight, nn.Parameter):
             raise TypeError(
                 "expected weight to be a Parameter, got one that pruning or weight norm computes"
@@ -100,15 +93,18 @@ class LoRALayer(MergeableLayer):
         check_dtype("the weight's dtype", base.weight.dtype)
 
     def plain(self) -> nn.Module:
-        """The plain layer again, around the same Parameters (still frozen) and hooks.
+        """The plain layer again, with the same Parameters (still frozen), hooks and attributes.
 
         While merged it has the merged weight, else the base weight; a PiSSA layer that is not
         merged gives back the very weight it was made from.
+
+        Raises:
+            TypeError: a forward that was replaced on the instance.
         """
+        check_own_forward(self)
         cls = self.plain_class()
         base = cls.__new__(cls)
-        nn.Module.__init__(base)
-        _copy_layer(self, base, self.copied)
+        _copy_module(self, base, _ADDED)
         if self._original_weight is not None and not self.merged:
             base.weight = self._original_weight
         if self.merged:
@@ -250,6 +246,8 @@ class LoRALayer(MergeableLayer):
 
     def _take_principal_part(self) -> None:
         original = self.weight if self._original_weight is None else self._original_weight
+        if not original.isfinite().all():
+            raise ValueError("expected a finite weight for init='pissa', got NaN or infinity in it")
         residual = initialization.principal(
             self.to_matrix(original), self.lora_A, self.lora_B, self.scaling
         )
@@ -289,8 +287,9 @@ class LoRALayer(MergeableLayer):
         """Give the active adapter these values; False if its Parameters had to be replaced.
 
         Where shapes match they are written in place, so that whatever optimizer holds the
-        Parameters stays valid.
+        Parameters stays valid. Gradients, which are the other adapter's, are dropped.
         """
+        sharding.reshard(self)
         current = self.adapter_parameters()
         in_place = {n: p.shape for n, p in current.items()} == {
             n: t.shape for n, t in adapter.tensors.items()
@@ -299,7 +298,8 @@ class LoRALayer(MergeableLayer):
         for name in ADAPTER_NAMES:
             tensor = adapter.tensors.get(name)
             if in_place and tensor is not None:
-                current[name].copy_(tensor)
+                current[name].copy_(sharding.like(tensor, current[name]))
+                current[name].grad = None
             elif not in_place and tensor is None:
                 setattr(self, name, None)
             elif not in_place:
@@ -315,7 +315,7 @@ class LoRALayer(MergeableLayer):
         self._renew_scaling_tensor()
         with torch.no_grad():
             if self._original_weight is not None:
-                self._original_weight.data = fn(self._original_weight.data)
+                self.__dict__["_original_weight"] = _moved(self._original_weight, fn)
             for adapter in self.inactive_adapters.values():
                 adapter.tensors = {name: fn(tensor) for name, tensor in adapter.tensors.items()}
         return self
@@ -339,14 +339,39 @@ class LoRALayer(MergeableLayer):
         return ", ".join(parts)
 
 
-def _copy_layer(source: nn.Module, target: nn.Module, names: tuple[str, ...]) -> None:
-    """The same attributes, Parameters, hook dictionaries (whose handles stay valid) and mode."""
-    for name in (*names, *_HOOKS):
-        setattr(target, name, getattr(source, name))
-    for name in ("weight", "bias"):
-        if name in source._parameters:
-            target.register_parameter(name, source._parameters[name])
-    target.train(source.training)
+def _copy_module(source: nn.Module, target: nn.Module, without: Collection[str] = ()) -> None:
+    """Give ``target`` all that ``source`` has: the hooks' handles stay valid."""
+    for name, value in vars(source).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            value = {key: kept for key, kept in value.items() if key not in without}
+        elif name == "_non_persistent_buffers_set":
+            value = value.difference(without)
+        elif name in without or name == "_compiled_call_impl":  # which calls the source
+            continue
+        target.__dict__[name] = value
+
+
+def check_own_forward(module: nn.Module) -> None:
+    """Check that no other forward stands on the instance.
+
+    Raises:
+        TypeError: one does.
+    """
+    if "forward" in vars(module):
+        raise TypeError(
+            f"expected the forward of {type(module).__name__}, got one replaced on the instance (as"
+            " accelerate's hooks do), which the layer in its place would not call; take it off"
+            " first (accelerate.hooks.remove_hook_from_module) and put it on again after"
+        )
+
+
+def _moved(parameter: nn.Parameter, fn) -> nn.Parameter:
+    """``fn`` of a Parameter, in place if it can hold the result, as ``nn.Module`` does it."""
+    data = fn(parameter.data)
+    if not torch._has_compatible_shallow_copy_type(parameter.data, data):
+        return nn.Parameter(data, parameter.requires_grad)
+    parameter.data = data
+    return parameter
 
 
 def _name(cls: type) -> str:

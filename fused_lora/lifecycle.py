@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .layer import LoRALayer
+from .layer import LoRALayer, check_own_forward
 from .model import lora_layers, replace_modules, restore_fast_path
+from .sharding import check_whole
 
 
 @contextmanager
@@ -34,6 +35,7 @@ def merge_lora(model: nn.Module, keep_base: bool = True) -> None:
 
     Raises:
         RuntimeError: a layer is merged already.
+        TypeError: a weight that is no Parameter.
         ValueError: no adapters, or a weight that another module of the model uses too.
     """
     _merge(model, lora_layers(model), keep_base)
@@ -41,8 +43,8 @@ def merge_lora(model: nn.Module, keep_base: bool = True) -> None:
 
 def _merge(model: nn.Module, layers: Mapping[str, LoRALayer], keep_base: bool) -> None:
     """Check every layer, then merge every layer: each keeps one base at a time if none is kept."""
-    _check_unshared(model, layers)
     _check_each(layers, LoRALayer.check_mergeable)
+    _check_unshared(model, layers)
     for layer in layers.values():
         layer.merge(keep_base)
 
@@ -101,11 +103,14 @@ def unload_lora(model: nn.Module, merge: bool = True) -> nn.Module:
 
     Raises:
         RuntimeError: ``merge=False`` on a layer merged with ``keep_base=False``.
-        ValueError: no adapters, or a shared weight to merge into.
+        TypeError: a layer whose forward was replaced.
+        ValueError: no adapters, a shared weight to merge into, or a sharded model.
     """
     if isinstance(model, LoRALayer):
         raise ValueError("expected a model that contains layers, got a layer itself: see plain()")
     layers = lora_layers(model)
+    check_whole(model, "unload adapters")
+    _check_each(layers, check_own_forward)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     if merge:
         _merge(model, {n: x for n, x in layers.items() if n not in merged}, keep_base=False)

@@ -56,13 +56,14 @@ class _LinearForward(LoRALayer):
     def _dora_forward(self, x: Tensor) -> Tensor:
         """The equations of :mod:`.dora`, around the fused product."""
         matrix, bias = self._matrix(), self.bias
-        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        drops = self.dropout > 0 and self.training
+        dropped = F.dropout(x, self.dropout) if drops else x
         y = self._fused(dropped, matrix, None, 0.0)
         gain = dora.gain(
             self.lora_magnitude_vector, matrix, self.lora_A, self.lora_B, self._scaling
         )
         y = y * gain.to(y.dtype)
-        if dropped is not x:
+        if drops:
             y = y + F.linear(x - dropped, matrix).to(y.dtype)
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -112,8 +113,6 @@ class FusedLoRALinear(_LinearForward, nn.Linear):
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
-
-    copied = ("in_features", "out_features")
 
     def __init__(
         self,
@@ -172,8 +171,6 @@ class FusedLoRAConv1D(_LinearForward):
     Made by :meth:`from_conv1d`. The weight is used as it lies; adapter and attributes are those of
     :class:`FusedLoRALinear`.
     """
-
-    copied = ("nf", "nx")
 
     @classmethod
     def plain_class(cls) -> type[nn.Module]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import sharding
 from .autograd import without_autocast
 
 _merged_weights = WeakTensorKeyDictionary()  # Parameter to the layer that merged into it
@@ -32,7 +33,7 @@ class MergeableLayer(nn.Module):
                 "expected a base weight to disable the adapter, got a layer merged with"
                 " keep_base=False"
             )
-        return weight
+        return sharding.like(weight, self.weight)  # a base kept as a shard, in a gathered layer
 
     @property
     def base_weight(self) -> Tensor | None:
@@ -54,6 +55,7 @@ class MergeableLayer(nn.Module):
             TypeError: the weight is not a Parameter, so that it cannot be written.
         """
         self.check_mergeable()
+        sharding.reshard(self)
         with torch.inference_mode(False), torch.no_grad():
             base = self.weight.detach().clone()
         self.weight.copy_(self.from_matrix(self._adapted_matrix()))
@@ -80,6 +82,7 @@ class MergeableLayer(nn.Module):
             RuntimeError: not merged, or merged with ``keep_base=False``.
         """
         self.check_restorable()
+        sharding.reshard(self)
         self.weight.copy_(self._base_weight)
         self._forget_merge()
 

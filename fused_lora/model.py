@@ -11,8 +11,9 @@ from torch import nn
 from .config import AdapterConfig
 from .embedding import LoRAEmbedding
 from .layer import LoRALayer
-from .targets import ALL_LINEAR, check_pattern, find_targets, layer_class, pattern_value
-from .validation import check_dtype, check_impl
+from .sharding import check_whole
+from .targets import ALL_LINEAR, adapter_configs, find_targets, layer_class
+from .validation import check_dtype, check_impl, listed
 
 
 def apply_lora(
@@ -65,19 +66,8 @@ def apply_lora(
     check_dtype("adapter_dtype", adapter_dtype)
     _check_unadapted(model)
     found = find_targets(model, target_modules, exclude_modules, include_head)
-    check_pattern("rank_pattern", rank_pattern, found)
-    check_pattern("alpha_pattern", alpha_pattern, found)
-    configs = {
-        name: AdapterConfig(
-            pattern_value(rank_pattern, name, rank),
-            pattern_value(alpha_pattern, name, alpha),
-            dropout,
-            use_rslora,
-            use_dora,
-            init,
-        )
-        for name in found
-    }
+    config = AdapterConfig(rank, alpha, dropout, use_rslora, use_dora, init)
+    configs = adapter_configs(found, config, rank_pattern, alpha_pattern)
     adapt(model, found, configs, impl, adapter_dtype)
     return list(found)
 
@@ -90,6 +80,7 @@ def adapt(
     adapter_dtype: torch.dtype | None = None,
 ) -> None:
     """Replace the modules ``found`` by adapted ones and freeze the rest; all or nothing."""
+    check_whole(model, "adapt")
     required = [(p, p.requires_grad) for p in model.parameters()]
     replaced = {}
     try:
@@ -97,10 +88,12 @@ def adapt(
             replaced[module] = layer_class(module).from_plain(
                 module, configs[name], impl, adapter_dtype
             )
-    except (TypeError, ValueError) as error:
+    except BaseException as error:
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
-        raise type(error)(f"{name}: {error}") from error
+        if type(error) in (TypeError, ValueError):
+            raise type(error)(f"{name}: {error}") from error
+        raise
     for parameter, _ in required:
         parameter.requires_grad_(False)
     replace_modules(model, replaced)
@@ -278,13 +271,8 @@ def assert_only_lora_gradients(model: nn.Module) -> None:
             missing.append(name)
     parts = []
     if strays:
-        parts.append(f"expected gradients in adapters only, got one at {_first(strays)}")
+        parts.append(f"expected gradients in adapters only, got one at {listed(strays)}")
     if missing:
-        parts.append(f"expected a gradient in every adapter, got none at {_first(missing)}")
+        parts.append(f"expected a gradient in every adapter, got none at {listed(missing)}")
     if parts:
         raise RuntimeError("; ".join(parts))
-
-
-def _first(names: list[str], most: int = 5) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,7 +1,7 @@
 """PEFT's adapter format: names of tensors, and ``adapter_config.json``.
 
-Read and written as PEFT 0.17 to 0.21 does. What the format can say and this library cannot do is an
-error, never ignored.
+Read and written as PEFT 0.21 does. What the format can say and this library cannot do is an error,
+never ignored.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -17,7 +18,7 @@ from .config import AdapterConfig
 from .embedding import LoRAEmbedding
 from .layer import Adapter, LoRALayer
 from .linear import FusedLoRAConv1D
-from .targets import ALL_LINEAR, pattern_value
+from .targets import compile_pattern, pattern_value
 
 PREFIX = "base_model.model."
 _SUFFIXES = {
@@ -26,7 +27,7 @@ _SUFFIXES = {
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
     "lora_magnitude_vector": "lora_magnitude_vector",
-    "lora_magnitude_vector.weight": "lora_magnitude_vector",  # before PEFT 0.12
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",  # of older PEFT
 }
 # What loading need not know, beside what `parse_config` reads.
 _IGNORED = {
@@ -61,7 +62,9 @@ _READ = {
 }
 # Other ways to start change the base weights, which are not in the file.
 _BASE_KEPT = (True, False, None, "gaussian", "orthogonal", "eva")
-_MAX_REPEATS = 4  # in a pattern of a file: a hostile one could run for years
+# Of a file's pattern, by which a hostile one could keep the matcher busy for years.
+_MOST_CHOICES = 4  # groups and repeats
+_MOST_CHARACTERS = 500
 
 
 def tensor_key(name: str, layer: LoRALayer, parameter: str) -> str:
@@ -215,6 +218,8 @@ def _check_numbers(config: Mapping) -> None:
     def check(key: str, value, kind) -> None:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"expected {key} to be a number, got {value!r}")
+        if not abs(value) <= sys.float_info.max:
+            raise ValueError(f"expected {key} to be a finite number, got a larger one")
 
     check("r", config.get("r", 8), Integral)
     check("lora_alpha", config.get("lora_alpha", 8), Real)
@@ -232,16 +237,17 @@ def _check_numbers(config: Mapping) -> None:
 
 
 def _check_pattern(key: str, pattern: str) -> None:
-    """A pattern that is valid and quick: no repeated group, few repeats."""
-    if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > _MAX_REPEATS:
+    """A pattern that is valid and quick: short, with few groups and repeats, none repeated."""
+    choices = len(re.findall(r"[*+{?(]", pattern.replace("(?:", "(")))
+    if choices > _MOST_CHOICES or len(pattern) > _MOST_CHARACTERS or re.search(r"\)[*+{]", pattern):
         raise ValueError(
-            f"expected {key} with at most {_MAX_REPEATS} repeats and no repeated group, got"
-            f" {pattern!r}"
+            f"expected patterns in {key} of at most {_MOST_CHARACTERS} characters and"
+            f" {_MOST_CHOICES} groups and repeats, none of a group, got {pattern[:80]!r}"
         )
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"expected patterns in {key}, got {pattern!r}: {error}") from error
+        compile_pattern(pattern)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def layer_config(config: Mapping, name: str) -> AdapterConfig:
@@ -265,4 +271,4 @@ def names_target(config: Mapping, name: str) -> bool:
     targets = config["target_modules"]
     if isinstance(targets, str):
         return True
-    return ALL_LINEAR in targets or any(ending in targets for ending in _endings(name))
+    return any(ending in targets for ending in _endings(name))

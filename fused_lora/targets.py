@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 from torch import nn
 
+from .config import AdapterConfig
 from .conv import LoRAConv2d
 from .embedding import LoRAEmbedding
 from .layer import LoRALayer
@@ -124,27 +127,58 @@ def _no_match(model: nn.Module, target: str | Iterable[str]) -> str:
     return f"{message}; {'near names' if near else 'names there are'}: {', '.join(listed)}"
 
 
+def adapter_configs(
+    names: Collection[str],
+    config: AdapterConfig,
+    rank_pattern: Mapping[str, int] | None,
+    alpha_pattern: Mapping[str, float] | None,
+) -> dict[str, AdapterConfig]:
+    """What each of the layers ``names`` gets: ``config``, with the patterns' rank and alpha.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, a key that is no regular
+            expression, or one that matches no name.
+    """
+    _check_pattern("rank_pattern", rank_pattern, names)
+    _check_pattern("alpha_pattern", alpha_pattern, names)
+    return {
+        name: replace(
+            config,
+            rank=pattern_value(rank_pattern, name, config.rank),
+            alpha=pattern_value(alpha_pattern, name, config.alpha),
+        )
+        for name in names
+    }
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a file may hold one for every layer
+def compile_pattern(key: str) -> re.Pattern:
+    """A key of ``rank_pattern`` or ``alpha_pattern``: it matches the end of a name, from a dot on.
+
+    Raises:
+        ValueError: not a regular expression.
+    """
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"expected a regular expression, got {key!r}: {error}") from error
+
+
 def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    """The value of the first key that matches ``name`` from a dot (or its start) to its end."""
+    """The value of the first key that matches ``name``; see :func:`compile_pattern`."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if compile_pattern(key).match(name):
             return value
     return default
 
 
-def check_pattern(argument: str, pattern: Mapping[str, float] | None, names: Iterable[str]) -> None:
-    """Check that every key is a regular expression that matches one of the names.
-
-    Raises:
-        ValueError: one does not.
-    """
-    names = list(names)
+def _check_pattern(
+    argument: str, pattern: Mapping[str, float] | None, names: Collection[str]
+) -> None:
     for key in pattern or {}:
         try:
-            matched = any(re.match(rf"(.*\.)?({key})$", name) for name in names)
-        except re.error as error:
-            raise ValueError(
-                f"expected regular expressions in {argument}, got {key!r}: {error}"
-            ) from error
-        if not matched:
+            matches = compile_pattern(key).match
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from error
+        if not any(matches(name) for name in names):
             raise ValueError(f"expected {argument}'s {key!r} to match an adapted module, none does")

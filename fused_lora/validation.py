@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -20,10 +21,7 @@ def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str) ->
         TypeError: a value of the wrong type.
         ValueError: a value out of range.
     """
-    if not isinstance(rank, Integral) or isinstance(rank, bool):
-        raise TypeError(f"expected rank to be an int, got {rank!r} ({type(rank).__name__})")
-    if rank < 1:
-        raise ValueError(f"expected rank >= 1, got {rank}")
+    check_rank(rank)
     if not isinstance(alpha, Real) or isinstance(alpha, bool):
         raise TypeError(f"expected alpha to be a number, got {alpha!r} ({type(alpha).__name__})")
     if not math.isfinite(alpha):
@@ -35,6 +33,14 @@ def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str) ->
         raise ValueError(f"expected an even rank for init='orthogonal', got {rank}")
     if init == "pissa" and alpha <= 0:
         raise ValueError(f"expected alpha > 0 for init='pissa', got {alpha}")
+
+
+def check_rank(rank: int) -> None:
+    """Check the inner size of an adapter: an int of at least 1."""
+    if not isinstance(rank, Integral) or isinstance(rank, bool):
+        raise TypeError(f"expected rank to be an int, got {rank!r} ({type(rank).__name__})")
+    if rank < 1:
+        raise ValueError(f"expected rank >= 1, got {rank}")
 
 
 def check_dropout(p: float) -> None:
@@ -144,6 +150,12 @@ def _check_scaling_tensor(scaling: Tensor, x: Tensor) -> None:
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """``names`` for a message, the first ones if there are many."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _names(dtypes) -> str:

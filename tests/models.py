@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fused_lora import lora_parameters
 
+ALL = ["table", "conv", "hidden", "out"]  # the layers of Tiny
+
 
 class Tiny(nn.Module):
     """An embedding, a convolution and two linears, on token indices."""
@@ -23,6 +25,13 @@ class Tiny(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.conv(self.table(tokens).unsqueeze(-3))
         return self.out(torch.relu(self.hidden(x.transpose(-3, -2).flatten(-2))))
+
+
+def stack() -> nn.Sequential:
+    """Linears at two depths."""
+    return nn.Sequential(
+        nn.Linear(8, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    )
 
 
 def gpt2(**changes):

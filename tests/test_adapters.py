@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import Tiny, assert_unchanged, snapshot, tokens, train_like
+from models import ALL, Tiny, assert_unchanged, snapshot, tokens, train_like
 from torch import nn
 
 from fused_lora import (
@@ -18,8 +18,6 @@ from fused_lora import (
     merge_lora,
     set_adapter,
 )
-
-ALL = ["table", "conv", "hidden", "out"]
 
 
 @pytest.fixture
@@ -62,9 +60,11 @@ def test_optimizers_stay_valid_where_shapes_match(ids):
     model = two_adapters()
     before = [(p, p.data_ptr()) for p in lora_parameters(model)]
     optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    model(ids).sum().backward()
     set_adapter(model, "second")
     after = [(p, p.data_ptr()) for p in lora_parameters(model)]
     assert all(p is q and at == was for (p, at), (q, was) in zip(after, before, strict=True))
+    assert all(p.grad is None for p in lora_parameters(model))  # the other adapter's
     values = model.hidden.lora_B.clone()
     model(ids).sum().backward()
     optimizer.step()
@@ -131,6 +131,10 @@ def test_delete():
         delete_adapter(model, "second")
 
 
+def weighted(model: nn.Module, weight: float, rank: int | None = None) -> None:
+    add_weighted_adapter(model, "x", {"second": weight}, combination="svd", rank=rank)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "hint"),
     [
@@ -141,6 +145,11 @@ def test_delete():
         (lambda m: add_adapter(m, "x", init="pissa"), ValueError, "PiSSA model has one"),
         (lambda m: add_adapter(m, "x", rank_pattern={"no": 2}), ValueError, "rank_pattern's 'no'"),
         (lambda m: set_adapter(m, "x"), ValueError, "adapters default, second, got 'x'"),
+        (lambda m: weighted(m, 1.0, rank=0), ValueError, "rank >= 1, got 0"),
+        (lambda m: weighted(m, 1.0, rank=-2), ValueError, "rank >= 1, got -2"),
+        (lambda m: weighted(m, 1.0, rank=2.0), TypeError, "rank to be an int"),
+        (lambda m: weighted(m, float("nan")), ValueError, "finite weight of 'second', got nan"),
+        (lambda m: weighted(m, "1"), ValueError, "finite weight of 'second', got '1'"),
         (lambda m: add_weighted_adapter(m, "x", {}), ValueError, "weights of the adapters"),
         (lambda m: add_weighted_adapter(m, "x", {"y": 1.0}), ValueError, "weights of the adapters"),
         (

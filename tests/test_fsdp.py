@@ -1,0 +1,132 @@
+"""Merging, switching and saving under ``fully_shard``, in two processes: right, or refused."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import stack, train_like
+from torch import nn
+
+from fused_lora import (
+    add_adapter,
+    add_weighted_adapter,
+    apply_lora,
+    disable_lora,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+    set_adapter,
+    unload_lora,
+    unmerge_lora,
+)
+
+PROCESSES = 2
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+def two_models(**arguments) -> tuple[nn.Module, nn.Module]:
+    """The same model whole and sharded; the outermost layer stays gathered after a forward."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    whole = stack()
+    apply_lora(whole, **{"rank": 2, **arguments})
+    add_adapter(train_like(whole), "second", rank=2)
+    sharded = copy.deepcopy(whole)
+    fully_shard(sharded[2])
+    return whole, fully_shard(sharded)
+
+
+def check_merging(arguments, keep_base):
+    whole, sharded = two_models(**arguments)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        on = sharded(x)
+        assert not hasattr(sharded[0].weight, "full_tensor")  # gathered, and thrown away later
+        assert hasattr(sharded[2][0].weight, "full_tensor")
+        for model in (whole, sharded):
+            merge_lora(model, keep_base)
+        merged = whole(x)
+        torch.testing.assert_close(on, merged)
+        torch.testing.assert_close(sharded(x), merged)
+        torch.testing.assert_close(sharded(x), merged)
+        state = {name: _whole(tensor) for name, tensor in sharded.state_dict().items()}
+        torch.testing.assert_close(state, dict(whole.state_dict()))
+        if keep_base:
+            with disable_lora(whole), disable_lora(sharded):
+                assert torch.equal(sharded(x), whole(x))
+            with pytest.raises(ValueError, match="of shape"):
+                sharded(torch.randn(4, 5))  # a forward that fails leaves its layers gathered
+            unmerge_lora(sharded)
+            assert torch.equal(sharded(x), on)
+            with pytest.raises(ValueError, match="of shape"):
+                sharded(torch.randn(4, 5))
+            sharded[0].merge()
+            torch.testing.assert_close(sharded(x), merged)
+
+
+def check_switching():
+    whole, sharded = two_models()
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        for name in ("second", "default"):
+            for model in (sharded, whole):
+                model(x)  # which leaves the outermost layer gathered
+                assert set_adapter(model, name) == []
+            torch.testing.assert_close(sharded(x), whole(x))
+    whole(x).sum().backward()
+    sharded(x).sum().backward()
+    torch.testing.assert_close(_whole(sharded[0].lora_A.grad), whole[0].lora_A.grad)
+
+
+def check_refusals(folder):
+    from torch.distributed.fsdp import fully_shard
+
+    _, sharded = two_models()
+    before = {name: _whole(tensor) for name, tensor in sharded.state_dict().items()}
+    for call in (
+        lambda: unload_lora(sharded),
+        lambda: add_adapter(sharded, "third"),
+        lambda: add_weighted_adapter(sharded, "third", {"second": 1.0}),
+        lambda: load_adapter(sharded, folder),
+        lambda: apply_lora(fully_shard(stack())),
+    ):
+        with pytest.raises(ValueError, match=r"expected a whole model to .* before fully_shard"):
+            call()
+    with pytest.raises(ValueError, match="got a sharded or meta one at 0"):
+        save_adapter(sharded, folder)
+    after = {name: _whole(tensor) for name, tensor in sharded.state_dict().items()}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def process(rank, folder, check, arguments):
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
+    try:
+        check(*arguments)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("check", "arguments"),
+    [
+        (check_merging, ({}, True)),
+        (check_merging, ({}, False)),
+        (check_merging, ({"use_dora": True}, True)),
+        (check_switching, ()),
+        (check_refusals, ("adapter",)),
+    ],
+    ids=["merge", "final merge", "merge dora", "switch", "refusals"],
+)
+def test_two_processes(check, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.multiprocessing.spawn(process, (str(tmp_path), check, arguments), PROCESSES)
