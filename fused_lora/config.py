@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .validation import check_hyperparameters
+from .validation import check_flag, check_hyperparameters
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class AdapterConfig:
 
     def __post_init__(self):
         check_hyperparameters(self.rank, self.alpha, self.dropout, self.init)
+        check_flag("use_rslora", self.use_rslora)
+        check_flag("use_dora", self.use_dora)
+        object.__setattr__(self, "rank", int(self.rank))  # NumPy's numbers are not JSON's
+        object.__setattr__(self, "dropout", float(self.dropout))
 
     @property
     def scaling(self) -> float:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .autograd import without_autocast
 
+_BLOCK = 1 << 22  # numbers: 16 MB in float32
+
 
 def gain(magnitude: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float):
     """``g (out,)``, differentiable in ``magnitude (out,)`` alone."""
@@ -24,14 +26,16 @@ def gain(magnitude: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scal
 
 
 def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """``‖W + s·B A‖ (out,)`` of ``weight (out, in)``, without a matrix of the weight's size.
+    """``‖W + s·B A‖ (out,)`` of ``weight (out, in)``, some rows at a time, at least in float32.
 
-    ``‖w + s·b A‖² = ‖w‖² + 2 s·b·(A w) + s²·b (A Aᵀ) b`` for each row ``w`` of W and ``b`` of B.
+    Not by ``‖w‖² + 2 s·b·(A w) + s²·b (A Aᵀ) b``, which cancels where an adapter undoes a row.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide)
-    squared = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+    rows = max(1, _BLOCK // max(1, weight.shape[1]))
     with without_autocast(weight.device.type):
-        crossed = torch.mm(weight, lora_A.to(weight.dtype).t()).to(wide)
-        squared += ((2 * scaling * crossed + scaling**2 * (B @ (A @ A.t()))) * B).sum(1)
-    return squared.clamp_min_(torch.finfo(wide).tiny).sqrt_()
+        norms = [
+            torch.linalg.vector_norm(torch.addmm(w.to(wide), b, A, alpha=scaling), dim=1)
+            for w, b in zip(weight.split(rows), B.split(rows), strict=True)
+        ]
+    return torch.cat(norms).clamp_min_(torch.finfo(wide).tiny)

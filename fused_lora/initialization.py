@@ -5,7 +5,8 @@ gaussian    A normal with σ = 1/rank, B = 0               (PEFT)
 orthogonal  rows of A and columns of B mixed by two halves of one orthogonal matrix: B A = 0 with
             neither zero; an even rank                     (PEFT)
 pissa       s·B A is the principal part of the weight, which keeps the rest
-            (Meng et al., "PiSSA", 2024)
+            (Meng et al., "PiSSA", 2024). The layer gets a weight of its own: a model's
+            ``tie_weights()`` would replace it
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+from .autograd import without_autocast
 
 _ORTHOGONAL_SCALE = 0.1  # PEFT's
 
@@ -55,4 +58,5 @@ def principal(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     B, A = U[:, :rank] * root, root.unsqueeze(1) * Vh[:rank]
     lora_A.copy_(A)
     lora_B.copy_(B)
-    return wide - scaling * (B @ A)
+    with without_autocast(weight.device.type):
+        return wide - scaling * (B @ A)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import dora, initialization, sharding
 from .config import AdapterConfig
 from .merging import MergeableLayer
-from .validation import check_dtype, check_impl
+from .validation import check_dtype, check_impl, check_scaling
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 # What an adapted layer has and its plain one has not.
@@ -71,7 +71,8 @@ class LoRALayer(MergeableLayer):
         cls.check_plain(base)
         layer = cls.__new__(cls)
         _copy_module(base, layer)
-        layer._add_adapter(config, impl, adapter_dtype)
+        with torch.inference_mode(False):  # whose tensors could not train
+            layer._add_adapter(config, impl, adapter_dtype)
         return layer
 
     @classmethod
@@ -99,14 +100,17 @@ class LoRALayer(MergeableLayer):
         merged gives back the very weight it was made from.
 
         Raises:
+            RuntimeError: not merged, and there is no base weight.
             TypeError: a forward that was replaced on the instance.
         """
         check_own_forward(self)
+        if not self.merged:
+            self.check_base()
         cls = self.plain_class()
         base = cls.__new__(cls)
         _copy_module(self, base, _ADDED)
-        if self._original_weight is not None and not self.merged:
-            base.weight = self._original_weight
+        if not self.merged:
+            base.weight = self.base_weight
         if self.merged:
             self.disown_weight()
         return base
@@ -196,6 +200,7 @@ class LoRALayer(MergeableLayer):
 
     @scaling.setter
     def scaling(self, value: float) -> None:
+        check_scaling(value)
         self._scaling = float(value)
         self._renew_scaling_tensor()
 
@@ -227,11 +232,12 @@ class LoRALayer(MergeableLayer):
         """Initialise the active adapter as its ``init`` says; see :mod:`.initialization`.
 
         Raises:
-            RuntimeError: PiSSA or DoRA, which read the base weight, while merged.
+            RuntimeError: while merged.
+        ValueError: PiSSA of a weight with NaN or infinity in it, or without values.
         """
-        if self.merged and (self.init == "pissa" or self.use_dora):
+        if self.merged:
             raise RuntimeError("expected an unmerged layer to initialise, got a merged one")
-        if self.init == "pissa" and not self.weight.is_meta:
+        if self.init == "pissa":
             self._take_principal_part()
         else:
             self._fill(self.init, self.lora_A, self.lora_B)
@@ -246,6 +252,8 @@ class LoRALayer(MergeableLayer):
 
     def _take_principal_part(self) -> None:
         original = self.weight if self._original_weight is None else self._original_weight
+        if original.is_meta:
+            raise ValueError("expected a weight with values for init='pissa', got a meta tensor")
         if not original.isfinite().all():
             raise ValueError("expected a finite weight for init='pissa', got NaN or infinity in it")
         residual = initialization.principal(
@@ -258,8 +266,19 @@ class LoRALayer(MergeableLayer):
         )
 
     def stash_adapter(self) -> Adapter:
-        """A copy of the active adapter."""
-        tensors = {name: p.detach().clone() for name, p in self.adapter_parameters().items()}
+        """A copy of the active adapter.
+
+        Raises:
+            RuntimeError: a parametrization computes part of it.
+        """
+        parameters = self.adapter_parameters()
+        for name in self.adapter_shapes(self.weight, self.adapter_config):
+            if name not in parameters:
+                raise RuntimeError(
+                    f"expected {name} to be a Parameter, got one that a parametrization computes:"
+                    " remove it first"
+                )
+        tensors = {name: p.detach().clone() for name, p in parameters.items()}
         return Adapter(self.adapter_config, self.scaling, tensors)
 
     @torch.no_grad()
@@ -294,7 +313,6 @@ class LoRALayer(MergeableLayer):
         in_place = {n: p.shape for n, p in current.items()} == {
             n: t.shape for n, t in adapter.tensors.items()
         }
-        like = self.lora_A
         for name in ADAPTER_NAMES:
             tensor = adapter.tensors.get(name)
             if in_place and tensor is not None:
@@ -303,22 +321,41 @@ class LoRALayer(MergeableLayer):
             elif not in_place and tensor is None:
                 setattr(self, name, None)
             elif not in_place:
-                tensor = tensor.to(like.device, like.dtype, copy=True)
+                like = current.get(name, self.lora_B)
+                with torch.inference_mode(False), torch.no_grad():
+                    tensor = tensor.to(like.device, like.dtype, copy=True)
                 setattr(self, name, nn.Parameter(tensor, requires_grad=like.requires_grad))
         self._configure(adapter.config)
         self.scaling = adapter.scaling
         return in_place
 
+    @torch.no_grad()
     def _apply(self, fn, recurse=True):
+        original = self._original_weight
+        moved = None if original is None else fn(original.data)
+        if moved is not None and moved.is_meta:
+            raise RuntimeError(
+                "expected a device with memory for a PiSSA layer, got meta, where the weight it was"
+                " made from would be lost"
+            )
+        was_meta = self.lora_A.is_meta
         super()._apply(fn, recurse)
+        if original is not None:
+            original.data = moved
+        for adapter in self.inactive_adapters.values():
+            adapter.tensors = {name: fn(tensor) for name, tensor in adapter.tensors.items()}
+        if was_meta and not self.lora_A.is_meta:
+            self._fill_all()
         # ``.to(bfloat16)`` casts floating buffers and ``to_empty`` forgets them.
         self._renew_scaling_tensor()
-        with torch.no_grad():
-            if self._original_weight is not None:
-                self.__dict__["_original_weight"] = _moved(self._original_weight, fn)
-            for adapter in self.inactive_adapters.values():
-                adapter.tensors = {name: fn(tensor) for name, tensor in adapter.tensors.items()}
         return self
+
+    def _fill_all(self) -> None:
+        """Give values to adapters that come from the meta device: none may stay uninitialised."""
+        self._fill(self.init, self.lora_A, self.lora_B)
+        for adapter in self.inactive_adapters.values():
+            tensors = adapter.tensors
+            self._fill(adapter.config.init, tensors["lora_A"], tensors["lora_B"])
 
     def extra_repr(self) -> str:
         parts = [f"rank={self.rank}", f"scaling={self.scaling:g}"]
@@ -363,15 +400,6 @@ def check_own_forward(module: nn.Module) -> None:
             " accelerate's hooks do), which the layer in its place would not call; take it off"
             " first (accelerate.hooks.remove_hook_from_module) and put it on again after"
         )
-
-
-def _moved(parameter: nn.Parameter, fn) -> nn.Parameter:
-    """``fn`` of a Parameter, in place if it can hold the result, as ``nn.Module`` does it."""
-    data = fn(parameter.data)
-    if not torch._has_compatible_shallow_copy_type(parameter.data, data):
-        return nn.Parameter(data, parameter.requires_grad)
-    parameter.data = data
-    return parameter
 
 
 def _name(cls: type) -> str:

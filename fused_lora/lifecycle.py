@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from .layer import LoRALayer, check_own_forward
-from .model import lora_layers, replace_modules, restore_fast_path
+from .merging import memory, overlap
+from .model import check_contains_layers, lora_layers, replace_modules, restore_fast_path
 from .sharding import check_whole
 
 
@@ -33,6 +34,9 @@ def disable_lora(model: nn.Module) -> Iterator[nn.Module]:
 def merge_lora(model: nn.Module, keep_base: bool = True) -> None:
     """Merge every adapter into its weight; see :meth:`LoRALayer.merge`. All or none.
 
+    Only ``keep_base=False``, which holds one base weight at a time, cannot go back if memory runs
+    out half-way: what is merged then stays merged, and :func:`unload_lora` goes on.
+
     Raises:
         RuntimeError: a layer is merged already.
         TypeError: a weight that is no Parameter.
@@ -42,11 +46,19 @@ def merge_lora(model: nn.Module, keep_base: bool = True) -> None:
 
 
 def _merge(model: nn.Module, layers: Mapping[str, LoRALayer], keep_base: bool) -> None:
-    """Check every layer, then merge every layer: each keeps one base at a time if none is kept."""
+    """Check every layer, then merge every layer."""
     _check_each(layers, LoRALayer.check_mergeable)
     _check_unshared(model, layers)
-    for layer in layers.values():
-        layer.merge(keep_base)
+    merged = []
+    try:
+        for layer in layers.values():
+            layer.merge(keep_base)
+            merged.append(layer)
+    except BaseException:
+        if keep_base:
+            for layer in merged:
+                layer.unmerge()
+        raise
 
 
 def _unmerge(layers: Mapping[str, LoRALayer]) -> None:
@@ -64,13 +76,15 @@ def _check_each(layers: Mapping[str, LoRALayer], check: Callable[[LoRALayer], No
 
 
 def _check_unshared(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
-    users: dict[int, list[str]] = {}
+    users: dict[int, list[tuple[str, tuple[int, int, int]]]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                place = memory(tensor)
+                users.setdefault(place[0], []).append((name, place))
     for name, layer in layers.items():
-        others = [user for user in users[id(layer.weight)] if user != name]
+        own = memory(layer.weight)
+        others = [u for u, place in users[own[0]] if u != name and overlap(place, own)]
         if others:
             raise ValueError(
                 f"expected a weight of {name} alone, got one shared with {', '.join(others)}, which"
@@ -92,7 +106,8 @@ def unmerge_lora(model: nn.Module) -> None:
 def unload_lora(model: nn.Module, merge: bool = True) -> nn.Module:
     """Put plain layers back, in place: with the adapters merged, or without them.
 
-    Everything stays frozen; inactive adapters are lost. On an error the model is as it was.
+    Everything stays frozen; inactive adapters are lost. On an error the model is as it was; only if
+    memory runs out while merging, some layers stay merged, and a second call goes on.
 
     Args:
         merge: whether the plain weights contain the adapters. Layers merged already stay so; with
@@ -102,12 +117,11 @@ def unload_lora(model: nn.Module, merge: bool = True) -> nn.Module:
         ``model``.
 
     Raises:
-        RuntimeError: ``merge=False`` on a layer merged with ``keep_base=False``.
+        RuntimeError: ``merge=False`` where a layer's base weight is gone.
         TypeError: a layer whose forward was replaced.
         ValueError: no adapters, a shared weight to merge into, or a sharded model.
     """
-    if isinstance(model, LoRALayer):
-        raise ValueError("expected a model that contains layers, got a layer itself: see plain()")
+    check_contains_layers(model)
     layers = lora_layers(model)
     check_whole(model, "unload adapters")
     _check_each(layers, check_own_forward)
@@ -115,6 +129,7 @@ def unload_lora(model: nn.Module, merge: bool = True) -> nn.Module:
     if merge:
         _merge(model, {n: x for n, x in layers.items() if n not in merged}, keep_base=False)
     else:
+        _check_each(layers, LoRALayer.check_base)
         _unmerge(merged)
     restore_fast_path(model)
     replace_modules(model, {layer: layer.plain() for layer in layers.values()})

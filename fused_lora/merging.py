@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-import weakref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import sharding
 from .autograd import without_autocast
 
-_merged_weights = WeakTensorKeyDictionary()  # Parameter to the layer that merged into it
+_merged_layers: WeakSet[MergeableLayer] = WeakSet()
+
+
+def memory(tensor: Tensor) -> tuple[int, int, int]:
+    """Which storage ``tensor`` lies in, and from where to where: Parameters may share one."""
+    local = tensor.to_local() if sharding.is_shard(tensor) else tensor.detach()
+    extent = sum((n - 1) * stride for n, stride in zip(local.shape, local.stride(), strict=True))
+    start = local.storage_offset() * local.element_size()
+    stop = start + (extent + 1) * local.element_size() * bool(local.numel())
+    return local.untyped_storage()._cdata, start, stop
+
+
+def overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    """Whether two places of :func:`memory` have bytes in common."""
+    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights differ by no more than two machines' rounding of one SVD."""
+    difference = torch.linalg.vector_norm(a.to(b.device, torch.float32) - b.float())
+    return bool(difference <= 1e-2 * torch.linalg.vector_norm(b, dtype=torch.float32))
 
 
 class MergeableLayer(nn.Module):
@@ -25,22 +44,33 @@ class MergeableLayer(nn.Module):
         """The weight of a forward without the adapter's branch: merged, or disabled.
 
         Raises:
-            RuntimeError: disabled while merged with ``keep_base=False``.
+            RuntimeError: disabled, and there is no base weight.
         """
+        if not self.enabled:
+            self.check_base()
         weight = self.weight if self.enabled else self.base_weight
-        if weight is None:
-            raise RuntimeError(
-                "expected a base weight to disable the adapter, got a layer merged with"
-                " keep_base=False"
-            )
         return sharding.like(weight, self.weight)  # a base kept as a shard, in a gathered layer
 
     @property
     def base_weight(self) -> Tensor | None:
-        """The weight without the adapter; None after a final merge."""
-        if self._original_weight is not None:
+        """The weight without the adapter; None where it is gone, see :meth:`check_base`."""
+        if self.init == "pissa":
             return self._original_weight
         return self._base_weight if self.merged else self.weight
+
+    def check_base(self) -> None:
+        """Check that the weight without the adapter is there.
+
+        Raises:
+            RuntimeError: it is not, after a final merge or in a PiSSA layer with another's state.
+        """
+        if self.base_weight is None:
+            why = (
+                "a PiSSA layer that loaded the state of one made from another weight"
+                if self.init == "pissa"
+                else "a layer merged with keep_base=False"
+            )
+            raise RuntimeError(f"expected a base weight, got {why}")
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True) -> None:
@@ -61,7 +91,7 @@ class MergeableLayer(nn.Module):
         self.weight.copy_(self.from_matrix(self._adapted_matrix()))
         self._base_weight = base if keep_base else None
         self.merged = True
-        _merged_weights[self.weight] = weakref.ref(self)
+        _merged_layers.add(self)
 
     def _adapted_matrix(self) -> Tensor:
         """``W + s·B A``, with DoRA scaled to its magnitude; ``(out, in)``, at least float32."""
@@ -101,8 +131,8 @@ class MergeableLayer(nn.Module):
             raise RuntimeError("expected an unmerged layer, got one that is merged already")
         if not isinstance(self.weight, nn.Parameter):
             raise TypeError("expected weight to be a Parameter, got one computed or sharded")
-        other = _merged_weights.get(self.weight)
-        if other is not None and other() is not None:
+        own = memory(self.weight)
+        if any(x.merged and overlap(memory(x.weight), own) for x in _merged_layers):
             raise RuntimeError(
                 "expected a weight of this layer alone, got one that another layer has merged into:"
                 " unmerge that layer first"
@@ -115,7 +145,12 @@ class MergeableLayer(nn.Module):
 
     def disown_weight(self) -> None:
         """Let other layers merge into the weight again."""
-        _merged_weights.pop(self.weight, None)
+        _merged_layers.discard(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)  # of a copy, or one unpickled
+        if self.merged:
+            _merged_layers.add(self)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -136,24 +171,32 @@ class MergeableLayer(nn.Module):
         keys = [prefix + name for name in ("weight", *self.adapter_parameters())]
         given = [key in state_dict for key in keys]
         plain = given[0] and not any(given[1:])
-        if plain and self._original_weight is not None:
+        if plain and (self._original_weight is not None or self.use_dora):
+            kind = "DoRA" if self.use_dora else "PiSSA"
             error_msgs.append(
-                f"expected {', '.join(keys)} together for a PiSSA layer, whose weight is not the"
-                f" plain layer's, got {keys[0]} alone"
+                f"expected {', '.join(keys)} together for a {kind} layer, whose adapter belongs to"
+                f" its weight, got {keys[0]} alone; load a plain state before adapting"
             )
             return
         remerge = self.merged and any(given)
         if remerge and self._base_weight is None:
-            if not all(given):
+            own = {**self.adapter_parameters(), "weight": self.weight}
+            fits = all(
+                state_dict[prefix + name].shape == parameter.shape
+                for name, parameter in own.items()
+                if prefix + name in state_dict
+            )
+            if not all(given) or not fits:
                 error_msgs.append(
                     f"expected the whole state of {prefix[:-1] or 'the layer'}, merged with"
-                    f" keep_base=False, got only part of {', '.join(keys)}"
+                    f" keep_base=False, got {', '.join(keys)} only in part or in other shapes"
                 )
                 return
             self._forget_merge()
             remerge = False
         if remerge:
             self.unmerge()
+        residual = self.weight.detach().clone() if self._original_weight is not None else None
         first_missing = len(missing_keys)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -163,6 +206,8 @@ class MergeableLayer(nn.Module):
             added = missing_keys[first_missing:]
             missing_keys[first_missing:] = [key for key in added if key not in keys]
         self._renew_scaling_tensor()
+        if residual is not None and not _same(residual, self.weight):
+            self.__dict__["_original_weight"] = None  # the state's base is another
         if remerge:
             if local_metadata.get("assign_to_params_buffers", False):
                 # The weight is now the caller's tensor, which merging must not change.

@@ -64,6 +64,7 @@ def apply_lora(
     """
     check_impl(impl)
     check_dtype("adapter_dtype", adapter_dtype)
+    check_contains_layers(model)
     _check_unadapted(model)
     found = find_targets(model, target_modules, exclude_modules, include_head)
     config = AdapterConfig(rank, alpha, dropout, use_rslora, use_dora, init)
@@ -81,6 +82,13 @@ def adapt(
 ) -> None:
     """Replace the modules ``found`` by adapted ones and freeze the rest; all or nothing."""
     check_whole(model, "adapt")
+    compiled = {id(getattr(module, "_orig_mod", None)) for module in model.modules()}
+    for name, module in found.items():
+        if id(module) in compiled:
+            raise ValueError(
+                f"expected layers that are not compiled themselves, got {name}, whose compiled"
+                " forward would not see the adapter: adapt it first, then compile it"
+            )
     required = [(p, p.requires_grad) for p in model.parameters()]
     replaced = {}
     try:
@@ -100,12 +108,21 @@ def adapt(
     _leave_fast_path(model)
 
 
-def _check_unadapted(model: nn.Module) -> None:
-    if isinstance(model, LoRALayer) or layer_class(model) is not None:
+def check_contains_layers(model: nn.Module) -> None:
+    """Check that ``model`` is not a layer itself, which nothing can replace.
+
+    Raises:
+        ValueError: it is.
+    """
+    layer = getattr(model, "_orig_mod", model)
+    if isinstance(layer, LoRALayer) or layer_class(layer) is not None:
         raise ValueError(
-            f"expected a model that contains layers, got a {type(model).__name__} itself: adapt it"
-            " with FusedLoRALinear.from_linear or its like"
+            f"expected a model that contains layers, got a {type(layer).__name__} itself: see"
+            " FusedLoRALinear.from_linear, its like, and plain()"
         )
+
+
+def _check_unadapted(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             raise ValueError(
@@ -196,8 +213,11 @@ def lora_param_groups(
             "lora_magnitude_vector" or "bias".
 
     Raises:
+        TypeError: ``no_decay`` is one str.
         ValueError: no adapters, or a negative number.
     """
+    if isinstance(no_decay, str):
+        raise TypeError(f"expected no_decay to be a list of names, got the str {no_decay!r}")
     for name, value in (("lr", lr), ("lr_ratio", lr_ratio), ("weight_decay", weight_decay)):
         if not value >= 0:
             raise ValueError(f"expected {name} >= 0, got {value}")

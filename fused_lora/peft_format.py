@@ -33,7 +33,6 @@ _SUFFIXES = {
 _IGNORED = {
     "auto_mapping",
     "base_model_name_or_path",
-    "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
     "fan_in_fan_out",
@@ -65,6 +64,7 @@ _BASE_KEPT = (True, False, None, "gaussian", "orthogonal", "eva")
 # Of a file's pattern, by which a hostile one could keep the matcher busy for years.
 _MOST_CHOICES = 4  # groups and repeats
 _MOST_CHARACTERS = 500
+_MOST_PATTERNS = 10_000
 
 
 def tensor_key(name: str, layer: LoRALayer, parameter: str) -> str:
@@ -228,6 +228,8 @@ def _check_numbers(config: Mapping) -> None:
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict):
             raise ValueError(f"expected {key} to be an object, got {pattern!r}")
+        if len(pattern) > _MOST_PATTERNS:
+            raise ValueError(f"expected at most {_MOST_PATTERNS} patterns in {key}")
         for name, value in pattern.items():
             check(f"{key}[{name!r}]", value, kind)
             _check_pattern(key, name)

@@ -43,6 +43,7 @@ def find_targets(
         ValueError: no match, an invalid pattern, or a projection of ``nn.MultiheadAttention``.
     """
     excluded = (lambda name: False) if exclude_modules is None else _matcher(exclude_modules)
+    _warn_of_unmatched(model, "exclude_modules", exclude_modules)
     attention = {
         id(part)
         for module in model.modules()
@@ -52,6 +53,7 @@ def find_targets(
     if target_modules == ALL_LINEAR:
         return _all_linear(model, excluded, include_head, attention)
     wanted = _matcher(target_modules)
+    _warn_of_unmatched(model, "target_modules", target_modules)
     found = {n: m for n, m in model.named_modules() if n and wanted(n) and not excluded(n)}
     for name, module in found.items():
         if id(module) in attention:
@@ -106,6 +108,24 @@ def _matcher(target: str | Iterable[str]):
     if not all(isinstance(suffix, str) and suffix for suffix in suffixes):
         raise TypeError(f"expected names of modules as str, got {suffixes!r}")
     return lambda name: any(name == s or name.endswith(f".{s}") for s in suffixes)
+
+
+def _warn_of_unmatched(model: nn.Module, argument: str, target: str | Iterable[str] | None) -> None:
+    """Say which parts of ``argument`` name nothing, while others may."""
+    parts = [target] if isinstance(target, str) else list(target or ())
+    names = [name for name, _ in model.named_modules() if name]
+    idle = [
+        part
+        for part in parts
+        if not any(map(_matcher(part if isinstance(target, str) else [part]), names))
+    ]
+    if idle and (argument != "target_modules" or len(idle) < len(parts)):
+        near = difflib.get_close_matches(idle[0], {n.rpartition(".")[2] for n in names})
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        warnings.warn(
+            f"fused_lora: {argument} has {', '.join(map(repr, idle))}, which names no module{hint}",
+            stacklevel=4,
+        )
 
 
 def _no_match(model: nn.Module, target: str | Iterable[str]) -> str:

@@ -43,6 +43,20 @@ def check_rank(rank: int) -> None:
         raise ValueError(f"expected rank >= 1, got {rank}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """Check a flag: True or False, and no word that would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {name} to be True or False, got {value!r}")
+
+
+def check_scaling(value: float) -> None:
+    """Check the factor of an adapter's output: a finite number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"expected scaling to be a number, got {value!r} ({type(value).__name__})")
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite scaling, got {value}")
+
+
 def check_dropout(p: float) -> None:
     """Check a dropout probability: a number in [0, 1)."""
     if not isinstance(p, Real) or isinstance(p, bool):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora import lora_parameters
+from fused_lora.layer import LoRALayer
 
 ALL = ["table", "conv", "hidden", "out"]  # the layers of Tiny
 
@@ -68,11 +69,23 @@ def snapshot(model: nn.Module) -> tuple:
         {name: id(module) for name, module in model.named_modules()},
         {name: (id(p), p.requires_grad) for name, p in model.named_parameters()},
         copy.deepcopy(model.state_dict()),
+        {n: layer_state(m) for n, m in model.named_modules() if isinstance(m, LoRALayer)},
     )
 
 
+def layer_state(layer: LoRALayer) -> tuple:
+    """What ``state_dict`` does not show."""
+    aside = {
+        name: (a.config, a.scaling, {key: t.tolist() for key, t in a.tensors.items()})
+        for name, a in layer.inactive_adapters.items()
+    }
+    names = (layer.adapter_name, layer.merged, layer.enabled, layer.impl, layer.training)
+    return layer.adapter_config, layer.scaling, names, aside, layer.weight.tolist()
+
+
 def assert_unchanged(model: nn.Module, before: tuple) -> None:
-    modules, parameters, state = snapshot(model)
+    modules, parameters, state, layers = snapshot(model)
+    assert layers == before[3]
     assert modules == before[0]
     assert parameters == before[1]
     assert state.keys() == before[2].keys()

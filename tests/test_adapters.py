@@ -90,6 +90,26 @@ def test_other_shapes_make_new_parameters_and_say_so(ids):
     assert torch.equal(model(ids), first)
 
 
+def test_new_parameters_train_as_those_of_their_name_did(ids):
+    model = two_adapters(rank=3)
+    model.hidden.lora_A.requires_grad_(False)  # LoRA-FA
+    with pytest.warns(UserWarning, match="new optimizer"):
+        set_adapter(model, "second")
+    assert not model.hidden.lora_A.requires_grad
+    assert model.hidden.lora_B.requires_grad
+
+
+def test_weighted_sums_refuse_dora_and_pissa():
+    for arguments, hint in (
+        ({"use_dora": True}, "adapters without DoRA, got 'default'"),
+        ({"init": "pissa"}, "PiSSA model has one adapter"),
+    ):
+        model = nn.Sequential(nn.Linear(8, 6))
+        apply_lora(model, rank=2, **arguments)
+        with pytest.raises(ValueError, match=hint):
+            add_weighted_adapter(model, "x", {"default": 1.0})
+
+
 def test_dora_and_plain_adapters_may_alternate():
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
     apply_lora(model, rank=2)
@@ -178,6 +198,7 @@ def test_merged_models_do_not_switch():
     merge_lora(model)
     for call in (
         lambda: set_adapter(model, "second"),
+        lambda: set_adapter(model, "default"),
         lambda: add_adapter(model, "third"),
         lambda: add_weighted_adapter(model, "third", {"second": 1.0}),
     ):

@@ -78,6 +78,8 @@ def test_saved_here_loaded_in_peft_and_back(case, dtype, tmp_path, quiet):
     assert loss <= 2 * relative_rms(theirs(ids).logits, exact) + unit
     assert relative_rms(theirs(ids).logits, exact) <= 2 * loss + unit
     theirs.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    assert config["fan_in_fan_out"] == case.startswith("gpt2")
     files = [load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs")]
     kept = {key: t for key, t in files[1].items() if "base_layer" not in key}  # embeddings' own
     assert files[0].keys() == kept.keys()
@@ -196,6 +198,7 @@ def test_hot_swap_keeps_the_optimizers_parameters(tmp_path):
     torch.testing.assert_close(model(ids).logits, other(ids).logits)
     add_adapter(model, "aside", rank=4)
     load_adapter(model, tmp_path, "aside")
+    load_adapter(model, tmp_path)
     assert adapter_names(model) == ["default", "aside"]
     train_like(model)
     set_adapter(model, "aside")
@@ -237,8 +240,79 @@ def test_different_dropouts_warn(tmp_path):
     assert json.loads((tmp_path / CONFIG).read_text())["lora_dropout"] == 0.0
 
 
-def test_compiled_and_parallel_wrappers_are_looked_through(tmp_path):
-    model = Tiny()
-    apply_lora(model, target_modules=ALL, rank=2)
-    save_adapter(torch.compile(model), tmp_path)
-    assert "base_model.model.out.lora_A.weight" in load_file(tmp_path / WEIGHTS)
+def compiled_inside(model: nn.Module) -> nn.Module:
+    for place, layer in enumerate(model.model.layers):
+        model.model.layers[place] = torch.compile(layer, backend="eager")
+    return model
+
+
+def checkpointed_inside(model: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for place, layer in enumerate(model.model.layers):
+        model.model.layers[place] = checkpoint_wrapper(layer)
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+        compiled_inside,
+        checkpointed_inside,
+    ],
+)
+def test_wrappers_are_looked_through(wrap, tmp_path, quiet):
+    peft = pytest.importorskip("peft")
+    base, model = adapted(llama, LINEARS)
+    ids = tokens()
+    on, off = model(ids).logits, base(ids).logits
+    save_adapter(wrap(model), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(theirs(ids).logits, on)
+    assert (on - off).abs().max() > 0.01
+    ours = wrap(copy.deepcopy(base))
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(ids).logits, on)
+
+
+def test_a_module_in_two_places_warns_of_peft(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    model["b"] = model["a"]
+    apply_lora(model)
+    with pytest.warns(UserWarning, match="one module stands at a, b;.*under PEFT at the first"):
+        save_adapter(model, tmp_path)
+
+
+def test_what_cannot_hold_an_adapter_is_refused(tmp_path):
+    source = nn.Sequential(nn.Linear(8, 8))
+    apply_lora(source)
+    save_adapter(source, tmp_path)
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="got 0 on the meta device"):
+        load_adapter(empty, tmp_path)
+    for call in (
+        lambda: load_adapter(nn.Linear(8, 8), tmp_path),
+        lambda: save_adapter(source[0], "x"),
+    ):
+        with pytest.raises(ValueError, match="a model that contains layers"):
+            call()
+    for arguments in ({"impl": "cuda"}, {"adapter_dtype": torch.int8}):
+        with pytest.raises((ValueError, TypeError), match=r"expected (impl|adapter_dtype)"):
+            load_adapter(source, tmp_path, **arguments)
+    model = nn.Sequential(nn.Linear(8, 8))
+    load_adapter(model, tmp_path, impl="reference", adapter_dtype=torch.float64)
+    assert (model[0].impl, model[0].lora_A.dtype) == ("reference", torch.float64)
+
+
+def test_an_embeddings_own_weight_may_come_in_another_dtype(tmp_path, quiet):
+    peft = pytest.importorskip("peft")
+    base = llama().bfloat16()
+    config = peft.LoraConfig(target_modules=["embed_tokens"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path)
+    assert any("base_layer" in key for key in load_file(tmp_path / WEIGHTS))
+    assert load_adapter(base.float(), tmp_path) == ["model.embed_tokens"]

@@ -5,6 +5,7 @@ import os
 import signal
 import struct
 
+import numpy as np
 import pytest
 import torch
 from models import ALL, Tiny, assert_unchanged, snapshot, train_like
@@ -82,6 +83,12 @@ DAMAGES = {
     "absurd shape": (header(shape=[2**40, 2**40]), "expected a safetensors file"),
     "absurd offsets": (header(data_offsets=[0, 2**62]), "expected a safetensors file"),
     "integers": (put(KEY, 2, 36, dtype=torch.int32), "hidden.lora_A.weight in a float dtype"),
+    "odd floats": (header(dtype="F6_E2M3"), "expected"),
+    "many patterns": (
+        edit_config(rank_pattern={f"a{i}": 2 for i in range(10_001)}),
+        "at most 10000 patterns in rank_pattern",
+    ),
+    "shared embeddings": (edit_config(ensure_weight_tying=True), "ensure_weight_tying = True"),
     "wrong rank": (put(KEY, 5, 36), r"hidden.lora_A.weight of shape \(2, 36\).*got \(5, 36\)"),
     "wrong width": (put(KEY, 2, 37), r"of shape \(2, 36\)"),
     "wrong dimensions": (put(KEY, 2), r"got \(2,\)"),
@@ -256,6 +263,40 @@ def filled(value: float, alpha: float) -> nn.Module:
     return model
 
 
+def test_a_save_that_fails_before_writing_keeps_the_old_pair(tmp_path):
+    save_adapter(filled(1.0, 4), tmp_path)
+    model = filled(2.0, 6)
+    nn.utils.parametrizations.weight_norm(model["a"], "lora_A")
+    with pytest.raises(RuntimeError, match="expected lora_A to be a Parameter"):
+        save_adapter(model, tmp_path)
+    assert outcome(tmp_path) == "old"
+    numbers = squares(("a", 8), ("b", 9))
+    apply_lora(numbers, rank=np.int64(2), alpha=np.float32(4), dropout=np.float32(0.1))
+    numbers.config = type("Config", (), {"_name_or_path": tmp_path})()
+    save_adapter(numbers, tmp_path)
+    load_adapter(squares(("a", 8), ("b", 9)), tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+def test_several_processes_may_save_at_once(tmp_path):
+    models = [filled(1.0, 4), filled(2.0, 6)]
+    children = []
+    for model in models:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for _ in range(30):
+                    save_adapter(model, tmp_path)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+    assert outcome(tmp_path) in ("old", "new", "mismatch")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 def test_killed_at_every_step_of_a_save(tmp_path):
     old, new = filled(1.0, 4), filled(2.0, 6)
@@ -309,7 +350,8 @@ def test_killed_in_the_middle_of_a_write(tmp_path):
         assert outcome(folder) == "old"
         save_adapter(new, folder)  # what the killed one left is no hindrance
         assert outcome(folder) == "new"
-        assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+        rest = set(os.listdir(folder)) - {CONFIG, WEIGHTS}
+        assert all(name.startswith(".adapter_") and name.endswith(".tmp") for name in rest)
 
 
 def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):

@@ -104,8 +104,16 @@ def test_pissa_states_moves_and_copies():
     nn.init.normal_(layer.lora_B)
     twin.load_state_dict(layer.state_dict())
     torch.testing.assert_close(twin(x), layer(x))
+    for call in (twin.plain, lambda: setattr(twin, "enabled", False) or twin(x)):
+        with pytest.raises(RuntimeError, match="a base weight, got a PiSSA layer that loaded"):
+            call()
     with pytest.raises(RuntimeError, match="together for a PiSSA layer"):
         layer.load_state_dict(nn.Linear(16, 12).state_dict())
+    layer.load_state_dict(copy.deepcopy(layer).state_dict())  # its own: the base stays known
+    with pytest.raises(RuntimeError, match="got meta, where the weight it was made from"):
+        copy.deepcopy(layer).to("meta")
+    with pytest.raises(ValueError, match="a weight with values for init='pissa'"):
+        FusedLoRALinear(16, 12, rank=4, init="pissa", device="meta")
     clone = copy.deepcopy(layer).double()
     original = layer.plain().weight
     assert clone.plain().weight.dtype == torch.float64
@@ -241,6 +249,26 @@ def test_dora_under_autocast_and_checkpointing():
         grads.append(torch.autograd.grad(y.sum(), [x, *layer.adapter_parameters().values()]))
     for plain, again in zip(*grads, strict=True):
         assert torch.equal(plain, again)
+
+
+def test_dora_takes_no_plain_state():
+    layer = FusedLoRALinear(16, 12, rank=4, use_dora=True)
+    with pytest.raises(RuntimeError, match="together for a DoRA layer"):
+        layer.load_state_dict(nn.Linear(16, 12).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP32], ids=str)
+def test_dora_of_an_adapter_that_undoes_the_weight(dtype):
+    layer = FusedLoRALinear(16, 64, bias=False, rank=16, alpha=16, use_dora=True, dtype=dtype)
+    with torch.no_grad():  # s·B A = -0.99 W
+        layer.lora_A.copy_(torch.eye(16))
+        layer.lora_B.copy_(-0.99 * layer.weight)
+    x = torch.randn(5, 16).to(dtype)
+    unmerged = layer(x)
+    exact = copy.deepcopy(layer).double()
+    exact.merge()
+    y, size = exact(x.double()), exact(x.double()).abs().max()
+    assert (unmerged.double() - y).abs().max() <= 2 * torch.finfo(dtype).eps * 100 * size
 
 
 def test_explain_says_what_dora_costs():

@@ -11,17 +11,24 @@ from fused_lora import apply_lora, disable_lora, lora_layers, merge_lora, unload
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_disable_lora_is_the_base_and_comes_back(merged):
-    model, ids = gpt2(), tokens()
-    base = model(ids).logits
-    apply_lora(model)
+@pytest.mark.parametrize("make", [gpt2, Tiny])
+def test_disable_lora_is_the_base_and_comes_back(make, merged):
+    model, ids = make(), tokens(4, 6, vocabulary=20)
+
+    def output() -> torch.Tensor:
+        y = model(ids)
+        return getattr(y, "logits", y)
+
+    base = output()
+    apply_lora(model, target_modules=ALL if make is Tiny else "all-linear")
     train_like(model)
     if merged:
         merge_lora(model)
-    on = model(ids).logits
+    on = output()
+    assert (on - base).abs().max() > 0.01
     with disable_lora(model):
-        assert torch.equal(model(ids).logits, base)
-    assert torch.equal(model(ids).logits, on)
+        assert torch.equal(output(), base)
+    assert torch.equal(output(), on)
     next(iter(lora_layers(model).values())).enabled = False
     with pytest.raises(KeyError), disable_lora(model):
         raise KeyError
@@ -88,6 +95,100 @@ def test_a_tied_weight_is_not_merged():
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     merge_lora(model)
     torch.testing.assert_close(model(ids).logits, on, rtol=1e-4, atol=1e-4)
+
+
+def one_storage() -> nn.Module:
+    """What ``load_state_dict(torch.load(...), assign=True)`` makes of tied weights."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(model[0].weight.detach())
+    return model
+
+
+def overlapping_rows() -> nn.Module:
+    model, rows = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(12, 8)
+    model[0].weight, model[1].weight = nn.Parameter(rows[:8]), nn.Parameter(rows[4:])
+    return model
+
+
+def one_parameter() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("make", [one_parameter, one_storage, overlapping_rows])
+def test_parameters_that_share_memory_are_tied(make):
+    model = make()
+    apply_lora(model)
+    train_like(model)
+    before = snapshot(model)
+    for attempt in (merge_lora, unload_lora):
+        with pytest.raises(ValueError, match="0 alone, got one shared with 1"):
+            attempt(model)
+    assert_unchanged(model, before)
+    model[0].merge()
+    with pytest.raises(RuntimeError, match="another layer has merged into"):
+        model[1].merge()
+    if model[0].weight is model[1].weight:  # copied apart, they are apart
+        twin = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match="another layer has merged into"):
+            twin[1].merge()
+    model[0].unmerge()
+    model[1].merge()
+
+
+def test_neighbours_in_one_storage_are_not_tied():
+    model, rows = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(16, 8)
+    model[0].weight, model[1].weight = nn.Parameter(rows[:8]), nn.Parameter(rows[8:])
+    apply_lora(model)
+    merge_lora(model)
+    unmerge_lora(model)
+    unload_lora(model)
+    apply_lora(model)
+    merge_lora(model)  # the weights are nobody's
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_memory_that_runs_out_while_merging(keep_base, monkeypatch):
+    model, x = stack(), torch.randn(2, 8)
+    apply_lora(model)
+    on = train_like(model)(x)
+    before = snapshot(model)
+
+    def full():
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model[2][0], "_adapted_matrix", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        merge_lora(model, keep_base)
+    if keep_base:
+        assert_unchanged(model, before)
+    monkeypatch.undo()
+    unload_lora(model)
+    torch.testing.assert_close(model(x), on)
+
+
+def test_a_merged_layer_is_not_initialised():
+    model = stack()
+    apply_lora(model)
+    merge_lora(train_like(model))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="an unmerged layer to initialise"):
+        model[0].reset_adapter()
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "weight"])
+def test_a_state_of_other_shapes_leaves_a_final_merge_alone(part):
+    model = stack()
+    apply_lora(model)
+    state = copy.deepcopy(train_like(model).state_dict())
+    merge_lora(model, keep_base=False)
+    before = snapshot(model)
+    state[f"0.{part}"] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match=r"0, merged with keep_base=False, got .* other shapes"):
+        model.load_state_dict({key: t for key, t in state.items() if key.startswith("0.")}, False)
+    assert_unchanged(model, before)
 
 
 def test_two_linears_with_one_weight_have_adapters_of_their_own():

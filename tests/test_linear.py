@@ -299,6 +299,8 @@ def test_deepcopy_pickle_and_save(merged):
 def test_meta_construction_and_to_empty():
     layer = FusedLoRALinear(40, 24, rank=4, alpha=8, device="meta")
     layer.to_empty(device="cpu")
+    assert layer.lora_A.isfinite().all()  # a plain state leaves it as it is
+    assert not layer.lora_B.any()
     layer.reset_parameters()
     x = torch.randn(5, 40)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))

@@ -106,6 +106,10 @@ def test_patterns():
     ]
     assert model.model.layers[1].mlp.up_proj.rank == 4
     assert layer.self_attn.v_proj.scaling == 12 / 2
+    either = llama()
+    apply_lora(either, rank_pattern={"q_proj|k_proj": 3})
+    attention = either.model.layers[0].self_attn
+    assert [attention.q_proj.rank, attention.k_proj.rank, attention.v_proj.rank] == [3, 3, 8]
     for name in ("rank_pattern", "alpha_pattern"):
         with pytest.raises(ValueError, match=rf"{name}'s 'q_porj' to match"):
             apply_lora(llama(), **{name: {"q_porj": 2}})
@@ -119,12 +123,78 @@ def test_every_kind_starts_as_the_plain_model_and_trains_alone():
     assert kinds == [LoRAEmbedding, LoRAConv2d, FusedLoRALinear, FusedLoRALinear]
     torch.testing.assert_close(model(ids), expected)
     train_like(model)
+    assert (model(ids) - expected).abs().max() > 0.01
     model(ids).sum().backward()
     assert_only_lora_gradients(model)
     model.hidden.weight.requires_grad_()
     model.out.lora_A.grad = None
     with pytest.raises(RuntimeError, match=r"only, got one at hidden\.weight.*out\.lora_A"):
         assert_only_lora_gradients(model)
+    model.hidden.weight.requires_grad_(False)
+    model.hidden.bias.grad = torch.zeros(16)
+    with pytest.raises(RuntimeError, match=r"only, got one at hidden\.bias;"):
+        assert_only_lora_gradients(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ({"target_modules": ["0", "2.9"]}, r"target_modules has '2\.9', which names no module"),
+        ({"exclude_modules": ["2.0", "3"]}, "exclude_modules has '3', which"),
+        ({"exclude_modules": "relu"}, "exclude_modules has 'relu', which"),
+    ],
+)
+def test_names_that_match_nothing_are_told(arguments, hint):
+    with pytest.warns(UserWarning, match=hint):
+        apply_lora(stack(), **arguments)
+    with pytest.warns(UserWarning, match="'q_porj', which names no module; near it: q_proj"):
+        apply_lora(llama(), target_modules=["v_proj", "q_porj"])
+
+
+@pytest.mark.parametrize("argument", ["use_rslora", "use_dora"])
+def test_flags_are_flags(argument):
+    with pytest.raises(TypeError, match=f"{argument} to be True or False, got 'no'"):
+        apply_lora(stack(), **{argument: "no"})
+
+
+@pytest.mark.parametrize("value", ["nan", float("nan"), True, None])
+def test_scales_are_finite_numbers(value):
+    model = stack()
+    apply_lora(model)
+    with pytest.raises((TypeError, ValueError), match="scaling"):
+        model[0].scaling = value
+    assert model[0].scaling == 2.0
+
+
+def test_layers_that_are_compiled_themselves_are_refused():
+    model = nn.Sequential(torch.compile(nn.Linear(8, 8), backend="eager"), nn.Linear(8, 8))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"not compiled themselves, got 0\._orig_mod"):
+        apply_lora(model)
+    assert_unchanged(model, before)
+    with pytest.raises(ValueError, match="a Linear itself"):
+        apply_lora(torch.compile(nn.Linear(8, 8), backend="eager"))
+
+
+def test_a_failure_restores_what_was_frozen_too(monkeypatch):
+    model = Tiny()
+    model.hidden.weight.requires_grad_(False)
+    model.out.forward = model.out.forward
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="out: expected the forward"):
+        apply_lora(model, target_modules=ALL)
+    assert_unchanged(model, before)
+
+
+def test_adapters_made_in_inference_mode_train():
+    model = stack()
+    with torch.inference_mode():
+        apply_lora(model)
+        fused_lora.add_adapter(model, "b", rank=2)
+        with pytest.warns(UserWarning, match="new optimizer"):
+            fused_lora.set_adapter(model, "b")
+    model(torch.randn(2, 8)).sum().backward()
+    assert_only_lora_gradients(model)
 
 
 def test_conv1d_keeps_its_transposed_weight():
@@ -279,6 +349,9 @@ def run(model: nn.Module) -> None:
     ("register", "call"),
     [
         ("register_forward_hook", run),
+        ("register_forward_hook with_kwargs", run),
+        ("register_forward_hook always_call", run),
+        ("register_forward_pre_hook with_kwargs", run),
         ("register_forward_pre_hook", run),
         ("register_full_backward_hook", run),
         ("register_full_backward_pre_hook", run),
@@ -292,7 +365,9 @@ def run(model: nn.Module) -> None:
 )
 def test_hooks_stay_and_their_handles_remove(register, call):
     model, calls = stack(), []
-    handle = getattr(model[0], register)(lambda *_: calls.append(1))
+    register, _, option = register.partition(" ")
+    options = {option: True} if option else {}
+    handle = getattr(model[0], register)(lambda *_: calls.append(1), **options)
     for change in (lambda model: None, apply_lora, unload_lora):
         change(model)
         calls.clear()
@@ -324,6 +399,8 @@ def test_attributes_and_buffers_of_others_stay():
 def test_parameter_groups():
     model = Tiny()
     apply_lora(model, target_modules=ALL, rank=2)
+    with pytest.raises(TypeError, match="a list of names, got the str 'lora_B'"):
+        lora_param_groups(model, 1e-3, no_decay="lora_B")
     model.out.bias.requires_grad_()
     groups = lora_param_groups(
         model, 1e-3, lr_ratio=16, weight_decay=0.1, no_decay=["bias", "lora_B"]
@@ -404,7 +481,7 @@ def test_what_cannot_be_adapted_says_why(layer, hint):
     ids=str,
 )
 def test_conv2d_is_the_convolution_with_the_merged_weight(conv):
-    layer = LoRAConv2d.from_conv2d(conv, rank=4).double()
+    layer = LoRAConv2d.from_conv2d(copy.deepcopy(conv), rank=4).double()
     for p in layer.adapter_parameters().values():
         nn.init.normal_(p)
     x = torch.randn(2, 3, 12, 11, dtype=torch.float64)
@@ -419,3 +496,42 @@ def test_compiles_whole():
     train_like(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids), model(ids))
+
+
+def test_conv2d_drops_entries_of_its_input_on_the_adapters_way():
+    layer = LoRAConv2d.from_conv2d(nn.Conv2d(1, 2, 1), rank=1, dropout=0.5)
+    nn.init.ones_(layer.lora_A)
+    nn.init.ones_(layer.lora_B)
+    base = nn.functional.conv2d(torch.ones(1, 1, 40, 40), layer.weight, layer.bias)
+    added = (layer(torch.ones(1, 1, 40, 40)) - base) / layer.scaling
+    assert set(added.round(decimals=4).unique().tolist()) == {0.0, 2.0}
+    assert 0.4 < (added == 0).float().mean() < 0.6
+    layer.eval()
+    torch.testing.assert_close(layer(torch.ones(1, 1, 40, 40)), base + layer.scaling)
+
+
+@pytest.mark.parametrize("name", ["table", "conv"])
+def test_half_precision_bases_keep_float32_adapters(name):
+    model, ids = Tiny().bfloat16(), tokens(4, 6, vocabulary=20)
+    apply_lora(model, target_modules=[name], rank=2)
+    layer = getattr(model, name)
+    assert layer.lora_A.dtype == torch.float32
+    train_like(model)
+    x = ids if name == "table" else torch.randn(2, 1, 6, 12).bfloat16()
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    exact = copy.deepcopy(layer).double()(x if name == "table" else x.double())
+    torch.testing.assert_close(y.double(), exact, rtol=0.02, atol=0.02)
+    y.sum().backward()
+    assert layer.lora_A.grad.dtype == torch.float32
+
+
+def test_embedding_keeps_its_options():
+    table = nn.Embedding(6, 4, padding_idx=2, scale_grad_by_freq=True)
+    layer = LoRAEmbedding.from_embedding(table, rank=3)
+    assert layer.lora_B.std() > 0.3
+    nn.init.normal_(layer.lora_A)
+    layer(torch.tensor([1, 1, 2, 3])).sum().backward()
+    by_token = layer.lora_A.grad.t()
+    assert not by_token[2].any()
+    torch.testing.assert_close(by_token[1], by_token[3])  # twice there, halved by its frequency
