@@ -14,8 +14,8 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from .config import AdapterConfig
-from .layer import Adapter, LoRALayer
+from .config import Adapter, AdapterConfig
+from .layer import LoRALayer
 from .model import lora_layers
 from .sharding import check_whole
 from .targets import adapter_configs

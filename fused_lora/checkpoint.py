@@ -19,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from . import peft_format
 from .adapter_files import CONFIG, WEIGHTS, AdapterTensors, layer_config, read_config, write_adapter
 from .adapters import adapter_names, check_name, check_new_name, check_sharing, check_unmerged
-from .layer import Adapter, LoRALayer
+from .config import Adapter
+from .layer import LoRALayer
 from .model import adapt, check_contains_layers, lora_layers
 from .sharding import check_whole, is_shard
 from .validation import check_dtype, check_impl, listed

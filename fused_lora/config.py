@@ -1,9 +1,11 @@
-"""The hyper-parameters of an adapter."""
+"""An adapter's hyper-parameters, and an adapter that is kept aside."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from .validation import check_flag, check_hyperparameters
 
@@ -43,3 +45,12 @@ class AdapterConfig:
     def scaling(self) -> float:
         """``s``."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass
+class Adapter:
+    """An adapter aside: its hyper-parameters, its scale, and its tensors by parameter name."""
+
+    config: AdapterConfig
+    scaling: float
+    tensors: dict[str, Tensor]

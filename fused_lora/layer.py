@@ -8,14 +8,14 @@ the others wait in ``inactive_adapters``, outside ``state_dict``.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from . import dora, initialization, sharding
-from .config import AdapterConfig
+from .config import Adapter, AdapterConfig
 from .merging import MergeableLayer
 from .validation import check_dtype, check_impl, check_scaling
 
@@ -27,15 +27,6 @@ _ADDED = {
     *("impl", "enabled", "merged", "adapter_name", "inactive_adapters"),
     *("_scaling", "_scaling_tensor", "_base_weight", "_original_weight"),
 }
-
-
-@dataclass
-class Adapter:
-    """An adapter aside: its hyper-parameters, its scale, and its tensors by parameter name."""
-
-    config: AdapterConfig
-    scaling: float
-    tensors: dict[str, Tensor]
 
 
 class LoRALayer(MergeableLayer):

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 
-from .config import AdapterConfig
+from .config import Adapter, AdapterConfig
 from .embedding import LoRAEmbedding
-from .layer import Adapter, LoRALayer
+from .layer import LoRALayer
 from .linear import FusedLoRAConv1D
 from .targets import compile_pattern, pattern_value
 
