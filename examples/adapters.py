@@ -357,16 +357,17 @@ def plot(args: argparse.Namespace, rows: dict, waits: dict) -> None:
     with common.picture(args.out / "adapters.png", "One model, five ways to adapt it", 3) as axes:
         if not axes:
             return
-        names = [name.replace(", ", ",\n").replace(" ", "\n", 1) for name in rows]
         values = {
-            "right in %": [100 * row["accuracy"] for row in rows.values()],
-            "kB on disk": [row["kB"] for row in rows.values()],
-            "time of one text, plain model 1": [waits[name] / waits["plain"] for name in rows],
+            "right in %": {name: 100 * row["accuracy"] for name, row in rows.items()},
+            "kB on disk": {name: row["kB"] for name, row in rows.items()},
+            "time of one text, plain model 1": {
+                name: waits[name] / waits["plain"] for name in waits if name != "plain"
+            },
         }
-        for panel, (title, heights), form in zip(
-            axes, values.items(), ("%.1f", "%.0f", "%.2f"), strict=True
-        ):
-            common.bars(panel, names, {title: heights}, form)
+        forms = ("%.1f", "%.0f", "%.2f")
+        for panel, (title, heights), form in zip(axes, values.items(), forms, strict=True):
+            names = [name.replace(" ", "\n") for name in heights]
+            common.bars(panel, names, {title: list(heights.values())}, form)
             panel.set(title=title)
             panel.tick_params("x", labelsize=8)
 

@@ -175,11 +175,11 @@ def run(args: argparse.Namespace) -> bool:
     unmerge_lora(model)
     before, after = accuracies(off, answers), accuracies(on, answers)
     print_table(names, before, after)
-    with common.picture(args.out / "cifar10.png", f"{data}: adapters of rank 4", 1) as axes:
+    title = f"{data}\nadapters of rank 4, trained on {', '.join(names[c] for c in CHOSEN)}"
+    with common.picture(args.out / "cifar10.png", title, 1, width=9) as axes:
         if axes:
-            short = [name[:5] for name in names]
             values = {"adapters off": before, "adapters on": after}
-            common.bars(axes[0], short, values, "%.0f")
+            common.bars(axes[0], list(names), values, "%.0f")
             axes[0].set(ylabel="accuracy in %", ylim=(0, 118))
 
     worst = min((after[c] - before[c], names[c]) for c in CHOSEN)

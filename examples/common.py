@@ -109,7 +109,7 @@ def passed(required: dict[str, bool], learned: dict[str, bool], quick: bool) -> 
 
 
 @contextmanager
-def picture(path: Path, title: str, panels: int) -> Iterator[list | None]:
+def picture(path: Path, title: str, panels: int, width: float = 4.5) -> Iterator[list | None]:
     """Axes side by side, saved as ``path``; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -117,7 +117,7 @@ def picture(path: Path, title: str, panels: int) -> Iterator[list | None]:
         print("matplotlib is not installed: no picture")
         yield None
         return
-    figure = Figure(figsize=(4.5 * panels, 4), layout="constrained")  # drawn with Agg
+    figure = Figure(figsize=(width * panels, 4), layout="constrained")  # drawn with Agg
     figure.suptitle(title)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     yield list(axes)
@@ -129,11 +129,11 @@ def picture(path: Path, title: str, panels: int) -> Iterator[list | None]:
 
 
 def bars(panel, labels: list[str], series: dict[str, list[float]], form: str = "%g") -> None:
-    """Grouped bars, the first series grey."""
+    """Grouped bars, the first of several series grey."""
     width = 0.8 / len(series)
     for index, (name, heights) in enumerate(series.items()):
         places = [i + (index - (len(series) - 1) / 2) * width for i in range(len(labels))]
-        color = "0.65" if index == 0 else f"C{index - 1}"
+        color = "0.65" if index == 0 and len(series) > 1 else f"C{max(0, index - 1)}"
         drawn = panel.bar(places, heights, 0.95 * width, color=color, label=name)
         panel.bar_label(drawn, fmt=form, padding=2, fontsize=8)
     panel.set_xticks(range(len(labels)), labels)

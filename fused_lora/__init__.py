@@ -24,6 +24,7 @@ from .model import (
     lora_parameters,
     parameter_summary,
 )
+from .peft_patch import PatchReport, patch_peft, unpatch_peft
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "LoRAConv2d",
     "LoRAEmbedding",
     "ParameterSummary",
+    "PatchReport",
     "adapter_names",
     "add_adapter",
     "add_weighted_adapter",
@@ -49,8 +51,10 @@ __all__ = [
     "lora_parameters",
     "merge_lora",
     "parameter_summary",
+    "patch_peft",
     "save_adapter",
     "set_adapter",
     "unload_lora",
     "unmerge_lora",
+    "unpatch_peft",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import sharding
 from .autograd import without_autocast
 
+_ROUNDING = 4e-3  # of bfloat16
 _merged_layers: WeakSet[MergeableLayer] = WeakSet()
 
 
@@ -30,7 +31,7 @@ def overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two weights differ by no more than two machines' rounding of one SVD."""
     difference = torch.linalg.vector_norm(a.to(b.device, torch.float32) - b.float())
-    return bool(difference <= 1e-2 * torch.linalg.vector_norm(b, dtype=torch.float32))
+    return bool(difference <= _ROUNDING * torch.linalg.vector_norm(b, dtype=torch.float32))
 
 
 class MergeableLayer(nn.Module):

@@ -24,10 +24,13 @@ _CLASSES = {nn.Linear: FusedLoRALinear, nn.Embedding: LoRAEmbedding, nn.Conv2d: 
 
 def layer_class(module: nn.Module) -> type[LoRALayer] | None:
     """The class that adapts ``module``, or None."""
+    return FusedLoRAConv1D if is_conv1d(module) else _CLASSES.get(type(module))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D``, which need not be installed."""
     cls = type(module)
-    if (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return FusedLoRAConv1D
-    return _CLASSES.get(cls)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
 def find_targets(

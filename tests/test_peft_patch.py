@@ -1,0 +1,594 @@
+"""Patched PEFT against PEFT itself, branch by branch: outputs, gradients, hooks, errors."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+
+import pytest
+import torch
+from models import gpt2, llama, tokens
+from torch import nn
+
+from fused_lora import PatchReport, patch_peft, peft_patch, unpatch_peft
+from support import UNIT_ROUNDOFF, relative_rms
+
+peft = pytest.importorskip("peft")
+from peft.tuners.lora import Linear  # noqa: E402
+
+FORWARD = Linear.forward
+
+
+@pytest.fixture(autouse=True)
+def _unpatched():
+    yield
+    unpatch_peft()
+    assert Linear.forward is FORWARD
+
+
+def net(dtype=torch.float32, **config) -> nn.Module:
+    """Two adapted linears, their adapters as after training."""
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(24, 16), "act": nn.Tanh(), "second": nn.Linear(16, 8)}
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["first", "second"]} | config
+    cast = options.pop("autocast_adapter_dtype", True)
+    model = peft.get_peft_model(
+        model.to(dtype), peft.LoraConfig(**options), autocast_adapter_dtype=cast
+    )
+    return noisy(model)
+
+
+def noisy(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape) * 0.3)
+    return model
+
+
+def first(model: nn.Module) -> nn.Module:
+    return model.base_model.model.first
+
+
+def second_adapter(model: nn.Module) -> nn.Module:
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["first", "second"]))
+    noisy(model)
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+def each(model: nn.Module, change) -> nn.Module:
+    for name in ("first", "second"):
+        change(getattr(model.base_model.model, name))
+    return model
+
+
+def replaced_base(change):
+    def build() -> nn.Module:
+        model = net()
+        first(model).base_layer = change(first(model).base_layer)
+        return model
+
+    return build
+
+
+class OtherLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def subclass(linear: nn.Linear) -> nn.Linear:
+    other = OtherLinear(24, 16)
+    other.load_state_dict(linear.state_dict())
+    return other.requires_grad_(False)
+
+
+def accelerated(linear: nn.Linear) -> nn.Linear:
+    plain = linear.forward
+    linear.forward = lambda x: plain(x) + 1
+    return linear
+
+
+def hotswap() -> nn.Module:
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    model = net()
+    prepare_model_for_compiled_hotswap(model, target_rank=7)
+    assert isinstance(first(model).scaling["default"], torch.Tensor)
+    return model
+
+
+def inherited(model: nn.Module) -> nn.Module:
+    class Inherits(Linear):
+        pass
+
+    return each(model, lambda layer: setattr(layer, "__class__", Inherits))
+
+
+def uncast() -> nn.Module:
+    model = net(torch.bfloat16)
+    return each(model, lambda layer: setattr(layer, "cast_input_dtype_enabled", False))
+
+
+def eval_dropout(model: nn.Module) -> nn.Module:
+    return each(model.train(), lambda layer: layer.lora_dropout.eval())
+
+
+def mixed(module: nn.Module, x):
+    return module.eval()(x, adapter_names=["default", "__base__", "other", "other", "__base__"])
+
+
+def disabled(module, x):
+    with module.disable_adapter():
+        return module(x)
+
+
+def autocast(module, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(x)
+
+
+def checkpointed(reentrant):
+    def call(module, x):
+        return torch.utils.checkpoint.checkpoint(module, x, use_reentrant=reentrant)
+
+    return call
+
+
+def merged(model: nn.Module) -> nn.Module:
+    model.merge_adapter()
+    return model
+
+
+def plain_call(module, x):
+    return module(x)
+
+
+BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
+CASES = {  # how to build, how to call, and why PEFT's forward is kept (None: fused)
+    "plain": (net, plain_call, None),
+    "bf16 base, fp32 adapters": (lambda: net(BF16), plain_call, None),
+    "bf16": (lambda: net(BF16, autocast_adapter_dtype=False), plain_call, None),
+    "fp16 base, fp32 adapters": (lambda: net(FP16), plain_call, None),
+    "fp64": (lambda: net(FP64), plain_call, None),
+    "dropout in eval": (lambda: net(lora_dropout=0.3).eval(), plain_call, None),
+    "dropout's own mode": (lambda: eval_dropout(net(lora_dropout=0.3)), plain_call, None),
+    "autocast": (net, autocast, None),
+    "autocast, bf16 base": (lambda: net(BF16), autocast, None),
+    "bias all": (lambda: net(bias="all"), plain_call, None),
+    "bias lora_only": (lambda: net(bias="lora_only"), plain_call, None),
+    "rslora": (lambda: net(use_rslora=True), plain_call, None),
+    "hot swap": (hotswap, plain_call, None),
+    "set_scale": (lambda: each(net(), lambda x: x.set_scale("default", 0.3)), plain_call, None),
+    "frozen A": (
+        lambda: each(net(), lambda x: x.lora_A.requires_grad_(False)),
+        plain_call,
+        None,
+    ),
+    "checkpointed": (net, checkpointed(False), None),
+    "checkpointed, reentrant": (net, checkpointed(True), None),
+    "one layer's other adapter": (
+        lambda: each(second_adapter(net()), lambda x: x.set_adapter("other")),
+        plain_call,
+        None,
+    ),
+    "two active adapters": (lambda: second_adapter(net()), plain_call, "2 active adapters"),
+    "no active adapter": (
+        lambda: each(net(), lambda x: setattr(x, "_active_adapter", "absent")),
+        plain_call,
+        "no active adapter",
+    ),
+    "disabled": (net, disabled, None),
+    "merged": (lambda: merged(net()), plain_call, "its adapters are merged"),
+    "mixed batch": (lambda: second_adapter(net()), mixed, "2 active adapters"),
+    "not cast": (uncast, plain_call, None),
+    "lora bias": (lambda: net(lora_bias=True), plain_call, "a bias in lora_B"),
+    "dora": (lambda: net(use_dora=True), plain_call, "the variant Dora"),
+    "trainable base": (
+        lambda: each(net(), lambda x: x.base_layer.requires_grad_(True)),
+        plain_call,
+        "a base weight that trains",
+    ),
+    "fp64 adapters": (
+        lambda: each(net(), lambda x: (x.lora_A.double(), x.lora_B.double())),
+        plain_call,
+        "adapters in torch.float64 on a base in torch.float32",
+    ),
+    "bf16 adapters on fp32": (
+        lambda: each(net(), lambda x: (x.lora_A.bfloat16(), x.lora_B.bfloat16())),
+        plain_call,
+        "adapters in torch.bfloat16 on a base in torch.float32",
+    ),
+    "subclass of Linear": (replaced_base(subclass), plain_call, "class OtherLinear"),
+    "computed base": (
+        replaced_base(nn.utils.parametrizations.weight_norm),
+        plain_call,
+        "class ParametrizedLinear",
+    ),
+    "replaced forward": (replaced_base(accelerated), plain_call, "as accelerate does"),
+    "inherited forward": (lambda: inherited(net()), plain_call, "a lora.Inherits layer"),
+    "everything dropped": (
+        lambda: net(lora_dropout=0.5).train() and each(
+            net(lora_dropout=0.5).train(),
+            lambda x: setattr(x.lora_dropout["default"], "p", 1.0),
+        ),
+        plain_call,
+        None,
+    ),
+}  # fmt: skip
+
+
+def results(model: nn.Module, call, x: torch.Tensor, hooks: bool = True) -> dict:
+    """Output, every gradient and the hooks that fired; or the error."""
+    fired, handles = [], []
+    layer = first(model)
+    if hooks:
+        handles.append(layer.register_forward_hook(lambda *_: fired.append("forward")))
+        handles.append(layer.register_full_backward_hook(lambda *_: fired.append("backward")))
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    torch.manual_seed(1)
+    try:
+        y = call(model, x)
+        y.float().square().sum().backward()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        for handle in handles:
+            handle.remove()
+    grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return {"y": y.detach(), "dx": x.grad, **grads, "fired": fired}
+
+
+def assert_same(got: dict, expected: dict, exact: dict | None, unit: float) -> None:
+    """What is no float is equal. Floats: to rounding; in half precision, where PEFT itself rounds,
+    the error against float64 is at most twice PEFT's plus one unit round-off."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        if not isinstance(value, torch.Tensor):
+            assert got[name] == value, name
+            continue
+        assert got[name].dtype == value.dtype, name
+        assert got[name].shape == value.shape, name
+        if exact is None:
+            assert relative_rms(got[name], value) <= 8 * unit, name
+        else:
+            theirs = relative_rms(value, exact[name])
+            assert relative_rms(got[name], exact[name]) <= 2 * theirs + unit, name
+
+
+@pytest.mark.parametrize("everywhere", [True, False], ids=["class", "model"])
+@pytest.mark.parametrize("case", CASES)
+def test_branch(case, everywhere):
+    build, call, reason = CASES[case]
+    model = build()
+    dtype = first(model).base_layer.weight.dtype
+    x = torch.randn(5, 24).to(dtype)
+    expected = results(model, call, x)
+    exact, low = None, BF16 if "autocast" in case else dtype
+    if low in (BF16, FP16) and case != "not cast":
+        exact = results(copy.deepcopy(model).double(), plain_call, x.double())
+    report = patch_peft(None if everywhere else model)
+    got = results(model, call, x)
+    assert_same(got, expected, exact, UNIT_ROUNDOFF.get(low, 2.0**-52))
+    if not everywhere:
+        why = report.layers["base_model.model.first"]
+        assert why is None if reason is None else reason in why
+
+
+def test_the_fused_path_is_taken(monkeypatch):
+    calls, fused = [], peft_patch._fused
+    monkeypatch.setattr(peft_patch, "_fused", lambda *args: calls.append(1) or fused(*args))
+    for case, (build, call, reason) in CASES.items():
+        model = build()
+        patch_peft(model)
+        x = torch.randn(5, 24).to(first(model).base_layer.weight.dtype)
+        calls.clear()
+        with contextlib.suppress(RuntimeError):  # "not cast" raises it
+            call(model, x)
+        kept = reason or case in ("disabled", "not cast", "everything dropped")
+        layers = 1 if (reason and "class" in reason) or case == "replaced forward" else 0
+        assert len(calls) == (layers if kept else 2), case
+
+
+@pytest.mark.parametrize("role", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+)
+def test_hooks_on_the_parts_fire(role, register):
+    model, fired = net(lora_dropout=0.1).eval(), []
+    part = getattr(first(model), role)
+    part = part if role == "base_layer" else part["default"]
+    getattr(part, register)(lambda *_: fired.append(1))
+    results(model, plain_call, torch.randn(5, 24))
+    expected = len(fired)
+    report = patch_peft(model)
+    assert report.layers["base_model.model.first"] == f"a hook on {role}"
+    results(model, plain_call, torch.randn(5, 24))
+    assert len(fired) == 2 * expected > 0
+
+
+def test_hooks_on_every_module_fire():
+    model, seen = net(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        model(torch.randn(5, 24))
+        expected = list(seen)
+        patch_peft(model)
+        seen.clear()
+        model(torch.randn(5, 24))
+    finally:
+        handle.remove()
+    assert seen == expected
+    assert first(model).base_layer in seen
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(24),
+        torch.randn(2, 3, 24),
+        torch.randn(0, 24),
+        torch.randn(24, 6).t(),
+        torch.randn(5, 23),
+        torch.randn(5, 24).double(),
+        torch.randint(9, (5, 24)),
+        torch.randn(()),
+    ],
+    ids=str,
+)
+def test_inputs_of_any_shape_and_the_errors_of_wrong_ones(x):
+    model = net()
+
+    def outcome():
+        leaf = x.detach().clone()
+        if x.is_floating_point():
+            leaf.requires_grad_()
+        try:
+            y = model(leaf)
+            y.sum().backward()
+            return y.detach(), leaf.grad
+        except Exception as error:
+            return type(error), str(error)
+
+    expected = outcome()
+    patch_peft(model)
+    if isinstance(expected[0], torch.Tensor):
+        torch.testing.assert_close(outcome(), expected)
+    else:
+        assert outcome() == expected
+
+
+def test_transforms_and_forward_mode_are_pefts():
+    model, x = net(), torch.randn(5, 24)
+    functions = {
+        "vmap": lambda: torch.func.vmap(model)(x),
+        "grad": lambda: torch.func.grad(lambda x: model(x).sum())(x),
+        "jvp": lambda: torch.func.jvp(model, (x,), (x,)),
+        "forward_ad": lambda: dual(model, x),
+        "inference": lambda: inferred(model, x),
+    }
+    expected = {name: function() for name, function in functions.items()}
+    patch_peft(model)
+    for name, function in functions.items():
+        torch.testing.assert_close(function(), expected[name], msg=name)
+
+
+def dual(model, x):
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent
+
+
+def inferred(model, x):
+    with torch.inference_mode():
+        return model(x).clone()
+
+
+def test_dropout_drops_on_the_adapters_way_alone():
+    model = net(lora_dropout=0.25, r=24, lora_alpha=24)
+    layer = first(model)
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(torch.eye(24))
+        layer.lora_B["default"].weight.copy_(torch.eye(16, 24))
+    patch_peft(model)
+    x = torch.ones(2000, 24)
+    added = layer.train()(x) - layer.base_layer(x)
+    torch.testing.assert_close(added, 4 / 3 * (added > 0.5), atol=1e-4, rtol=0)
+    assert abs((added < 0.5).float().mean() - 0.25) < 0.01
+    torch.manual_seed(3)
+    once = layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), once)
+    assert not torch.equal(layer(x), once)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_whole_models_train_alike(make):
+    base, ids = make(), tokens()
+    losses = []
+    for patched in (False, True):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            copy.deepcopy(base),
+            peft.LoraConfig(target_modules="all-linear", fan_in_fan_out=make is gpt2),
+        )
+        if patched:
+            report = patch_peft(model)
+            assert (
+                report.summary == f"{len(report.layers)} of {len(report.layers)} LoRA layers fused"
+            )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        curve = []
+        for _ in range(10):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        losses.append(curve)
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
+    assert losses[0][-1] < losses[0][0] - 0.1
+
+
+def test_the_life_cycle_is_pefts(tmp_path):
+    model, x = net(), torch.randn(5, 24)
+    keys = set(model.state_dict())
+    patch_peft(model)
+    on = model(x)
+    assert set(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    with model.disable_adapter():
+        off = model(x)
+    assert (on - off).abs().max() > 0.1
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["first", "second"]))
+    noisy(model)
+    model.add_weighted_adapter(["default", "default"], [0.5, 0.5], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    patched = model(x)
+    unpatch_peft(model)
+    torch.testing.assert_close(model(x), patched)
+    model.set_adapter("default")
+    model.load_adapter(str(tmp_path), "loaded")
+    model.set_adapter("loaded")
+    patch_peft(model)
+    torch.testing.assert_close(model(x), on)
+    torch.testing.assert_close(model.merge_and_unload()(x), on)
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """What autograd keeps for backward, parameters apart, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = first(model)(x)
+    del y
+    return sum(kept.values())
+
+
+def test_less_is_kept_for_backward():
+    model = net(BF16, lora_dropout=0.1).train()
+    x = torch.randn(512, 24).bfloat16().requires_grad_()
+    theirs = saved_bytes(model, x)
+    patch_peft(model)
+    assert saved_bytes(model, x) < 0.5 * theirs
+
+
+def test_scopes():
+    mine, other, x = net(), net(), torch.randn(5, 24)
+    keys = set(vars(first(other)))
+    patch_peft(mine)
+    assert Linear.forward is not FORWARD
+    report = patch_peft(mine)  # twice is once
+    assert isinstance(report, PatchReport)
+    assert set(vars(first(other))) == keys
+    twin = copy.deepcopy(mine)
+    torch.testing.assert_close(twin(x), other(x))
+    unpatch_peft(other)
+    assert Linear.forward is not FORWARD
+    unpatch_peft(mine)
+    assert Linear.forward is FORWARD
+    assert set(vars(first(mine))) == keys
+    patch_peft()
+    with pytest.raises(ValueError, match=r"expected unpatch_peft\(\)"):
+        unpatch_peft(mine)
+    unpatch_peft()
+    assert Linear.forward is FORWARD
+    with pytest.raises(ValueError, match="a model with PEFT's LoRA layers, got a Sequential"):
+        patch_peft(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_a_later_replacement_is_not_overwritten(monkeypatch):
+    patch_peft()
+    mine = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x: mine(self, x))
+    with pytest.raises(RuntimeError, match="got another: undo first"):
+        unpatch_peft()
+    monkeypatch.undo()
+
+
+def test_report():
+    model = second_adapter(net())
+    report = patch_peft(model)
+    assert (
+        report.summary == "0 of 2 LoRA layers fused; 2 keep PEFT's forward: 2 active adapters (2)"
+    )
+    model.base_model.set_adapter("default")
+    report = patch_peft(model)
+    assert str(report).splitlines() == [
+        "2 of 2 LoRA layers fused",
+        "  base_model.model.first: fused",
+        "  base_model.model.second: fused",
+    ]
+    assert "<td>base_model.model.first</td><td>fused</td>" in report._repr_html_()
+    assert patch_peft().summary.startswith("PEFT's LoRA layers run fused where they are plain")
+
+
+def test_other_layers_are_named():
+    model = peft.get_peft_model(gpt2(), peft.LoraConfig(target_modules=["wte", "c_attn"]))
+    report = patch_peft(model)
+    assert (
+        report.summary
+        == "2 of 3 LoRA layers fused; 1 keep PEFT's forward: a lora.Embedding layer (1)"
+    )
+
+
+def test_compiled_models_see_the_patch():
+    model, x = net(), torch.randn(5, 24)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = compiled(x)
+    patch_peft(model)
+    torch.testing.assert_close(compiled(x), expected)
+    x = x.requires_grad_()
+    compiled(x).sum().backward()
+    grad = first(model).lora_A["default"].weight.grad.clone()
+    model.zero_grad()
+    unpatch_peft(model)
+    model(x).sum().backward()
+    torch.testing.assert_close(grad, first(model).lora_A["default"].weight.grad)
+
+
+def test_pickles_load_where_nothing_is_patched():
+    model, x = net(), torch.randn(5, 24)
+    expected = model(x)
+    patch_peft(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    unpatch_peft()
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file, weights_only=False)(x), expected)
+
+
+def test_the_trainer_runs(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in tokens(8, 12)]
+    curves = []
+    for patched in (False, True):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules="all-linear"))
+        if patched:
+            patch_peft(model)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=2, logging_steps=1,
+            report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=1e-2,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=data)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+        curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(curves[0]) == 4
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
