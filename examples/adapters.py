@@ -41,7 +41,7 @@ from fused_lora import (
 )
 
 RANK, BOTTLENECK, PREFIX = 8, 32, 10
-RATE = 2e-3
+RATE = 5e-4
 TOKENS = 32  # of the text whose latency is taken
 TASKS = ("first", "second")
 

@@ -74,7 +74,9 @@ def patch_peft(model: nn.Module | None = None) -> PatchReport:
         setattr(layer, _FLAG, _generation)
         _patched.add(layer)
     _forget_compiled()
-    return PatchReport({name: _reason(layer) for name, layer in layers.items()}, model is None)
+    reasons = {name: _reason(layer) for name, layer in layers.items()}
+    narrowed = [name for name, why in reasons.items() if why is None and _narrows(layers[name])]
+    return PatchReport(reasons, narrowed, model is None)
 
 
 def unpatch_peft(model: nn.Module | None = None) -> None:
@@ -142,6 +144,12 @@ def _fused(layer: nn.Module, x: Tensor) -> Tensor:
         dropout_p=getattr(drop, "p", 0.0),
         training=drop.training,
     )
+
+
+def _narrows(layer: nn.Module) -> bool:
+    """Whether float32 adapters are computed in the half precision of their base."""
+    (name,) = _active(layer)
+    return layer.base_layer.weight.dtype != layer.lora_A[name].weight.dtype
 
 
 def _reason(layer: nn.Module) -> str | None:
@@ -248,10 +256,13 @@ class PatchReport:
     Attributes:
         layers: name to the reason why the layer keeps PEFT's forward, None if it runs fused; as the
             model was when patched. Every call decides anew.
+        narrowed: fused layers whose float32 adapters are computed in the half precision of the base,
+            so that their gradients are as accurate as that.
         everywhere: whether PEFT's layers in all models are patched.
     """
 
     layers: dict[str, str | None]
+    narrowed: list[str]
     everywhere: bool = False
 
     @property
@@ -265,6 +276,11 @@ class PatchReport:
         if kept:
             why = ", ".join(f"{reason} ({n})" for reason, n in kept.most_common())
             line += f"; {kept.total()} keep PEFT's forward: {why}"
+        if self.narrowed:
+            line += (
+                f"; {len(self.narrowed)} with float32 adapters on a half-precision base compute in"
+                " that precision, as accurate as it is"
+            )
         return line
 
     def __str__(self) -> str:

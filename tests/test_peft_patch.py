@@ -533,6 +533,7 @@ def test_report():
         "  base_model.model.second: fused",
     ]
     assert "<td>base_model.model.first</td><td>fused</td>" in report._repr_html_()
+    assert "2 with float32 adapters on a half-precision base" in patch_peft(net(BF16)).summary
     assert patch_peft().summary.startswith("PEFT's LoRA layers run fused where they are plain")
 
 
