@@ -256,8 +256,8 @@ class PatchReport:
     Attributes:
         layers: name to the reason why the layer keeps PEFT's forward, None if it runs fused; as the
             model was when patched. Every call decides anew.
-        narrowed: fused layers whose float32 adapters are computed in the half precision of the base,
-            so that their gradients are as accurate as that.
+        narrowed: fused layers whose float32 adapters are computed in the half precision of their
+            base, with gradients as accurate as that.
         everywhere: whether PEFT's layers in all models are patched.
     """
 
