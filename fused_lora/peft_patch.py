@@ -28,12 +28,6 @@ from .functional import fused_lora_linear
 from .targets import is_conv1d
 from .validation import FLOATS
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 _HALVES = (torch.float16, torch.bfloat16)
 
 _linear: type[nn.Module] | None = None  # PEFT's class, while its forward is replaced
@@ -74,8 +68,13 @@ def patch_peft(model: nn.Module | None = None) -> PatchReport:
         setattr(layer, _FLAG, _generation)
         _patched.add(layer)
     _forget_compiled()
-    reasons = {name: _reason(layer) for name, layer in layers.items()}
-    narrowed = [name for name, why in reasons.items() if why is None and _narrows(layers[name])]
+    parts = {name: _plain_parts(layer) for name, layer in layers.items()}
+    narrowed = [
+        name
+        for name, plain in parts.items()
+        if isinstance(plain, _Parts) and plain.lora_A.dtype != plain.weight.dtype
+    ]
+    reasons = {name: plain if isinstance(plain, str) else None for name, plain in parts.items()}
     return PatchReport(reasons, narrowed, model is None)
 
 
@@ -120,123 +119,151 @@ def _layers(model: nn.Module, kind: type):
 
 
 def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-    flagged = _everywhere or getattr(self, _FLAG, None) == _generation
-    plain = flagged and not args and not kwargs and _reason(self) is None
-    if plain and _input_reason(self, x) is None:
-        return _fused(self, x)
+    if (_everywhere or self.__dict__.get(_FLAG) == _generation) and not args and not kwargs:
+        parts = _plain_parts(self)
+        if not isinstance(parts, str) and _input_reason(self, x, parts) is None:
+            return _fused(x, parts)
     return _original(self, x, *args, **kwargs)
 
 
-def _active(layer: nn.Module) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+@dataclass(slots=True)
+class _Parts:
+    """What a plain layer computes with."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float | Tensor
+    dropout: float
 
 
-def _fused(layer: nn.Module, x: Tensor) -> Tensor:
-    (name,) = _active(layer)
-    base, drop = layer.base_layer, layer.lora_dropout[name]
+def _fused(x: Tensor, parts: _Parts) -> Tensor:
     return fused_lora_linear(
         x,
-        base.weight.t() if is_conv1d(base) else base.weight,
-        layer.lora_A[name].weight,
-        layer.lora_B[name].weight,
-        base.bias,
-        scaling=layer.scaling[name],
-        dropout_p=getattr(drop, "p", 0.0),
-        training=drop.training,
+        parts.weight,
+        parts.lora_A,
+        parts.lora_B,
+        parts.bias,
+        scaling=parts.scaling,
+        dropout_p=parts.dropout,
     )
 
 
-def _narrows(layer: nn.Module) -> bool:
-    """Whether float32 adapters are computed in the half precision of their base."""
-    (name,) = _active(layer)
-    return layer.base_layer.weight.dtype != layer.lora_A[name].weight.dtype
+def _plain_parts(layer: nn.Module) -> _Parts | str:
+    """The layer's tensors as it now is, or why it runs PEFT's own forward.
 
-
-def _reason(layer: nn.Module) -> str | None:
-    """Why this layer, as it now is, runs PEFT's own forward; None if it runs fused."""
+    Asked at every call: ``_modules`` is read because ``nn.Module.__getattr__`` costs more.
+    """
     if type(layer) is not _linear:
         return f"a lora.{type(layer).__name__} layer"
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
         return "its adapters are merged"
-    names = _active(layer)
+    modules = layer._modules
+    all_A = modules["lora_A"]._modules
+    names = [name for name in layer.active_adapters if name in all_A]
     if len(names) != 1:
         return f"{len(names)} active adapters" if names else "no active adapter"
     (name,) = names
     if name in layer.lora_variant:
         variant = type(layer.lora_variant[name]).__name__
         return f"the variant {variant.removesuffix('LinearVariant') or variant}"
-    base = layer.base_layer
-    if type(base) is not nn.Linear and not is_conv1d(base):
+    base, lora_A = modules["base_layer"], all_A[name]
+    lora_B = modules["lora_B"]._modules[name]
+    drop = modules["lora_dropout"]._modules[name]
+    transposed = type(base) is not nn.Linear
+    if transposed and not is_conv1d(base):
         return f"a base layer of class {type(base).__name__}"
-    drop = layer.lora_dropout[name]
-    if type(drop) not in (nn.Dropout, nn.Identity):
+    if type(drop) is not nn.Dropout and type(drop) is not nn.Identity:
         return f"a dropout of class {type(drop).__name__}"
-    thin = {"lora_A": layer.lora_A[name], "lora_B": layer.lora_B[name]}
-    for role, module in thin.items():
+    for role, module in (("lora_A", lora_A), ("lora_B", lora_B)):
         if type(module) is not nn.Linear:
             return f"a {role} of class {type(module).__name__}"
-        if module.bias is not None:
+        if module._parameters["bias"] is not None:
             return f"a bias in {role}"
-    for role, module in {"base_layer": base, "lora_dropout": drop, **thin}.items():
-        if "forward" in module.__dict__:
-            return f"a {role} whose forward was replaced, as accelerate does"
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            return f"a hook on {role}"
-        for kind, parameter in module._parameters.items():
-            if parameter is not None and type(parameter) is not nn.Parameter:
-                return f"a {kind} of class {type(parameter).__name__} in {role}"
-            if hasattr(parameter, "ds_id"):
-                return "a parameter that DeepSpeed's ZeRO-3 partitions"
-        if not isinstance(module, nn.Dropout | nn.Identity) and "weight" not in module._parameters:
-            return f"a computed weight in {role}"
-    if base.weight.requires_grad:
+    for role, module in (
+        ("base_layer", base),
+        ("lora_dropout", drop),
+        ("lora_A", lora_A),
+        ("lora_B", lora_B),
+    ):
+        if reason := _changed(module):
+            return f"{role}: {reason}"
+    weight = base._parameters["weight"]
+    A, B = (module._parameters["weight"] for module in (lora_A, lora_B))
+    if weight.requires_grad:
         return "a base weight that trains"
-    return _dtype_reason(base.weight, *(module.weight for module in thin.values()))
+    if reason := _dtype_reason(weight.dtype, A.dtype, B.dtype):
+        return reason
+    return _Parts(
+        weight.t() if transposed else weight,
+        base._parameters["bias"],
+        A,
+        B,
+        layer.scaling[name],
+        drop.p if type(drop) is nn.Dropout and drop.training else 0.0,
+    )
 
 
-def _dtype_reason(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
-    if weight.dtype not in FLOATS:
-        return f"a base weight in {weight.dtype}"
-    adapter = lora_A.dtype
-    if lora_B.dtype != adapter:
-        return "adapters of two dtypes"
-    wider = weight.dtype in _HALVES and adapter == torch.float32
-    if adapter != weight.dtype and not wider:
-        return f"adapters in {adapter} on a base in {weight.dtype}"
+def _changed(module: nn.Module) -> str | None:
+    """What makes a module of a plain class more than its formula."""
+    if "forward" in module.__dict__:
+        return "a forward replaced on the instance, as accelerate does"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "a hook"
+    for name, parameter in module._parameters.items():
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            return f"a {name} of class {type(parameter).__name__}"
+        if parameter is not None and hasattr(parameter, "ds_id"):
+            return "partitioned by DeepSpeed's ZeRO-3"
+    if type(module) is nn.Linear and "weight" not in module._parameters:
+        return "a computed weight"
     return None
 
 
-def _input_reason(layer: nn.Module, x: Tensor) -> str | None:
+def _dtype_reason(weight: torch.dtype, lora_A: torch.dtype, lora_B: torch.dtype) -> str | None:
+    if weight not in FLOATS:
+        return f"a base weight in {weight}"
+    if lora_B != lora_A:
+        return "adapters of two dtypes"
+    if lora_A != weight and not (weight in _HALVES and lora_A == torch.float32):
+        return f"adapters in {lora_A} on a base in {weight}"
+    return None
+
+
+def _input_reason(layer: nn.Module, x: Tensor, parts: _Parts) -> str | None:
     """Why this call runs PEFT's own forward; None if it runs fused."""
-    (name,) = _active(layer)
-    base, drop, scaling = layer.base_layer, layer.lora_dropout[name], layer.scaling[name]
-    lora_A, lora_B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    device = base.weight.device
-    if type(x) not in (Tensor, nn.Parameter) or x.is_nested or x.layout != torch.strided:
+    weight, scaling = parts.weight, parts.scaling
+    device, dtype = weight.device, weight.dtype
+    if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_nested:
         return "an input that is no plain tensor"
-    autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(
-        x.device.type
-    )
-    if x.dtype != base.weight.dtype and not (autocast and x.dtype in FLOATS):
+    if x.layout != torch.strided or x.device != device:
+        return "an input of another kind or device"
+    autocast = torch.is_autocast_enabled(device.type)
+    if x.dtype != dtype and not (autocast and x.dtype in FLOATS):
         return "an input of another dtype"
-    if autocast and torch.float64 in (x.dtype, base.weight.dtype):
+    if autocast and torch.float64 in (x.dtype, dtype):
         return "float64 under autocast"
-    if not getattr(layer, "cast_input_dtype_enabled", True) and x.dtype != lora_A.dtype:
+    if x.dtype != parts.lora_A.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return "an input that is not to be cast"
-    matrix = base.weight.shape[::-1] if is_conv1d(base) else base.weight.shape
-    fits = x.dim() > 0 and x.shape[-1] == matrix[1] == lora_A.shape[1]
-    if not fits or lora_B.shape != (matrix[0], lora_A.shape[0]) or not len(lora_A):
+    (N, K), (rank, in_features) = weight.shape, parts.lora_A.shape
+    if not x.dim() or x.shape[-1] != K or in_features != K or parts.lora_B.shape != (N, rank):
         return "shapes that do not fit"
-    if any(tensor.device != device for tensor in (x, lora_A, lora_B)):
-        return "tensors on several devices"
+    if not rank or parts.lora_A.device != device or parts.lora_B.device != device:
+        return "adapters that do not fit"
     if isinstance(scaling, Tensor):
         if scaling.dim() or scaling.requires_grad or scaling.device != device:
             return "a scale that is no constant on the device"
     elif not isinstance(scaling, Real) or not math.isfinite(scaling):
         return "a scale that is no finite number"
-    if drop.training and getattr(drop, "p", 0.0) >= 1:
+    if parts.dropout >= 1:
         return "a dropout of everything"
     if torch.compiler.is_compiling():
         return None
@@ -244,7 +271,12 @@ def _input_reason(layer: nn.Module, x: Tensor) -> str | None:
         return "a torch.func transform"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if any(getattr(global_hooks, f"_global{hooks}", None) for hooks in _HOOKS):
+    if (
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    ):
         return "a hook on every module"
     return None
 

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SELECTION = ("tests/test_custom_models.py", "-k", "LoRA", "-o", "addopts=")  # without coverage
 SWITCH = "FUSED_LORA_PATCH_PEFT"
 _fused_calls = 0
@@ -34,23 +36,17 @@ def pytest_configure(config) -> None:
     patch_peft()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["fused_calls"] = _fused_calls
 
 
-class Calls:
-    """Adds up what pytest-xdist's workers report."""
-
-    @staticmethod
-    def pytest_testnodedown(node) -> None:
-        global _fused_calls
-        _fused_calls += getattr(node, "workeroutput", {}).get("fused_calls", 0)
-
-
-def pytest_addhooks(pluginmanager) -> None:
-    if pluginmanager.hasplugin("xdist"):
-        pluginmanager.register(Calls())
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Add up what pytest-xdist's workers report."""
+    global _fused_calls
+    _fused_calls += getattr(node, "workeroutput", {}).get("fused_calls", 0)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

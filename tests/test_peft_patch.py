@@ -308,7 +308,7 @@ def test_hooks_on_the_parts_fire(role, register):
     results(model, plain_call, torch.randn(5, 24))
     expected = len(fired)
     report = patch_peft(model)
-    assert report.layers["base_model.model.first"] == f"a hook on {role}"
+    assert report.layers["base_model.model.first"] == f"{role}: a hook"
     results(model, plain_call, torch.randn(5, 24))
     assert len(fired) == 2 * expected > 0
 
