@@ -92,7 +92,7 @@ def compare(base: text.Classifier, dtype: torch.dtype, data: list[text.Batch], a
 def run(args: argparse.Namespace) -> bool:
     """Compare in both dtypes; whether every required check passed."""
     device = common.device(args)
-    each = 150 if args.quick else text.EACH
+    each = 100 if args.quick else text.EACH
     if not args.data:
         print("no --data: sentences of Python's documentation against PyTorch's")
     texts = text.read_sms(args.data) if args.data else text.read_documentation()
@@ -127,7 +127,9 @@ def run(args: argparse.Namespace) -> bool:
                 gap <= bound
             )
         less = 1 - result["bytes"]["patched"] / result["bytes"]["PEFT"]
-        required[f"{name}: {less:.0%} less {what}"] = less > 0
+        # In float32 without dropout PEFT keeps x and A x, as the formula asks; there is no less.
+        least = 0.0 if name == "float32" and args.dropout == 0 else 0.1
+        required[f"{name}: {less:.0%} less {what}, at least {least:.0%}"] = less >= least
         required[f"{name}: {result['fused']}"] = "keep" not in result["fused"]
     plot(args, pretrained.name, results)
     return common.passed(required, learned, args.quick)

