@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 try:
     import torch
@@ -37,6 +38,12 @@ IMPLS = ("auto", "torch", "reference", "triton")
 
 class SetupError(Exception):
     """Why a run cannot be made, and what to do about it."""
+
+
+def need(name: str, install: str) -> NoReturn:
+    """End a script whose import failed."""
+    print(f"error: no {name}: `{install}`", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def options(description: str, data: str) -> argparse.ArgumentParser:

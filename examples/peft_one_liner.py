@@ -27,7 +27,7 @@ from fused_lora import patch_peft, unpatch_peft
 try:
     import peft
 except ModuleNotFoundError:
-    raise SystemExit("error: no peft: `pip install peft`") from None
+    common.need("peft", "pip install peft")
 
 RATE = 5e-4
 COMPARED = 20  # steps, after which rounding has grown

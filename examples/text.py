@@ -23,7 +23,7 @@ try:
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 except ModuleNotFoundError:
-    raise SystemExit("error: no transformers: `pip install transformers`") from None
+    common.need("transformers", "pip install transformers")
 
 transformers.utils.logging.set_verbosity_error()  # reports on weights that have no use here
 transformers.utils.logging.disable_progress_bar()

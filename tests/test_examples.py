@@ -298,6 +298,17 @@ def test_a_missing_package_is_one_line(example, monkeypatch, capsys, name, packa
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("script", "package"), [("sms_spam", "transformers"), ("peft_one_liner", "peft")]
+)
+def test_a_script_without_its_imports_says_what_to_install(script, package):
+    blocked = f"import sys; sys.modules[{package!r}] = None; sys.path.insert(0, {str(EXAMPLES)!r});"
+    command = [sys.executable, "-c", f"{blocked} import {script}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr == f"error: no {package}: `pip install {package}`\n"
+
+
 @needs("mlxtend")
 def test_an_impl_that_cannot_run_is_one_line(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
