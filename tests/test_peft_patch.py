@@ -328,22 +328,21 @@ def test_hooks_on_every_module_fire():
     assert first(model).base_layer in seen
 
 
-@pytest.mark.parametrize(
-    "x",
-    [
-        torch.randn(24),
-        torch.randn(2, 3, 24),
-        torch.randn(0, 24),
-        torch.randn(24, 6).t(),
-        torch.randn(5, 23),
-        torch.randn(5, 24).double(),
-        torch.randint(9, (5, 24)),
-        torch.randn(()),
-    ],
-    ids=str,
-)
-def test_inputs_of_any_shape_and_the_errors_of_wrong_ones(x):
-    model = net()
+INPUTS = {
+    "1-D": lambda: torch.randn(24),
+    "3-D": lambda: torch.randn(2, 3, 24),
+    "empty": lambda: torch.randn(0, 24),
+    "strided": lambda: torch.randn(24, 6).t(),
+    "too narrow": lambda: torch.randn(5, 23),
+    "float64": lambda: torch.randn(5, 24).double(),
+    "integers": lambda: torch.randint(9, (5, 24)),
+    "0-D": lambda: torch.randn(()),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_of_any_shape_and_the_errors_of_wrong_ones(name):
+    model, x = net(), INPUTS[name]()
 
     def outcome():
         leaf = x.detach().clone()
