@@ -16,6 +16,7 @@ from support import UNIT_ROUNDOFF, relative_rms
 
 peft = pytest.importorskip("peft")
 from peft.tuners.lora import Linear  # noqa: E402
+from peft.tuners.lora import config as lora_config  # noqa: E402
 
 FORWARD = Linear.forward
 
@@ -188,6 +189,25 @@ CASES = {  # how to build, how to call, and why PEFT's forward is kept (None: fu
     "not cast": (uncast, plain_call, None),
     "lora bias": (lambda: net(lora_bias=True), plain_call, "a bias in lora_B"),
     "dora": (lambda: net(use_dora=True), plain_call, "the variant Dora"),
+    "velora": (
+        lambda: net(velora_config=lora_config.VeloraConfig()), plain_call, "the variant Velora"
+    ),
+    "monteclora": (
+        lambda: net(monteclora_config=lora_config.MontecloraConfig()).eval(),  # else it samples
+        plain_call,
+        "the variant Monteclora",
+    ),
+    "kasa": (lambda: net(kasa_config=lora_config.KasaConfig()), plain_call, "the variant Kasa"),
+    "mica": (lambda: net(init_lora_weights="mica"), plain_call, "the variant MiCA"),
+    "bd-lora": (
+        lambda: net(
+            use_bdlora=lora_config.BdLoraConfig(
+                target_modules_bd_a=["first"], target_modules_bd_b=["second"], nblocks=2
+            )
+        ),
+        plain_call,
+        "the variant BdLora",
+    ),
     "trainable base": (
         lambda: each(net(), lambda x: x.base_layer.requires_grad_(True)),
         plain_call,
