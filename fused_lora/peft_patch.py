@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from .functional import fused_lora_linear
+from .sharding import is_shard
 from .targets import is_conv1d
 from .validation import FLOATS
 
@@ -220,6 +221,8 @@ def _changed(module: nn.Module) -> str | None:
         return "a hook"
     for name, parameter in module._parameters.items():
         if parameter is not None and type(parameter) is not nn.Parameter:
+            if is_shard(parameter):
+                return "sharded, unless FSDP2 gathers it for the call"
             return f"a {name} of class {type(parameter).__name__}"
         if parameter is not None and hasattr(parameter, "ds_id"):
             return "partitioned by DeepSpeed's ZeRO-3"

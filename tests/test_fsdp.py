@@ -15,6 +15,8 @@ from fused_lora import (
     disable_lora,
     load_adapter,
     merge_lora,
+    patch_peft,
+    peft_patch,
     save_adapter,
     set_adapter,
     unload_lora,
@@ -80,6 +82,33 @@ def check_switching():
     torch.testing.assert_close(_whole(sharded[0].lora_A.grad), whole[0].lora_A.grad)
 
 
+def check_patched_peft():
+    import peft
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    whole = peft.get_peft_model(stack(), peft.LoraConfig(target_modules=["0", "2.0", "2.1"]))
+    for name, parameter in whole.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    sharded, x = copy.deepcopy(whole), torch.randn(4, 8)
+    layers = sharded.base_model.model
+    fully_shard(layers[2])
+    fully_shard(sharded)
+    calls, fused = [], peft_patch._fused
+    peft_patch._fused = lambda *args: calls.append(1) or fused(*args)
+    report = patch_peft(sharded)
+    assert "base_layer: sharded, unless FSDP2 gathers it for the call" in str(report)
+    for model in (whole, sharded):
+        model(x).square().sum().backward()
+    assert len(calls) == 3
+    for name, parameter in sharded.named_parameters():
+        expected = whole.get_parameter(name).grad
+        assert (parameter.grad is None) == (expected is None), name
+        if expected is not None:
+            torch.testing.assert_close(_whole(parameter.grad), expected)
+
+
 def check_refusals(folder):
     from torch.distributed.fsdp import fully_shard
 
@@ -123,9 +152,10 @@ def process(rank, folder, check, arguments):
         (check_merging, ({}, False)),
         (check_merging, ({"use_dora": True}, True)),
         (check_switching, ()),
+        (check_patched_peft, ()),
         (check_refusals, ("adapter",)),
     ],
-    ids=["merge", "final merge", "merge dora", "switch", "refusals"],
+    ids=["merge", "final merge", "merge dora", "switch", "patched peft", "refusals"],
 )
 def test_two_processes(check, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
