@@ -22,6 +22,7 @@ from fused_lora import (
     unload_lora,
     unmerge_lora,
 )
+from support import UNIT_ROUNDOFF, relative_rms
 
 PROCESSES = 2
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -106,7 +107,8 @@ def check_patched_peft():
         expected = whole.get_parameter(name).grad
         assert (parameter.grad is None) == (expected is None), name
         if expected is not None:
-            torch.testing.assert_close(_whole(parameter.grad), expected)
+            error = relative_rms(_whole(parameter.grad), expected)
+            assert error <= 8 * UNIT_ROUNDOFF[torch.float32], name
 
 
 def check_refusals(folder):
