@@ -12,7 +12,7 @@ from .checkpoint import load_adapter, save_adapter
 from .conv import LoRAConv2d
 from .dispatch import Decision, explain
 from .embedding import LoRAEmbedding
-from .functional import fused_lora_linear
+from .functional import fused_lora_add, fused_lora_linear
 from .lifecycle import disable_lora, merge_lora, unload_lora, unmerge_lora
 from .linear import FusedLoRAConv1D, FusedLoRALinear
 from .model import (
@@ -44,6 +44,7 @@ __all__ = [
     "delete_adapter",
     "disable_lora",
     "explain",
+    "fused_lora_add",
     "fused_lora_linear",
     "load_adapter",
     "lora_layers",

@@ -18,21 +18,32 @@ dropout_mask = dropout.keep_words
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
     scaling: float | Tensor,
     words: Tensor | None,
     inv_keep: float,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``y (M,N)`` and ``S (M,R)`` from ``x (M,K)``, both in x's dtype."""
+    """``y (M,N)`` and ``S (M,R)`` from ``x (M,K)``, both in x's dtype.
+
+    With ``base (M,N)`` in place of a weight, ``y`` is ``base`` and the low-rank product, in base's
+    dtype.
+    """
     dtype = x.dtype
-    y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    if base is None:
+        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
     # Over the mask in place: a second large temporary would cost more than the product.
     dropped = x if words is None else dropout.keep_matrix(words, x.shape[1], dtype).mul_(x)
     S = _scaled_mm(dropped, lora_A.to(dtype).t(), scaling, inv_keep)
-    return y.addmm_(S, lora_B.to(dtype).t()), S
+    Bt = lora_B.to(dtype).t()
+    if base is None:
+        return y.addmm_(S, Bt), S
+    if base.dtype == dtype:
+        return torch.addmm(base, S, Bt), S
+    return (base + torch.mm(S, Bt)).to(base.dtype), S
 
 
 def backward(
@@ -47,7 +58,10 @@ def backward(
     inv_keep: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``(dx, dA, dB)`` from ``dy (M,N)``; None where ``needs`` is false."""
+    """``(dx, dA, dB)`` from ``dy (M,N)``; None where ``needs`` is false.
+
+    Without a weight, ``dx`` is the adapter's part alone.
+    """
     dtype = dy.dtype
     dx = dA = dB = mask = None
     if words is not None and (needs[0] or needs[1]):
@@ -55,7 +69,11 @@ def backward(
     if needs[0] or needs[1]:
         # Carries 1/(1-p) for both of its uses, so the mask itself stays zeros and ones.
         G = _scaled_mm(dy, lora_B.to(dtype), scaling, inv_keep)
-    if needs[0]:
+    if needs[0] and weight is None:
+        dx = torch.mm(G, lora_A.to(dtype))
+        if mask is not None:
+            dx.mul_(mask)
+    elif needs[0]:
         dx = torch.mm(dy, weight.to(dtype))
         if mask is None:
             dx.addmm_(G, lora_A.to(dtype))

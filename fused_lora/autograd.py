@@ -16,7 +16,7 @@ from . import dispatch, dropout, reference
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -24,26 +24,33 @@ def lora_linear(
     seed: Tensor | None,
     keep: int,
     impl: str,
+    base: Tensor | None = None,
 ) -> Tensor:
-    """``y (..., N)`` for validated arguments; ``seed`` is None without dropout."""
-    args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl)
+    """``y (..., N)`` for validated arguments; ``seed`` is None without dropout.
+
+    ``base (..., N)`` takes the place of ``x Wᵀ + bias``.
+    """
+    args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad
         or lora_B.requires_grad
         or (bias is not None and bias.requires_grad)
+        or (base is not None and base.requires_grad)
     ):
         return _LoRALinear.apply(*args)
     return _forward(*args)[0]
 
 
-def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl):
+def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
     """``y (..., N)``, ``S (M,R)``, the keep bits, and who ran."""
     flat = _flatten(x)
-    runner = dispatch.choose(flat, weight, lora_A, impl, seed is not None)
+    if base is not None:
+        base = _flatten(base)
+    runner = dispatch.choose(flat, weight if base is None else base, lora_B, impl, seed is not None)
     words = None if seed is None else runner.dropout_mask(seed, *flat.shape, keep)
     y, S = runner.forward(
-        flat, weight, lora_A, lora_B, bias, scaling, words, dropout.KEEP_ALL / keep
+        flat, weight, lora_A, lora_B, bias, scaling, words, dropout.KEEP_ALL / keep, base=base
     )
     if x.dim() != 2:
         # A plain view could not be modified in place by the next layer.
@@ -53,15 +60,16 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl):
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl):
+    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
         y, S, words, ctx.runner = _forward(
-            x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl
+            x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base
         )
         need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         is_tensor = isinstance(scaling, Tensor)
         ctx.scaling = None if is_tensor else scaling
         ctx.inv_keep = dropout.KEEP_ALL / keep
         ctx.x_shape = x.shape
+        ctx.dtype = x.dtype
         ctx.bias_dtype = bias.dtype if need_bias else None
         ctx.save_for_backward(
             x if need_A else None,
@@ -82,11 +90,13 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _backward(ctx, dy):
-    need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+    need_x, _, need_A, need_B, need_bias, *_, need_base = ctx.needs_input_grad
     x, weight, lora_A, lora_B, S, words, scaling = ctx.saved_tensors
     twice = torch.is_grad_enabled()
     backward = reference.backward if twice else ctx.runner.backward
     flat_dy = _flatten(dy)
+    if flat_dy.dtype != ctx.dtype:  # the base output's
+        flat_dy = flat_dy.to(ctx.dtype)
     dx, dA, dB = backward(
         flat_dy,
         None if x is None else _flatten(x),
@@ -106,7 +116,7 @@ def _backward(ctx, dy):
         wide = torch.promote_types(dy.dtype, torch.float32)
         db = flat_dy.sum(0, dtype=wide).to(ctx.bias_dtype)
     dx = dx.view(ctx.x_shape) if need_x else None
-    return dx, None, dA, dB, db, None, None, None, None
+    return dx, None, dA, dB, db, None, None, None, None, dy if need_base else None
 
 
 class _OnceDifferentiable(torch.autograd.Function):

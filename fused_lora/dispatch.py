@@ -112,24 +112,26 @@ def _explain_dora(layer, weight: Tensor, tokens: int, dropout_p: float, impl: st
     return replace(inner, reason=f"{inner.reason}; {added}")
 
 
-def choose(x: Tensor, weight: Tensor, lora_A: Tensor, impl: str, dropped: bool):
-    """The runner for ``x (M,K)``: an object with ``dropout_mask``, ``forward`` and ``backward``."""
-    if impl == "torch" or (impl == "auto" and not _may_run_triton(x, weight)):
+def choose(x: Tensor, frozen: Tensor, lora_B: Tensor, impl: str, dropped: bool):
+    """The runner for ``x (M,K)``: an object with ``dropout_mask``, ``forward`` and ``backward``.
+
+    ``frozen`` is the weight, or the base's output.
+    """
+    if impl == "torch" or (impl == "auto" and not _may_run_triton(x, frozen)):
         return aten
     if torch.compiler.is_compiling():
         raise ValueError("impl='triton' cannot be traced by a compiler; use impl='auto' or 'torch'")
     aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    return _runner(
-        impl, x.device, x.dtype, x.shape[0], *weight.shape, lora_A.shape[0], dropped, aligned
-    )
+    (M, K), (N, R) = x.shape, lora_B.shape
+    return _runner(impl, x.device, x.dtype, M, N, K, R, dropped, aligned)
 
 
-def _may_run_triton(x: Tensor, weight: Tensor) -> bool:
+def _may_run_triton(x: Tensor, frozen: Tensor) -> bool:
     """A plain tensor on a GPU; subclasses such as DTensor, and compilers, need aten operators."""
     return (
         x.is_cuda
         and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
+        and type(frozen) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
     )
 
@@ -250,10 +252,10 @@ class _Triton:
 
         return self._run(kernel, lambda: aten.dropout_mask(seed, rows, columns, keep))
 
-    def forward(self, *args):
+    def forward(self, *args, base):
         return self._run(
-            lambda: self.ops.forward(*args, self.decision.forward),
-            lambda: aten.forward(*args),
+            lambda: self.ops.forward(*args, self.decision.forward, base),
+            lambda: aten.forward(*args, base),
         )
 
     def backward(self, *args):

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from . import dropout, reference
 from .autograd import autocasts, lora_linear
-from .validation import check_dropout, check_impl, check_same_dtype, check_tensors
+from .validation import (
+    check_base,
+    check_dropout,
+    check_impl,
+    check_same_dtype,
+    check_tensors,
+)
 
 
 def fused_lora_linear(
@@ -54,23 +60,67 @@ def fused_lora_linear(
     check_impl(impl)
     check_dropout(dropout_p)
     check_tensors(x, weight, lora_A, lora_B, bias, scaling)
-    keep = dropout.keep_count(dropout_p) if training else dropout.KEEP_ALL
+    return _run(x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, impl)
+
+
+def fused_lora_add(
+    base: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """``y = base + s·D(x) Aᵀ Bᵀ``: an adapter beside a layer that computes its own product.
+
+    For quantised, sharded or otherwise special base layers: ``fused_lora_add(layer(x), x, A, B)``.
+    Differentiable in ``base``, ``x``, ``lora_A`` and ``lora_B``; twice.
+
+    Args:
+        base: ``(..., out)``, the layer's output: float16, bfloat16, float32 or float64.
+        x: ``(..., in)``, the layer's input, any of these dtypes.
+        lora_A: ``(rank, in)``, any of the dtypes; cast to x's for the products.
+        lora_B: ``(out, rank)``, likewise.
+        scaling, dropout_p, training, impl: as in :func:`fused_lora_linear`.
+
+    Returns:
+        ``(..., out)``, a new tensor in base's dtype.
+
+    Raises:
+        TypeError: a dtype that cannot be used.
+        ValueError: shapes, devices or values that do not fit; an explicit ``impl`` that cannot run
+            here.
+    """
+    check_impl(impl)
+    check_dropout(dropout_p)
+    check_base(base, x, lora_A, lora_B, scaling)
+    p = dropout_p if training else 0.0
+    return _run(x, None, lora_A, lora_B, None, scaling, p, impl, base)
+
+
+def _run(x, weight, lora_A, lora_B, bias, scaling, p, impl, base=None) -> Tensor:
+    """Autocast's rule, then the layer."""
     device = x.device.type
     if autocasts(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return _run(x, weight, lora_A, lora_B, bias, scaling, keep, impl)
-    check_same_dtype(x, weight)
-    return _run(x, weight, lora_A, lora_B, bias, scaling, keep, impl)
+            return _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base)
+    if weight is not None:
+        check_same_dtype(x, weight)
+    return _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base)
 
 
-def _run(x, weight, lora_A, lora_B, bias, scaling, keep, impl) -> Tensor:
+def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
+    keep = dropout.keep_count(p) if p else dropout.KEEP_ALL
     seed = None if keep == dropout.KEEP_ALL else dropout.draw_seed(x.device)
     if impl != "reference":
-        return lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl)
+        return lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
     mask = None
     if seed is not None:
         K = x.shape[-1]
         words = dropout.keep_words(seed, x.numel() // max(1, K), K, keep)
         mask = dropout.keep_matrix(words, K, x.dtype) * (dropout.KEEP_ALL / keep)
-    return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling, mask)
+    return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling, mask, base)

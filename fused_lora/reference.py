@@ -16,18 +16,23 @@ from .dropout import keep_matrix
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
     scaling: float | Tensor,
     mask: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
-    """``y`` from ``x (..., K)``; ``mask`` is ``D`` as a matrix of 0 and 1/(1-p), or None."""
+    """``y`` from ``x (..., K)``; ``mask`` is ``D`` as a matrix of 0 and 1/(1-p), or None.
+
+    ``base (..., N)`` takes the place of ``x Wᵀ + bias``, and ``y`` its dtype.
+    """
     dropped = x if mask is None else x * mask.view(x.shape)
     S = scaling * F.linear(dropped, lora_A.to(x.dtype))
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, weight.to(x.dtype), bias) + F.linear(S, lora_B.to(x.dtype))
+    if base is None:
+        base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return (base + F.linear(S, lora_B.to(x.dtype))).to(base.dtype)
 
 
 def backward(
@@ -44,7 +49,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dA, dB)`` from ``dy (M,N)``, differentiable in ``dy``, ``x`` and the parameters.
 
-    ``S`` is made again from ``x``, so that derivatives pass through it.
+    ``S`` is made again from ``x``, so that derivatives pass through it. Without a weight, ``dx`` is
+    the adapter's part alone.
     """
     dtype = dy.dtype
     A, B = lora_A.to(dtype), lora_B.to(dtype)
@@ -56,7 +62,9 @@ def backward(
     G = scaling * (dy @ B)
     if needs[0]:
         branch = G @ A
-        dx = dy @ weight.to(dtype) + (branch if mask is None else branch * mask)
+        dx = branch if mask is None else branch * mask
+        if weight is not None:
+            dx = dy @ weight.to(dtype) + dx
     if needs[1]:
         dA = (G.t() @ dropped).to(lora_A.dtype)
     if needs[2]:

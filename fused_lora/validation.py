@@ -100,16 +100,54 @@ def check_tensors(
         TypeError: not a tensor, or a dtype that cannot be used.
         ValueError: shapes or devices that do not fit, or a weight that requires grad.
     """
-    for name, tensor in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+    _check_kinds(x, (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)))
+    if weight.dim() != 2:
+        raise ValueError(f"expected weight of shape (out, in), got {_shape(weight)}")
+    N, K = weight.shape
+    _check_adapter(x, lora_A, lora_B, N, K, scaling)
+    if weight.requires_grad:
+        raise ValueError(
+            "expected a frozen weight, got one that requires grad: no gradient is computed for it;"
+            " call weight.requires_grad_(False), or pass weight.detach()"
+        )
+    if bias is not None:
+        _check_bias(bias, x, N)
+
+
+def check_base(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+) -> None:
+    """Check the tensors of a call that adds to a given base.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that cannot be used.
+        ValueError: shapes or devices that do not fit.
+    """
+    _check_kinds(x, (("base", base), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B)))
+    if lora_A.dim() != 2 or lora_B.dim() != 2:
+        shapes = f"{_shape(lora_A)} and {_shape(lora_B)}"
+        raise ValueError(f"expected lora_A (rank, in) and lora_B (out, rank), got {shapes}")
+    N, K = lora_B.shape[0], lora_A.shape[1]
+    _check_adapter(x, lora_A, lora_B, N, K, scaling)
+    if base.shape != (*x.shape[:-1], N):
+        expected = (*x.shape[:-1], N)
+        raise ValueError(f"expected base of shape {expected}, got {_shape(base)}")
+
+
+def _check_kinds(x: Tensor, tensors: tuple[tuple[str, Tensor], ...]) -> None:
+    """Every one a floating tensor on x's device."""
+    for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected {name} to be a Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"expected {name} in one of {_names(FLOATS)}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"expected {name} on x's device {x.device}, got {tensor.device}")
-    if weight.dim() != 2:
-        raise ValueError(f"expected weight of shape (out, in), got {_shape(weight)}")
-    N, K = weight.shape
+
+
+def _check_adapter(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, N: int, K: int, scaling: float | Tensor
+) -> None:
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"expected x of shape (..., {K}), got {_shape(x)}")
     if lora_A.dim() != 2 or lora_A.shape[1] != K:
@@ -119,13 +157,6 @@ def check_tensors(
         raise ValueError(f"expected lora_A of rank >= 1, got {_shape(lora_A)}")
     if lora_B.shape != (N, R):
         raise ValueError(f"expected lora_B of shape ({N}, {R}), got {_shape(lora_B)}")
-    if weight.requires_grad:
-        raise ValueError(
-            "expected a frozen weight, got one that requires grad: no gradient is computed for it;"
-            " call weight.requires_grad_(False), or pass weight.detach()"
-        )
-    if bias is not None:
-        _check_bias(bias, x, N)
     if isinstance(scaling, Tensor):
         _check_scaling_tensor(scaling, x)
     elif not isinstance(scaling, Real):

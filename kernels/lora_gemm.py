@@ -3,8 +3,8 @@
     O = P Q + D(U V) + bias        P (M,L)   Q (L,N)   U (M,R)   V (R,N)   O (M,N)
 
 Forward: ``y`` from P = x, Q = Wᵀ, U = S, V = Bᵀ. Backward: ``dx`` from P = dY, Q = W, U = G, V = A
-and the keep bits. ``lora_add`` is the same without ``P Q``: ``O += D(U V) + bias``, for use after a
-vendor's GEMM.
+and the keep bits. ``lora_add`` has a given base in place of ``P Q``: ``O = base + D(U V) + bias``,
+in place after a vendor's GEMM, or beside a frozen product of another kind.
 """
 
 import torch
@@ -283,6 +283,7 @@ def lora_gemm(
 @triton.jit(do_not_specialize=["M"])
 def _lora_add(
     o_ptr,
+    base_ptr,
     u_ptr,
     v_ptr,
     words_ptr,
@@ -292,14 +293,17 @@ def _lora_add(
     N,
     R,
     stride_om,
+    stride_bm,
     stride_um,
     stride_vr,
     stride_vn,
     stride_wm,
     DTYPE: tl.constexpr,
+    HAS_BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     ALIGN_O: tl.constexpr,
+    ALIGN_BASE: tl.constexpr,
     ALIGN_U: tl.constexpr,
     ALIGN_V: tl.constexpr,
     V_TRANSPOSED: tl.constexpr,
@@ -312,6 +316,8 @@ def _lora_add(
     if ALIGN_O:
         stride_om = multiple(stride_om, 8)
         N = multiple(N, 8)
+    if ALIGN_BASE:
+        stride_bm = multiple(stride_bm, 8)
     # Rows are the fast axis of the grid: V's tile stays in cache, and the row axis has no limit.
     first_m = tl.program_id(0) * BLOCK_M
     first_n = tl.program_id(1) * BLOCK_N
@@ -328,9 +334,11 @@ def _lora_add(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    o_ptrs = o_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_n[None, :]
-    acc += tl.load(o_ptrs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(o_ptrs, acc.to(DTYPE), mask=inside)
+    rows = offs_m.to(tl.int64)[:, None]
+    if HAS_BASE:
+        base_ptrs = base_ptr + rows * stride_bm + offs_n[None, :]
+        acc += tl.load(base_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(o_ptr + rows * stride_om + offs_n[None, :], acc.to(DTYPE), mask=inside)
 
 
 def lora_add(
@@ -339,17 +347,23 @@ def lora_add(
     v: torch.Tensor,
     config: AddConfig,
     *,
+    base: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     words: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
 ) -> None:
-    """Add ``D(u v) + bias`` to ``o`` in place; arguments as in :func:`lora_gemm`."""
+    """Write ``o = base + D(u v) + bias``; other arguments as in :func:`lora_gemm`.
+
+    Args:
+        base: ``(M, N)``, inner stride 1, any floating dtype; ``o`` itself, or None for zeros.
+    """
     M, N = o.shape
     R = u.shape[1]
     block_r, chunks = config.rank_blocks(R)
     _lora_add[(cdiv(M, config.block_m), cdiv(N, config.block_n))](
         o,
+        o if base is None else base,
         u,
         v,
         u if words is None else words,
@@ -359,14 +373,17 @@ def lora_add(
         N,
         R,
         o.stride(0),
+        0 if base is None else base.stride(0),
         u.stride(0),
         v.stride(0),
         v.stride(1),
         0 if words is None else words.stride(0),
         DTYPE=TL_DTYPE[o.dtype],
+        HAS_BASE=base is not None,
         HAS_BIAS=bias is not None,
         HAS_DROPOUT=words is not None,
         ALIGN_O=in_vectors(o),
+        ALIGN_BASE=base is not None and in_vectors(base),
         ALIGN_U=in_vectors(u, 4),
         ALIGN_V=in_vectors(v),
         V_TRANSPOSED=v.stride(1) != 1,

@@ -30,7 +30,7 @@ _MIN_ROWS_PER_RANK = 16  # below, the partial sums outweigh the operand: the ven
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -38,19 +38,29 @@ def forward(
     words: Tensor | None,
     inv_keep: float,
     strategy: str,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``y (M,N)`` in x's dtype and ``S (M,R)`` fp32, from ``x (M,K)``; no dimension is 0."""
+    """``y (M,N)`` in x's dtype and ``S (M,R)`` fp32, from ``x (M,K)``; no dimension is 0.
+
+    With ``base (M,N)`` in place of a weight, ``y`` is ``base`` and the low-rank product, in base's
+    dtype.
+    """
     x = _inner_contiguous(x)
-    weight = weight.to(x.dtype)
-    bias = None if bias is None else bias.contiguous()
     target = configs.target_of(x.device)
     scale = _scale_tensor(scaling, x.device)
+    if base is not None:
+        S = _shrink(x, lora_A.t(), scale, target, words, inv_keep)
+        y = torch.empty_like(base, memory_format=torch.contiguous_format)
+        _add(y, S, lora_B.t(), target, base=_inner_contiguous(base))
+        return y, S
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.contiguous()
     if strategy == "single_pass":
         return _single_pass(x, weight.t(), lora_A.t(), lora_B.t(), scale, target, bias=bias)
     S = _shrink(x, lora_A.t(), scale, target, words, inv_keep)
     if strategy == "addmm":
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        _add(y, S, lora_B.t(), target)
+        _add(y, S, lora_B.t(), target, base=y)
     else:
         y = _gemm(x, weight.t(), S, lora_B.t(), target, bias=bias)
     return y, S
@@ -69,12 +79,19 @@ def backward(
     needs: tuple[bool, bool, bool],
     strategy: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``(dx, dA, dB)`` from ``dy (M,N)``; None where ``needs`` is false."""
+    """``(dx, dA, dB)`` from ``dy (M,N)``; None where ``needs`` is false.
+
+    Without a weight, ``dx`` is the adapter's part alone.
+    """
     dy = _inner_contiguous(dy)
     target = configs.target_of(dy.device)
     scale = _scale_tensor(scaling, dy.device)
     G = dx = dA = dB = None
-    if needs[0]:
+    if needs[0] and weight is None:
+        G = _shrink(dy, lora_B, scale, target)
+        dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=dy.dtype, device=dy.device)
+        _add(dx, G, lora_A, target, words, inv_keep)
+    elif needs[0]:
         weight = weight.to(dy.dtype)
         if strategy == "single_pass":
             dx, G = _single_pass(
@@ -84,7 +101,7 @@ def backward(
             G = _shrink(dy, lora_B, scale, target)
             if strategy == "addmm":
                 dx = torch.mm(dy, weight)
-                _add(dx, G, lora_A, target, words, inv_keep)
+                _add(dx, G, lora_A, target, words, inv_keep, base=dx)
             else:
                 dx = _gemm(dy, weight, G, lora_A, target, words=words, inv_keep=inv_keep)
     elif needs[1]:
@@ -122,9 +139,12 @@ def _gemm(p, q, u, v, target, bias=None, words=None, inv_keep=1.0) -> Tensor:
     return o
 
 
-def _add(o, u, v, target, words=None, inv_keep=1.0) -> None:
+def _add(o, u, v, target, words=None, inv_keep=1.0, base=None) -> None:
     config = configs.add_config(target, o.element_size())
-    lora_add(o, u, v, config, words=words, inv_keep=inv_keep, input_precision=_precision(o))
+    lora_add(
+        o, u, v, config,
+        base=base, words=words, inv_keep=inv_keep, input_precision=_precision(o),
+    )  # fmt: skip
 
 
 def _single_pass(p, q, z, v, scale, target, bias=None, words=None, inv_keep=1.0):

@@ -150,7 +150,7 @@ def test_subclasses_take_aten_operators():
         pass
 
     weight = torch.randn(6, 8).as_subclass(Subclass)
-    assert dispatch.choose(torch.randn(5, 8), weight, torch.randn(2, 8), "auto", False) is aten
+    assert dispatch.choose(torch.randn(5, 8), weight, torch.randn(6, 2), "auto", False) is aten
 
 
 SHAPE = {"M": 8192, "N": 4096, "L": 4096, "rank": 16}
@@ -248,7 +248,7 @@ def test_the_alignment_of_x_reaches_the_choice(monkeypatch):
         return "split", "recorded"
 
     monkeypatch.setattr(cost, "choose_strategy", record)
-    weight, A = torch.zeros(64, 64, dtype=BF16), torch.zeros(2, 64)
+    weight, B = torch.zeros(64, 64, dtype=BF16), torch.zeros(64, 2)
     flat = torch.zeros(5 * 72 + 1, dtype=BF16)
     views = {
         "whole": flat[:320].view(5, 64),
@@ -259,7 +259,7 @@ def test_the_alignment_of_x_reaches_the_choice(monkeypatch):
     for name, x in views.items():
         dispatch.clear_decisions()
         asked.clear()
-        dispatch.choose(x, weight, A, "triton", False)
+        dispatch.choose(x, weight, B, "triton", False)
         forward[name] = asked[0]
     dispatch.clear_decisions()
     assert forward == {"whole": True, "offset": False, "odd rows": False}

@@ -97,13 +97,21 @@ def test_lora_gemm(case, programs):
 
 @pytest.mark.parametrize("case", [(63, 123, 8, BF16), (17, 96, 100, FP16), (1, 1, 1, FP32)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_lora_add(case, masked):
+@pytest.mark.parametrize("base", ["in place", "beside", "float32", "none"])
+def test_lora_add(case, masked, base):
     M, N, R, dtype = case
     o, u, v, bias = rand(M, N, dtype=dtype), rand(M, R), rand(R, N, dtype=dtype), rand(N)
     words, mask = keep_bits(M, N) if masked else (None, 1.0)
-    before = o.double()
+    given = {
+        "in place": o,
+        "beside": rand(M, 2 * N, dtype=dtype)[:, N:],
+        "float32": rand(M, N),
+        "none": None,
+    }[base]
+    before = torch.zeros(M, N).double() if given is None else given.double()
     config = AddConfig(4, 1, block_m=32, block_n=64)
-    lora_add(o, u, v, config, bias=bias, words=words, inv_keep=INV_KEEP if masked else 1.0)
+    inv_keep = INV_KEEP if masked else 1.0
+    lora_add(o, u, v, config, base=given, bias=bias, words=words, inv_keep=inv_keep)
     low_rank = u.to(dtype).double() @ v.double() * mask
     check(o, before + low_rank + bias.double(), dtype)
 
