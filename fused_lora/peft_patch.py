@@ -1,8 +1,10 @@
 """PEFT's LoRA layers on this library's kernels, by one line: ``patch_peft(model)``.
 
-The forward of PEFT's ``lora.Linear`` is replaced once, on the class. At every call the layer is
-looked at as it then is: what is plain ``W x + b + s·B A D(x)`` runs fused, everything else runs
-PEFT's own forward. Nothing of the model changes: not its modules, parameters, files or life cycle.
+The forward of PEFT's linear LoRA layers is replaced once, on the class. At every call the layer is
+looked at as it then is: what is plain ``W x + b + s·B A D(x)`` runs fused; where only the base is
+special, as a quantised one, it runs its own forward and the adapter runs fused beside it;
+everything else runs PEFT's own forward. Nothing of the model changes: not its modules, parameters,
+files or life cycle.
 
 Differences to PEFT where a layer is fused: another stream of random numbers decides which entries
 dropout drops; and where float32 adapters sit on a half-precision base, the adapter's products are
@@ -11,11 +13,12 @@ taken in the dtype of ``x``, so that gradients are as accurate as that dtype.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from weakref import WeakSet
@@ -24,15 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from .functional import fused_lora_linear
+from .functional import fused_lora_add, fused_lora_linear
 from .sharding import is_shard
 from .targets import is_conv1d
 from .validation import FLOATS
 
 _HALVES = (torch.float16, torch.bfloat16)
 
-_linear: type[nn.Module] | None = None  # PEFT's class, while its forward is replaced
-_original: Callable | None = None  # that forward
+# PEFT's classes while their forward is replaced: that forward, and the one given for it.
+_replaced: dict[type[nn.Module], tuple[Callable, Callable]] = {}
 _everywhere = False
 _patched: WeakSet[nn.Module] = WeakSet()  # layers of single models; their copies have the flag too
 _FLAG = "_fused_lora_patch"
@@ -52,31 +55,32 @@ def patch_peft(model: nn.Module | None = None) -> PatchReport:
         ModuleNotFoundError: no PEFT.
         ValueError: a model without PEFT's LoRA layers.
     """
-    global _everywhere, _linear, _original
-    from peft.tuners.lora import Linear, LoraLayer
+    global _everywhere
+    from peft.tuners.lora import LoraLayer
 
     layers = {} if model is None else dict(_layers(model, LoraLayer))
     if model is not None and not layers:
         raise ValueError(
             f"expected a model with PEFT's LoRA layers, got a {type(model).__name__} without"
         )
-    if _original is None:
-        _linear, _original = Linear, Linear.forward
-        Linear.forward = _forward
+    for kind in _peft_classes():
+        if kind not in _replaced:
+            _replaced[kind] = kind.forward, _forward_instead_of(kind.forward)
+            kind.forward = _replaced[kind][1]
     if model is None:
         _everywhere = True
     for layer in layers.values():
         setattr(layer, _FLAG, _generation)
         _patched.add(layer)
     _forget_compiled()
-    parts = {name: _plain_parts(layer) for name, layer in layers.items()}
-    narrowed = [
-        name
-        for name, plain in parts.items()
-        if isinstance(plain, _Parts) and plain.lora_A.dtype != plain.weight.dtype
-    ]
-    reasons = {name: plain if isinstance(plain, str) else None for name, plain in parts.items()}
-    return PatchReport(reasons, narrowed, model is None)
+    found = {name: _parts(layer) for name, layer in layers.items()}
+    parts = {name: plain for name, plain in found.items() if isinstance(plain, _Parts)}
+    return PatchReport(
+        layers={name: None if name in parts else reason for name, reason in found.items()},
+        beside={name: plain.beside for name, plain in parts.items() if plain.beside is not None},
+        narrowed=[name for name, plain in parts.items() if plain.narrowed],
+        everywhere=model is None,
+    )
 
 
 def unpatch_peft(model: nn.Module | None = None) -> None:
@@ -86,7 +90,7 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
         RuntimeError: something else has replaced the forward since.
         ValueError: a single model while every layer of PEFT's is patched.
     """
-    global _everywhere, _generation, _original
+    global _everywhere, _generation
     if model is not None and _everywhere:
         raise ValueError("expected unpatch_peft() after patch_peft(), got a single model")
     for module in list(_patched) if model is None else model.modules():
@@ -95,16 +99,29 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
     if model is None:
         _everywhere = False
     _forget_compiled()
-    if _original is None or len(_patched):
+    if not _replaced or len(_patched):
         return
-    if _linear.forward is not _forward:
-        raise RuntimeError(
-            "expected the forward that patch_peft gave to PEFT's Linear, got another: undo first"
-            " what replaced it"
-        )
-    _linear.forward = _original
-    _original = None
+    for kind, (_, given) in _replaced.items():
+        if kind.forward is not given:
+            raise RuntimeError(
+                f"expected the forward that patch_peft gave to PEFT's {kind.__name__}, got another:"
+                " undo first what replaced it"
+            )
+    for kind, (original, _) in _replaced.items():
+        kind.forward = original
+    _replaced.clear()
     _generation += 1
+
+
+def _peft_classes() -> list[type[nn.Module]]:
+    """PEFT's linear LoRA layers that add one product to their base layer's output."""
+    from peft.tuners import lora
+
+    classes = [lora.Linear]
+    for name in ("Linear8bitLt", "Linear4bit"):  # there if bitsandbytes is
+        with contextlib.suppress(AttributeError, ImportError):
+            classes.append(getattr(lora, name))
+    return classes
 
 
 def _forget_compiled() -> None:
@@ -119,24 +136,39 @@ def _layers(model: nn.Module, kind: type):
             yield name, module
 
 
-def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-    if (_everywhere or self.__dict__.get(_FLAG) == _generation) and not args and not kwargs:
-        parts = _plain_parts(self)
-        if not isinstance(parts, str) and _input_reason(self, x, parts) is None:
-            return _fused(x, parts)
-    return _original(self, x, *args, **kwargs)
+def _forward_instead_of(original: Callable) -> Callable:
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if (_everywhere or self.__dict__.get(_FLAG) == _generation) and not args and not kwargs:
+            parts = _parts(self)
+            if not isinstance(parts, str) and _input_reason(self, x, parts) is None:
+                return _beside(self, x, parts) if parts.beside else _fused(x, parts)
+        return original(self, x, *args, **kwargs)
+
+    return forward
 
 
 @dataclass(slots=True)
 class _Parts:
-    """What a plain layer computes with."""
+    """What a layer with a plain adapter computes with."""
 
-    weight: Tensor
-    bias: Tensor | None
+    name: str
+    base: nn.Module
     lora_A: Tensor
     lora_B: Tensor
     scaling: float | Tensor
     dropout: float
+    weight: Tensor | None = None  # of a plain base, with its bias
+    bias: Tensor | None = None
+    beside: str | None = None  # why the base runs its own forward
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the adapter's products are taken in less than its own precision."""
+        weight = self.base._parameters.get("weight") if self.beside else self.weight
+        return self.lora_A.dtype == torch.float32 and getattr(weight, "dtype", None) not in (
+            None,
+            torch.float32,
+        )
 
 
 def _fused(x: Tensor, parts: _Parts) -> Tensor:
@@ -151,12 +183,35 @@ def _fused(x: Tensor, parts: _Parts) -> Tensor:
     )
 
 
-def _plain_parts(layer: nn.Module) -> _Parts | str:
+def _beside(layer: nn.Module, x: Tensor, parts: _Parts) -> Tensor:
+    """The base layer's own forward, and the adapter added to what it gives."""
+    y, shape = parts.base(x), (*x.shape[:-1], parts.lora_B.shape[0])
+    plain = type(y) is Tensor and y.layout == torch.strided and y.dtype in FLOATS
+    if plain and y.shape == shape and y.device == x.device:
+        return _added(y, x, parts)
+    # No output of a linear layer: what PEFT does with it.
+    name, x = parts.name, layer._cast_input_dtype(x, parts.lora_A.dtype)
+    low_rank = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](x)))
+    return (y + low_rank * parts.scaling).to(y.dtype)
+
+
+def _added(y: Tensor, x: Tensor, parts: _Parts) -> Tensor:
+    return fused_lora_add(
+        y,
+        x,
+        parts.lora_A,
+        parts.lora_B,
+        scaling=parts.scaling,
+        dropout_p=parts.dropout,
+    )
+
+
+def _parts(layer: nn.Module) -> _Parts | str:
     """The layer's tensors as it now is, or why it runs PEFT's own forward.
 
     Asked at every call: ``_modules`` is read because ``nn.Module.__getattr__`` costs more.
     """
-    if type(layer) is not _linear:
+    if type(layer) not in _replaced and type(layer).__module__ != "peft.tuners.lora.torchao":
         return f"a lora.{type(layer).__name__} layer"
     if layer.disable_adapters:
         return "its adapters are disabled"
@@ -171,12 +226,8 @@ def _plain_parts(layer: nn.Module) -> _Parts | str:
     if name in layer.lora_variant:
         variant = type(layer.lora_variant[name]).__name__
         return f"the variant {variant.removesuffix('LinearVariant') or variant}"
-    base, lora_A = modules["base_layer"], all_A[name]
-    lora_B = modules["lora_B"]._modules[name]
+    lora_A, lora_B = all_A[name], modules["lora_B"]._modules[name]
     drop = modules["lora_dropout"]._modules[name]
-    transposed = type(base) is not nn.Linear
-    if transposed and not is_conv1d(base):
-        return f"a base layer of class {type(base).__name__}"
     if type(drop) is not nn.Dropout and type(drop) is not nn.Identity:
         return f"a dropout of class {type(drop).__name__}"
     for role, module in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -184,28 +235,42 @@ def _plain_parts(layer: nn.Module) -> _Parts | str:
             return f"a {role} of class {type(module).__name__}"
         if module._parameters["bias"] is not None:
             return f"a bias in {role}"
-    for role, module in (
-        ("base_layer", base),
-        ("lora_dropout", drop),
-        ("lora_A", lora_A),
-        ("lora_B", lora_B),
-    ):
+    for role, module in (("lora_dropout", drop), ("lora_A", lora_A), ("lora_B", lora_B)):
         if reason := _changed(module):
             return f"{role}: {reason}"
+    base = modules["base_layer"]
+    A, B = lora_A._parameters["weight"], lora_B._parameters["weight"]
+    if A.dtype != B.dtype:
+        return "adapters of two dtypes"
+    p = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
+    parts = _Parts(name, base, A, B, layer.scaling[name], p)
+    parts.beside = _base_reason(base)
+    if parts.beside is None:
+        weight = base._parameters["weight"]
+        if not _fits(A.dtype, weight.dtype):
+            return f"adapters in {A.dtype} on a base in {weight.dtype}"
+        parts.weight = weight if type(base) is nn.Linear else weight.t()
+        parts.bias = base._parameters["bias"]
+    return parts
+
+
+def _base_reason(base: nn.Module) -> str | None:
+    """Why a base layer runs its own forward; None if it is the plain product."""
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return f"a base layer of class {type(base).__name__}"
+    if reason := _changed(base):
+        return f"base_layer: {reason}"
     weight = base._parameters["weight"]
-    A, B = (module._parameters["weight"] for module in (lora_A, lora_B))
     if weight.requires_grad:
         return "a base weight that trains"
-    if reason := _dtype_reason(weight.dtype, A.dtype, B.dtype):
-        return reason
-    return _Parts(
-        weight.t() if transposed else weight,
-        base._parameters["bias"],
-        A,
-        B,
-        layer.scaling[name],
-        drop.p if type(drop) is nn.Dropout and drop.training else 0.0,
-    )
+    if weight.dtype not in FLOATS:
+        return f"a base weight in {weight.dtype}"
+    return None
+
+
+def _fits(adapter: torch.dtype, compute: torch.dtype) -> bool:
+    """Whether an adapter may be computed in a dtype: its own, or half of float32."""
+    return adapter == compute or (compute in _HALVES and adapter == torch.float32)
 
 
 def _changed(module: nn.Module) -> str | None:
@@ -231,36 +296,35 @@ def _changed(module: nn.Module) -> str | None:
     return None
 
 
-def _dtype_reason(weight: torch.dtype, lora_A: torch.dtype, lora_B: torch.dtype) -> str | None:
-    if weight not in FLOATS:
-        return f"a base weight in {weight}"
-    if lora_B != lora_A:
-        return "adapters of two dtypes"
-    if lora_A != weight and not (weight in _HALVES and lora_A == torch.float32):
-        return f"adapters in {lora_A} on a base in {weight}"
-    return None
-
-
 def _input_reason(layer: nn.Module, x: Tensor, parts: _Parts) -> str | None:
     """Why this call runs PEFT's own forward; None if it runs fused."""
-    weight, scaling = parts.weight, parts.scaling
-    device, dtype = weight.device, weight.dtype
+    lora_A, lora_B, scaling = parts.lora_A, parts.lora_B, parts.scaling
+    device = lora_A.device
     if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_nested:
         return "an input that is no plain tensor"
-    if x.layout != torch.strided or x.device != device:
+    if x.layout != torch.strided or x.device != device or x.dtype not in FLOATS:
         return "an input of another kind or device"
     autocast = torch.is_autocast_enabled(device.type)
-    if x.dtype != dtype and not (autocast and x.dtype in FLOATS):
+    if autocast:
+        if torch.float64 in (x.dtype, lora_A.dtype):
+            return "float64 under autocast"
+        if x.dtype in _HALVES and x.dtype != torch.get_autocast_dtype(device.type):
+            return "an input in another half precision than autocast's"
+    elif not _fits(lora_A.dtype, x.dtype):
         return "an input of another dtype"
-    if autocast and torch.float64 in (x.dtype, dtype):
-        return "float64 under autocast"
-    if x.dtype != parts.lora_A.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
+    if x.dtype != lora_A.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return "an input that is not to be cast"
-    (N, K), (rank, in_features) = weight.shape, parts.lora_A.shape
-    if not x.dim() or x.shape[-1] != K or in_features != K or parts.lora_B.shape != (N, rank):
+    rank, K = lora_A.shape
+    if not x.dim() or x.shape[-1] != K or not rank or lora_B.shape[1] != rank:
         return "shapes that do not fit"
-    if not rank or parts.lora_A.device != device or parts.lora_B.device != device:
-        return "adapters that do not fit"
+    if lora_B.device != device:
+        return "adapters on two devices"
+    if parts.beside is None:
+        weight = parts.weight
+        if weight.device != device or weight.shape != (lora_B.shape[0], K):
+            return "a base that does not fit"
+        if weight.dtype == torch.float64 if autocast else weight.dtype != x.dtype:
+            return "an input of another dtype than the base"
     if isinstance(scaling, Tensor):
         if scaling.dim() or scaling.requires_grad or scaling.device != device:
             return "a scale that is no constant on the device"
@@ -291,12 +355,15 @@ class PatchReport:
     Attributes:
         layers: name to the reason why the layer keeps PEFT's forward, None if it runs fused; as the
             model was when patched. Every call decides anew.
+        beside: of the fused ones, those whose base layer runs its own forward with the adapter
+            fused beside it; name to the reason.
         narrowed: fused layers whose float32 adapters are computed in the half precision of their
-            base, with gradients as accurate as that.
+            input, with gradients as accurate as that.
         everywhere: whether PEFT's layers in all models are patched.
     """
 
     layers: dict[str, str | None]
+    beside: dict[str, str]
     narrowed: list[str]
     everywhere: bool = False
 
@@ -305,26 +372,39 @@ class PatchReport:
         """One line."""
         if self.everywhere:
             return "PEFT's LoRA layers run fused where they are plain, in every model"
-        kept = Counter(reason for reason in self.layers.values() if reason is not None)
-        fused = len(self.layers) - kept.total()
+        kept = [reason for reason in self.layers.values() if reason is not None]
+        fused = len(self.layers) - len(kept)
         line = f"{fused} of {len(self.layers)} LoRA layers fused"
+        if self.beside:
+            line += f", {len(self.beside)} of them beside their base layer's own forward: "
+            line += _counted(self.beside.values())
         if kept:
-            why = ", ".join(f"{reason} ({n})" for reason, n in kept.most_common())
-            line += f"; {kept.total()} keep PEFT's forward: {why}"
+            line += f"; {len(kept)} keep PEFT's forward: {_counted(kept)}"
         if self.narrowed:
             line += (
-                f"; {len(self.narrowed)} with float32 adapters on a half-precision base compute in"
-                " that precision, as accurate as it is"
+                f"; {len(self.narrowed)} with float32 adapters compute in half precision if their"
+                " input has it, as accurate as it is"
             )
         return line
 
+    def _rows(self):
+        for name, reason in self.layers.items():
+            if name in self.beside:
+                yield name, f"fused beside its base: {self.beside[name]}"
+            else:
+                yield name, "fused" if reason is None else f"PEFT's forward: {reason}"
+
     def __str__(self) -> str:
-        lines = [f"  {name}: {reason or 'fused'}" for name, reason in self.layers.items()]
+        lines = [f"  {name}: {what}" for name, what in self._rows()]
         return "\n".join([self.summary, *lines])
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(reason or 'fused')}</td></tr>"
-            for name, reason in self.layers.items()
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(what)}</td></tr>"
+            for name, what in self._rows()
         )
         return f"<p>{html.escape(self.summary)}</p><table>{rows}</table>"
+
+
+def _counted(reasons: Iterable[str]) -> str:
+    return ", ".join(f"{reason} ({n})" for reason, n in Counter(reasons).most_common())

@@ -209,9 +209,7 @@ CASES = {  # how to build, how to call, and why PEFT's forward is kept (None: fu
         "the variant BdLora",
     ),
     "trainable base": (
-        lambda: each(net(), lambda x: x.base_layer.requires_grad_(True)),
-        plain_call,
-        "a base weight that trains",
+        lambda: each(net(), lambda x: x.base_layer.requires_grad_(True)), plain_call, None
     ),
     "fp64 adapters": (
         lambda: each(net(), lambda x: (x.lora_A.double(), x.lora_B.double())),
@@ -223,13 +221,9 @@ CASES = {  # how to build, how to call, and why PEFT's forward is kept (None: fu
         plain_call,
         "adapters in torch.bfloat16 on a base in torch.float32",
     ),
-    "subclass of Linear": (replaced_base(subclass), plain_call, "class OtherLinear"),
-    "computed base": (
-        replaced_base(nn.utils.parametrizations.weight_norm),
-        plain_call,
-        "class ParametrizedLinear",
-    ),
-    "replaced forward": (replaced_base(accelerated), plain_call, "as accelerate does"),
+    "subclass of Linear": (replaced_base(subclass), plain_call, None),
+    "computed base": (replaced_base(nn.utils.parametrizations.weight_norm), plain_call, None),
+    "replaced forward": (replaced_base(accelerated), plain_call, None),
     "inherited forward": (lambda: inherited(net()), plain_call, "a lora.Inherits layer"),
     "everything dropped": (
         lambda: net(lora_dropout=0.5).train() and each(
@@ -240,6 +234,12 @@ CASES = {  # how to build, how to call, and why PEFT's forward is kept (None: fu
         None,
     ),
 }  # fmt: skip
+BESIDE = {  # fused beside the first layer's base, which runs its own forward for this reason
+    "trainable base": "a base weight that trains",
+    "subclass of Linear": "class OtherLinear",
+    "computed base": "class ParametrizedLinear",
+    "replaced forward": "as accelerate does",
+}
 
 
 def results(model: nn.Module, call, x: torch.Tensor, hooks: bool = True) -> dict:
@@ -298,11 +298,17 @@ def test_branch(case, everywhere):
     if not everywhere:
         why = report.layers["base_model.model.first"]
         assert why is None if reason is None else reason in why
+        why = report.beside.get("base_model.model.first")
+        assert BESIDE[case] in why if case in BESIDE else why is None
 
 
 def test_the_fused_path_is_taken(monkeypatch):
-    calls, fused = [], peft_patch._fused
-    monkeypatch.setattr(peft_patch, "_fused", lambda *args: calls.append(1) or fused(*args))
+    calls = []
+    for name in ("_fused", "_added"):
+        run = getattr(peft_patch, name)
+        monkeypatch.setattr(
+            peft_patch, name, lambda *args, name=name, run=run: calls.append(name) or run(*args)
+        )
     for case, (build, call, reason) in CASES.items():
         model = build()
         patch_peft(model)
@@ -311,8 +317,9 @@ def test_the_fused_path_is_taken(monkeypatch):
         with contextlib.suppress(RuntimeError):  # "not cast" raises it
             call(model, x)
         kept = reason or case in ("disabled", "not cast", "everything dropped")
-        layers = 1 if (reason and "class" in reason) or case == "replaced forward" else 0
-        assert len(calls) == (layers if kept else 2), case
+        expected = ["_added" if case in BESIDE else "_fused"]
+        expected.append("_added" if case == "trainable base" else "_fused")
+        assert calls == ([] if kept else expected), case
 
 
 @pytest.mark.parametrize("role", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
@@ -328,7 +335,8 @@ def test_hooks_on_the_parts_fire(role, register):
     results(model, plain_call, torch.randn(5, 24))
     expected = len(fired)
     report = patch_peft(model)
-    assert report.layers["base_model.model.first"] == f"{role}: a hook"
+    reasons = report.beside if role == "base_layer" else report.layers
+    assert reasons["base_model.model.first"] == f"{role}: a hook"
     results(model, plain_call, torch.randn(5, 24))
     assert len(fired) == 2 * expected > 0
 
@@ -552,7 +560,7 @@ def test_report():
         "  base_model.model.second: fused",
     ]
     assert "<td>base_model.model.first</td><td>fused</td>" in report._repr_html_()
-    assert "2 with float32 adapters on a half-precision base" in patch_peft(net(BF16)).summary
+    assert "2 with float32 adapters compute in half precision" in patch_peft(net(BF16)).summary
     assert patch_peft().summary.startswith("PEFT's LoRA layers run fused where they are plain")
 
 
