@@ -73,7 +73,11 @@ def patch_peft(model: nn.Module | None = None) -> PatchReport:
         setattr(layer, _FLAG, _generation)
         _patched.add(layer)
     _forget_compiled()
-    found = {name: _parts(layer) for name, layer in layers.items()}
+    found = {
+        # Its caller is not ours to know: X-LoRA's does not come back to the class.
+        name: "a forward replaced on the instance" if "forward" in vars(layer) else _parts(layer)
+        for name, layer in layers.items()
+    }
     parts = {name: plain for name, plain in found.items() if isinstance(plain, _Parts)}
     return PatchReport(
         layers={name: None if name in parts else reason for name, reason in found.items()},

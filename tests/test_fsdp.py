@@ -1,6 +1,7 @@
 """Merging, switching and saving under ``fully_shard``, in two processes: right, or refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -83,29 +84,111 @@ def check_switching():
     torch.testing.assert_close(_whole(sharded[0].lora_A.grad), whole[0].lora_A.grad)
 
 
-def check_patched_peft():
+def peft_model() -> nn.Module:
     import peft
-    from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    whole = peft.get_peft_model(stack(), peft.LoraConfig(target_modules=["0", "2.0", "2.1"]))
-    for name, parameter in whole.named_parameters():
+    model = peft.get_peft_model(stack(), peft.LoraConfig(target_modules=["0", "2.0", "2.1"]))
+    for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
-    sharded, x = copy.deepcopy(whole), torch.randn(4, 8)
+    return model
+
+
+def patched(model: nn.Module) -> tuple[str, list[str]]:
+    """The report, and the names of the fused products as they will run."""
+    calls = []
+    for name in ("_fused", "_added"):
+        run = getattr(peft_patch, name)
+        setattr(peft_patch, name, lambda *args, n=name, run=run: calls.append(n) or run(*args))
+    return str(patch_peft(model)), calls
+
+
+def check_patched_peft():
+    from torch.distributed.fsdp import fully_shard
+
+    whole, x = peft_model(), torch.randn(4, 8)
+    sharded = copy.deepcopy(whole)
     layers = sharded.base_model.model
     fully_shard(layers[2])
     fully_shard(sharded)
-    calls, fused = [], peft_patch._fused
-    peft_patch._fused = lambda *args: calls.append(1) or fused(*args)
-    report = patch_peft(sharded)
-    assert "base_layer: sharded, unless FSDP2 gathers it for the call" in str(report)
+    report, calls = patched(sharded)
+    assert "lora_A: sharded, unless FSDP2 gathers it for the call" in report
     for model in (whole, sharded):
         model(x).square().sum().backward()
-    assert len(calls) == 3
+    assert calls == ["_fused"] * 3
     for name, parameter in sharded.named_parameters():
         expected = whole.get_parameter(name).grad
         assert (parameter.grad is None) == (expected is None), name
+        if expected is not None:
+            error = relative_rms(_whole(parameter.grad), expected)
+            assert error <= 8 * UNIT_ROUNDOFF[torch.float32], name
+
+
+def check_patched_fsdp1(wrap_parts):
+    """The whole model in one flat parameter, or PEFT's policy: each trainable part by itself.
+
+    Either way PEFT's own forward: the parameters are views of the flat one, or in other modules.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+    whole, x = peft_model(), torch.randn(4, 8)
+    policy = None
+    if wrap_parts:
+
+        def trains(module):
+            return type(module) is nn.Linear and module.weight.requires_grad
+
+        policy = partial(lambda_auto_wrap_policy, lambda_fn=trains)
+    sharded = FullyShardedDataParallel(
+        copy.deepcopy(whole),
+        auto_wrap_policy=policy,
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    _, calls = patched(sharded)
+    whole(x).square().sum().backward()
+    sharded(x).square().sum().backward()
+    assert not calls
+    with FullyShardedDataParallel.summon_full_params(sharded, with_grads=True):
+        seen = 0
+        for name, parameter in sharded.named_parameters():
+            expected = whole.get_parameter(name.replace("_fsdp_wrapped_module.", "")).grad
+            if expected is not None:
+                seen += 1
+                error = relative_rms(parameter.grad, expected)
+                assert error <= 8 * UNIT_ROUNDOFF[torch.float32], name
+    assert seen == 6
+
+
+def check_patched_tensor_parallel():
+    """Beside parallel bases; one whose output is still on its way is added to as PEFT does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    whole, x = peft_model(), torch.randn(4, 8)
+    parallel = copy.deepcopy(whole)
+    plan = {
+        "base_model.model.0.base_layer": ColwiseParallel(output_layouts=Replicate()),
+        "base_model.model.2.0.base_layer": RowwiseParallel(input_layouts=Replicate()),
+    }
+    parallelize_module(parallel, init_device_mesh("cpu", (PROCESSES,)), plan)
+    outputs = [model(x) for model in (whole, parallel)]
+    torch.testing.assert_close(*outputs)
+    _, calls = patched(parallel)
+    y = parallel(x)
+    torch.testing.assert_close(y, outputs[0])
+    assert calls == ["_added", "_fused"]
+    outputs[0].square().sum().backward()
+    y.square().sum().backward()
+    for name, parameter in parallel.named_parameters():
+        expected = whole.get_parameter(name).grad
         if expected is not None:
             error = relative_rms(_whole(parameter.grad), expected)
             assert error <= 8 * UNIT_ROUNDOFF[torch.float32], name
@@ -155,9 +238,22 @@ def process(rank, folder, check, arguments):
         (check_merging, ({"use_dora": True}, True)),
         (check_switching, ()),
         (check_patched_peft, ()),
+        (check_patched_fsdp1, (False,)),
+        (check_patched_fsdp1, (True,)),
+        (check_patched_tensor_parallel, ()),
         (check_refusals, ("adapter",)),
     ],
-    ids=["merge", "final merge", "merge dora", "switch", "patched peft", "refusals"],
+    ids=[
+        "merge",
+        "final merge",
+        "merge dora",
+        "switch",
+        "patched peft",
+        "patched peft, fsdp1",
+        "patched peft, fsdp1 of parts",
+        "patched peft, tensor parallel",
+        "refusals",
+    ],
 )
 def test_two_processes(check, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
