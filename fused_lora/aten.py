@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import dropout
 
@@ -34,11 +35,11 @@ def forward(
     """
     dtype = x.dtype
     if base is None:
-        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        y = F.linear(x, _as(weight, dtype), None if bias is None else _as(bias, dtype))
     # Over the mask in place: a second large temporary would cost more than the product.
     dropped = x if words is None else dropout.keep_matrix(words, x.shape[1], dtype).mul_(x)
-    S = _scaled_mm(dropped, lora_A.to(dtype).t(), scaling, inv_keep)
-    Bt = lora_B.to(dtype).t()
+    S = _scaled_mm(dropped, _as(lora_A, dtype).t(), scaling, inv_keep)
+    Bt = _as(lora_B, dtype).t()
     if base is None:
         return y.addmm_(S, Bt), S
     if base.dtype == dtype:
@@ -68,21 +69,21 @@ def backward(
         mask = dropout.keep_matrix(words, lora_A.shape[1], dtype)
     if needs[0] or needs[1]:
         # Carries 1/(1-p) for both of its uses, so the mask itself stays zeros and ones.
-        G = _scaled_mm(dy, lora_B.to(dtype), scaling, inv_keep)
+        G = _scaled_mm(dy, _as(lora_B, dtype), scaling, inv_keep)
     if needs[0] and weight is None:
-        dx = torch.mm(G, lora_A.to(dtype))
+        dx = torch.mm(G, _as(lora_A, dtype))
         if mask is not None:
             dx.mul_(mask)
     elif needs[0]:
-        dx = torch.mm(dy, weight.to(dtype))
+        dx = torch.mm(dy, _as(weight, dtype))
         if mask is None:
-            dx.addmm_(G, lora_A.to(dtype))
+            dx.addmm_(G, _as(lora_A, dtype))
         else:
-            dx.addcmul_(torch.mm(G, lora_A.to(dtype)), mask)
+            dx.addcmul_(torch.mm(G, _as(lora_A, dtype)), mask)
     if needs[1]:
         dA = _mm_as(G.t(), x if mask is None else mask.mul_(x), lora_A.dtype)
     if needs[2]:
-        dB = _rank_gradient(dy, S.to(dtype), lora_B.dtype)
+        dB = _rank_gradient(dy, _as(S, dtype), lora_B.dtype)
     return dx, dA, dB
 
 
@@ -98,11 +99,31 @@ def _scaled_mm(a: Tensor, b: Tensor, scaling: float | Tensor, inv_keep: float) -
     """``scaling · inv_keep · a b``, rounded once where the scale is a number."""
     if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would skip NaN and inf
         return torch.mm(a, b).mul_(scaling * inv_keep)
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling * inv_keep)
+    return torch.addmm(_ignored(a), a, b, beta=0, alpha=scaling * inv_keep)
+
+
+_scalars: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _ignored(like: Tensor) -> Tensor:
+    """A 0-d tensor for the addend of a product with ``beta=0``."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return like.new_empty(())  # a fake tensor must not outlive its mode
+    key = like.dtype, like.device
+    scalar = _scalars.get(key)
+    if scalar is None:
+        with torch.inference_mode(False):
+            scalar = _scalars[key] = like.new_zeros(())
+    return scalar
 
 
 def _mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a b`` in ``dtype``: from the fp32 accumulator where the device can, else converted."""
     if dtype == torch.float32 and a.dtype != dtype and a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+    return _as(torch.mm(a, b), dtype)
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, which takes a microsecond to find that there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)

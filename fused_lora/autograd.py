@@ -85,8 +85,11 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         # The saved tensors already have the dtypes that autocast chose in forward.
-        with without_autocast(dy.device.type):
-            return _backward(ctx, dy)
+        device = dy.device.type
+        if autocasts(device):
+            with torch.autocast(device, enabled=False):
+                return _backward(ctx, dy)
+        return _backward(ctx, dy)
 
 
 def _backward(ctx, dy):
@@ -115,7 +118,8 @@ def _backward(ctx, dy):
     if need_bias:
         wide = torch.promote_types(dy.dtype, torch.float32)
         db = flat_dy.sum(0, dtype=wide).to(ctx.bias_dtype)
-    dx = dx.view(ctx.x_shape) if need_x else None
+    if need_x and len(ctx.x_shape) != 2:
+        dx = dx.view(ctx.x_shape)
     return dx, None, dA, dB, db, None, None, None, None, dy if need_base else None
 
 
