@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import dropout
+from .constants import constant
 
 dropout_mask = dropout.keep_words
 
@@ -99,22 +99,12 @@ def _scaled_mm(a: Tensor, b: Tensor, scaling: float | Tensor, inv_keep: float) -
     """``scaling · inv_keep · a b``, rounded once where the scale is a number."""
     if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would skip NaN and inf
         return torch.mm(a, b).mul_(scaling * inv_keep)
-    return torch.addmm(_ignored(a), a, b, beta=0, alpha=scaling * inv_keep)
+    ignored = constant(_zero, a.dtype, a.device)
+    return torch.addmm(ignored, a, b, beta=0, alpha=scaling * inv_keep)
 
 
-_scalars: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-def _ignored(like: Tensor) -> Tensor:
-    """A 0-d tensor for the addend of a product with ``beta=0``."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return like.new_empty(())  # a fake tensor must not outlive its mode
-    key = like.dtype, like.device
-    scalar = _scalars.get(key)
-    if scalar is None:
-        with torch.inference_mode(False):
-            scalar = _scalars[key] = like.new_zeros(())
-    return scalar
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def _mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

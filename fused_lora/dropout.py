@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .constants import constant
 
 DIGITS = 16
 KEEP_ALL = 1 << DIGITS  # the keep probability is a multiple of 2⁻¹⁶
@@ -85,7 +86,7 @@ def keep_matrix(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The mask as a new ``(M, columns)`` of zeros and ones in ``dtype``."""
     octets = words.view(torch.uint8).int()
     # A row of eight values a byte: 0.3 ns an element; shifting and comparing takes twice that.
-    return F.embedding(octets, _byte_table(dtype, words.device)).flatten(1)[:, :columns]
+    return F.embedding(octets, constant(_byte_table, dtype, words.device)).flatten(1)[:, :columns]
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -112,20 +113,7 @@ def _(seed, rows, columns, keep):
     return empty_words(rows, columns, seed.device)
 
 
-_tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
 def _byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Row ``i`` is the eight bits of byte ``i``, lowest first."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return _new_byte_table(dtype, device)  # a fake tensor must not outlive its mode
-    table = _tables.get((dtype, device))
-    if table is None:
-        with torch.inference_mode(False):
-            table = _tables[dtype, device] = _new_byte_table(dtype, device)
-    return table
-
-
-def _new_byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     byte = torch.arange(256, device=device)
     return (byte[:, None] >> torch.arange(8, device=device) & 1).to(dtype)

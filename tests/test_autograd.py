@@ -105,16 +105,43 @@ def test_compiles(p):
 
 def test_export_leaves_later_calls_right():
     """Nothing that a tracer made is kept for real calls."""
-    from fused_lora import dropout
+    from fused_lora import constants
 
     layer = FusedLoRALinear(64, 6, rank=4, dropout=0.5, impl="torch")
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(5, 64)
     torch.manual_seed(3)
     expected = layer(x)
-    dropout._tables.clear()
+    constants._made.clear()
     torch.export.export(layer, (x,))
     torch.manual_seed(3)
+    assert torch.equal(layer(x), expected)
+
+
+def vmap(function, x):
+    return torch.func.vmap(function)(x)
+
+
+def jvp(function, x):
+    return torch.func.jvp(function, (x,), (x,))
+
+
+@pytest.mark.parametrize(("transform", "p"), [(vmap, 0.0), (jvp, 0.0), (jvp, 0.5)])
+def test_transforms_leave_later_calls_right(transform, p):
+    """As above, for what torch.func wraps."""
+    from fused_lora import constants
+
+    inputs = make_inputs(5, 8, 6, 2, FP32)
+    x = inputs.pop("x")
+
+    def layer(x):
+        torch.manual_seed(3)
+        return fused_lora_linear(x, **inputs, dropout_p=p, impl="torch")
+
+    expected = layer(x)
+    constants._made.clear()
+    transform(layer, x)
+    assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, constants._made.values()))
     assert torch.equal(layer(x), expected)
 
 
