@@ -47,7 +47,7 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
     flat = _flatten(x)
     if base is not None:
         base = _flatten(base)
-    runner = dispatch.choose(flat, weight if base is None else base, lora_B, impl, seed is not None)
+    runner = dispatch.choose(flat, weight, lora_B, impl, seed is not None, base)
     words = None if seed is None else runner.dropout_mask(seed, *flat.shape, keep)
     y, S = runner.forward(
         flat, weight, lora_A, lora_B, bias, scaling, words, dropout.KEEP_ALL / keep, base=base

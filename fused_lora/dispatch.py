@@ -112,18 +112,28 @@ def _explain_dora(layer, weight: Tensor, tokens: int, dropout_p: float, impl: st
     return replace(inner, reason=f"{inner.reason}; {added}")
 
 
-def choose(x: Tensor, frozen: Tensor, lora_B: Tensor, impl: str, dropped: bool):
+def choose(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_B: Tensor,
+    impl: str,
+    dropped: bool,
+    base: Tensor | None = None,
+):
     """The runner for ``x (M,K)``: an object with ``dropout_mask``, ``forward`` and ``backward``.
 
-    ``frozen`` is the weight, or the base's output.
+    ``base`` is the output that takes the weight's place.
     """
-    if impl == "torch" or (impl == "auto" and not _may_run_triton(x, frozen)):
+    if impl == "torch" or (
+        impl == "auto" and not _may_run_triton(x, weight if base is None else base)
+    ):
         return aten
     if torch.compiler.is_compiling():
         raise ValueError("impl='triton' cannot be traced by a compiler; use impl='auto' or 'torch'")
     aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     (M, K), (N, R) = x.shape, lora_B.shape
-    return _runner(impl, x.device, x.dtype, M, N, K, R, dropped, aligned)
+    dtype = x.dtype if base is None else torch.promote_types(x.dtype, base.dtype)
+    return _runner(impl, x.device, dtype, M, N, K, R, dropped, aligned)
 
 
 def _may_run_triton(x: Tensor, frozen: Tensor) -> bool:

@@ -338,7 +338,8 @@ def _lora_add(
     if HAS_BASE:
         base_ptrs = base_ptr + rows * stride_bm + offs_n[None, :]
         acc += tl.load(base_ptrs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(o_ptr + rows * stride_om + offs_n[None, :], acc.to(DTYPE), mask=inside)
+    o_ptrs = o_ptr + rows * stride_om + offs_n[None, :]
+    tl.store(o_ptrs, acc.to(o_ptr.dtype.element_ty), mask=inside)
 
 
 def lora_add(
@@ -348,6 +349,7 @@ def lora_add(
     config: AddConfig,
     *,
     base: torch.Tensor | None = None,
+    dot_dtype: torch.dtype | None = None,
     bias: torch.Tensor | None = None,
     words: torch.Tensor | None = None,
     inv_keep: float = 1.0,
@@ -357,6 +359,7 @@ def lora_add(
 
     Args:
         base: ``(M, N)``, inner stride 1, any floating dtype; ``o`` itself, or None for zeros.
+        dot_dtype: what ``u`` and ``v`` are cast to; o's dtype by default.
     """
     M, N = o.shape
     R = u.shape[1]
@@ -378,7 +381,7 @@ def lora_add(
         v.stride(0),
         v.stride(1),
         0 if words is None else words.stride(0),
-        DTYPE=TL_DTYPE[o.dtype],
+        DTYPE=TL_DTYPE[dot_dtype or o.dtype],
         HAS_BASE=base is not None,
         HAS_BIAS=bias is not None,
         HAS_DROPOUT=words is not None,

@@ -51,7 +51,7 @@ def forward(
     if base is not None:
         S = _shrink(x, lora_A.t(), scale, target, words, inv_keep)
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
-        _add(y, S, lora_B.t(), target, base=_inner_contiguous(base))
+        _add(y, S, lora_B.t(), target, base=_inner_contiguous(base), like=x)
         return y, S
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.contiguous()
@@ -139,11 +139,14 @@ def _gemm(p, q, u, v, target, bias=None, words=None, inv_keep=1.0) -> Tensor:
     return o
 
 
-def _add(o, u, v, target, words=None, inv_keep=1.0, base=None) -> None:
-    config = configs.add_config(target, o.element_size())
+def _add(o, u, v, target, words=None, inv_keep=1.0, base=None, like=None) -> None:
+    """``like`` has the dtype of the product, o's by default."""
+    like = o if like is None else like
+    config = configs.add_config(target, like.element_size())
     lora_add(
         o, u, v, config,
-        base=base, words=words, inv_keep=inv_keep, input_precision=_precision(o),
+        base=base, dot_dtype=like.dtype,
+        words=words, inv_keep=inv_keep, input_precision=_precision(like),
     )  # fmt: skip
 
 

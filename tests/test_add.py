@@ -63,6 +63,7 @@ CASES = [
     (65, 128, 64, 100, FP16, FP32, FP16, 0.3),
     (65, 65, 17, 16, FP32, BF16, FP32, 0.3),
     (33, 17, 123, 1, FP32, FP32, FP32, 0.0),
+    (33, 17, 80, 16, BF16, FP16, BF16, 0.3),
 ]
 
 
@@ -129,6 +130,22 @@ def test_keeps_x_the_thin_product_and_bits():
     assert size == 64 * 256 * 2 + 64 * 8 * 2 + 64 * 256 // 8
     with torch.no_grad(), saved_tensors_hooks(lambda t: pytest.fail("kept"), lambda t: t):
         fused_lora_add(**tensors)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_product_is_in_the_inputs_dtype(impl):
+    """S = 160,000 is beyond float16, the base's dtype; y is not."""
+    x, A, B = torch.full((1, 16), 1e4), torch.ones(1, 16), torch.full((16, 1), 1e-3)
+    y = fused_lora_add(torch.zeros(1, 16, dtype=FP16), x, A, B, impl=impl)
+    assert torch.equal(y, torch.full((1, 16), 160.0, dtype=FP16))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_a_base_in_float64_is_not_for_triton():
+    tensors = make(dtype=FP32, base_dtype=FP64)
+    assert fused_lora_add(**tensors).dtype == FP64
+    with pytest.raises(ValueError, match="got float64"):
+        fused_lora_add(**tensors, impl="triton")
 
 
 @pytest.mark.parametrize("base_dtype", [FP32, BF16])
