@@ -37,6 +37,9 @@ CASES = [
     ("addmm", 512, 1024, 2048, 256, FP32, FP32, True),
     ("single_pass", 16, 1024, 4096, 16, BF16, BF16, False),
     ("single_pass", 64, 1032, 4096, 64, FP16, FP32, False),
+    ("beside", 512, 1024, 2048, 16, BF16, FP32, True),
+    ("beside", 512, 1003, 1001, 100, FP16, FP16, True),
+    ("beside float32", 512, 1024, 2048, 256, BF16, FP32, True),
 ]
 
 
@@ -107,7 +110,10 @@ def run(case: tuple) -> None:
     if dropped:
         words = dropout.empty_words(M, K, x.device)
         ops.dropout_mask(words, torch.tensor(1), 58_982, dropout.DIGITS)
-    _, S = ops.forward(x, weight, A, B, torch.zeros(N), scale, words, 1.0, strategy)
+    base = None
+    if strategy.startswith("beside"):  # a base of a kind that has no weight here
+        weight, base = None, dy.float() if strategy.endswith("float32") else dy
+    _, S = ops.forward(x, weight, A, B, torch.zeros(N), scale, words, 1.0, strategy, base)
     ops.backward(dy, x, weight, A, B, S, scale, words, 1.0, (True, True, True), strategy)
 
 
