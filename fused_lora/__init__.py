@@ -24,7 +24,8 @@ from .model import (
     lora_parameters,
     parameter_summary,
 )
-from .peft_patch import PatchReport, patch_peft, unpatch_peft
+from .patch_report import PatchReport
+from .peft_patch import patch_peft, unpatch_peft
 
 __version__ = "0.1.0"
 

@@ -14,11 +14,9 @@ taken in the dtype of ``x``, so that gradients are as accurate as that dtype.
 from __future__ import annotations
 
 import contextlib
-import html
 import math
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from weakref import WeakSet
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from .functional import fused_lora_add, fused_lora_linear
+from .patch_report import PatchReport
 from .sharding import is_shard
 from .targets import is_conv1d
 from .validation import FLOATS
@@ -350,65 +349,3 @@ def _input_reason(layer: nn.Module, x: Tensor, parts: _Parts) -> str | None:
     ):
         return "a hook on every module"
     return None
-
-
-@dataclass(frozen=True)
-class PatchReport:
-    """What :func:`patch_peft` does to each layer; prints its summary first.
-
-    Attributes:
-        layers: name to the reason why the layer keeps PEFT's forward, None if it runs fused; as the
-            model was when patched. Every call decides anew.
-        beside: of the fused ones, those whose base layer runs its own forward with the adapter
-            fused beside it; name to the reason.
-        narrowed: fused layers whose float32 adapters are computed in the half precision of their
-            input, with gradients as accurate as that.
-        everywhere: whether PEFT's layers in all models are patched.
-    """
-
-    layers: dict[str, str | None]
-    beside: dict[str, str]
-    narrowed: list[str]
-    everywhere: bool = False
-
-    @property
-    def summary(self) -> str:
-        """One line."""
-        if self.everywhere:
-            return "PEFT's LoRA layers run fused where they are plain, in every model"
-        kept = [reason for reason in self.layers.values() if reason is not None]
-        fused = len(self.layers) - len(kept)
-        line = f"{fused} of {len(self.layers)} LoRA layers fused"
-        if self.beside:
-            line += f", {len(self.beside)} of them beside their base layer's own forward: "
-            line += _counted(self.beside.values())
-        if kept:
-            line += f"; {len(kept)} keep PEFT's forward: {_counted(kept)}"
-        if self.narrowed:
-            line += (
-                f"; {len(self.narrowed)} with float32 adapters compute in half precision if their"
-                " input has it, as accurate as it is"
-            )
-        return line
-
-    def _rows(self):
-        for name, reason in self.layers.items():
-            if name in self.beside:
-                yield name, f"fused beside its base: {self.beside[name]}"
-            else:
-                yield name, "fused" if reason is None else f"PEFT's forward: {reason}"
-
-    def __str__(self) -> str:
-        lines = [f"  {name}: {what}" for name, what in self._rows()]
-        return "\n".join([self.summary, *lines])
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(what)}</td></tr>"
-            for name, what in self._rows()
-        )
-        return f"<p>{html.escape(self.summary)}</p><table>{rows}</table>"
-
-
-def _counted(reasons: Iterable[str]) -> str:
-    return ", ".join(f"{reason} ({n})" for reason, n in Counter(reasons).most_common())

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_lora import reference
+from fused_lora import peft_patch, reference
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 NAMES = ("y", "dx", "dA", "dB", "dbias")
@@ -66,6 +66,35 @@ def assert_as_good_as_eager(actual: dict, expected: dict, eager: dict) -> None:
 def pooled(results: list[dict]) -> dict[str, Tensor]:
     """Results of several draws as one: the error of a handful of numbers is no statistic."""
     return {name: torch.stack([result[name] for result in results]) for name in results[0]}
+
+
+def watch_patch(replace=setattr) -> list[str]:
+    """The names of the patch's fused products, as they will run; ``replace`` is as setattr."""
+    calls = []
+    for name in ("_fused", "_added"):
+        run = getattr(peft_patch, name)
+        replace(
+            peft_patch, name, lambda *args, name=name, run=run: calls.append(name) or run(*args)
+        )
+    return calls
+
+
+def kept_bytes(layer: torch.nn.Module, x: Tensor) -> int:
+    """What autograd keeps of a call for backward, parameters apart, each storage once."""
+    own = {
+        p.untyped_storage().data_ptr() for p in layer.parameters() if type(p) is torch.nn.Parameter
+    }
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes(), t  # alive, so addresses stay unique
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    return sum(size for size, _ in kept.values())
 
 
 def make_inputs(M, K, N, R, dtype, adapter_dtype=None, bias=True, scaling=1.3) -> dict:

@@ -1,4 +1,4 @@
-"""Merging, switching and saving under ``fully_shard``, in two processes: right, or refused."""
+"""Sharded models in two processes: merging, switching, saving and the patch, right or refused."""
 
 import copy
 from functools import partial
@@ -17,13 +17,12 @@ from fused_lora import (
     load_adapter,
     merge_lora,
     patch_peft,
-    peft_patch,
     save_adapter,
     set_adapter,
     unload_lora,
     unmerge_lora,
 )
-from support import UNIT_ROUNDOFF, relative_rms
+from support import UNIT_ROUNDOFF, relative_rms, watch_patch
 
 PROCESSES = 2
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -95,15 +94,6 @@ def peft_model() -> nn.Module:
     return model
 
 
-def patched(model: nn.Module) -> tuple[str, list[str]]:
-    """The report, and the names of the fused products as they will run."""
-    calls = []
-    for name in ("_fused", "_added"):
-        run = getattr(peft_patch, name)
-        setattr(peft_patch, name, lambda *args, n=name, run=run: calls.append(n) or run(*args))
-    return str(patch_peft(model)), calls
-
-
 def check_patched_peft():
     from torch.distributed.fsdp import fully_shard
 
@@ -112,8 +102,9 @@ def check_patched_peft():
     layers = sharded.base_model.model
     fully_shard(layers[2])
     fully_shard(sharded)
-    report, calls = patched(sharded)
-    assert "lora_A: sharded, unless FSDP2 gathers it for the call" in report
+    calls = watch_patch()
+    report = patch_peft(sharded)
+    assert "lora_A: sharded, unless FSDP2 gathers it for the call" in str(report)
     for model in (whole, sharded):
         model(x).square().sum().backward()
     assert calls == ["_fused"] * 3
@@ -147,7 +138,8 @@ def check_patched_fsdp1(wrap_parts):
         use_orig_params=True,
         device_id=torch.device("cpu"),
     )
-    _, calls = patched(sharded)
+    calls = watch_patch()
+    patch_peft(sharded)
     whole(x).square().sum().backward()
     sharded(x).square().sum().backward()
     assert not calls
@@ -181,7 +173,8 @@ def check_patched_tensor_parallel():
     parallelize_module(parallel, init_device_mesh("cpu", (PROCESSES,)), plan)
     outputs = [model(x) for model in (whole, parallel)]
     torch.testing.assert_close(*outputs)
-    _, calls = patched(parallel)
+    calls = watch_patch()
+    patch_peft(parallel)
     y = parallel(x)
     torch.testing.assert_close(y, outputs[0])
     assert calls == ["_added", "_fused"]

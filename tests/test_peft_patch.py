@@ -11,8 +11,8 @@ import torch
 from models import gpt2, llama, tokens
 from torch import nn
 
-from fused_lora import PatchReport, patch_peft, peft_patch, unpatch_peft
-from support import UNIT_ROUNDOFF, relative_rms
+from fused_lora import PatchReport, patch_peft, unpatch_peft
+from support import UNIT_ROUNDOFF, kept_bytes, relative_rms, watch_patch
 
 peft = pytest.importorskip("peft")
 from peft.tuners.lora import Linear  # noqa: E402
@@ -303,12 +303,7 @@ def test_branch(case, everywhere):
 
 
 def test_the_fused_path_is_taken(monkeypatch):
-    calls = []
-    for name in ("_fused", "_added"):
-        run = getattr(peft_patch, name)
-        monkeypatch.setattr(
-            peft_patch, name, lambda *args, name=name, run=run: calls.append(name) or run(*args)
-        )
+    calls = watch_patch(monkeypatch.setattr)
     for case, (build, call, reason) in CASES.items():
         model = build()
         patch_peft(model)
@@ -320,6 +315,23 @@ def test_the_fused_path_is_taken(monkeypatch):
         expected = ["_added" if case in BESIDE else "_fused"]
         expected.append("_added" if case == "trainable base" else "_fused")
         assert calls == ([] if kept else expected), case
+
+
+class Column(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)[..., :1]
+
+
+def test_a_base_whose_output_is_no_linear_layers(monkeypatch):
+    """PEFT lets it broadcast, and so does the patch."""
+    calls = watch_patch(monkeypatch.setattr)
+    model, x = net(), torch.randn(5, 24)
+    first(model).base_layer.__class__ = Column
+    expected = results(model, plain_call, x)
+    patch_peft(model)
+    got = results(model, plain_call, x)
+    assert calls == ["_fused"]  # of the second layer
+    assert_same(got, expected, None, UNIT_ROUNDOFF[torch.float32])
 
 
 @pytest.mark.parametrize("role", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
@@ -489,28 +501,12 @@ def test_the_life_cycle_is_pefts(tmp_path):
     torch.testing.assert_close(model.merge_and_unload()(x), on)
 
 
-def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """What autograd keeps for backward, parameters apart, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = first(model)(x)
-    del y
-    return sum(kept.values())
-
-
 def test_less_is_kept_for_backward():
     model = net(BF16, lora_dropout=0.1).train()
     x = torch.randn(512, 24).bfloat16().requires_grad_()
-    theirs = saved_bytes(model, x)
+    theirs = kept_bytes(first(model), x)
     patch_peft(model)
-    assert saved_bytes(model, x) < 0.5 * theirs
+    assert kept_bytes(first(model), x) < 0.5 * theirs
 
 
 def test_scopes():

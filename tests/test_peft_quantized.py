@@ -9,10 +9,9 @@ import pytest
 import torch
 from models import llama, tokens
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from fused_lora import patch_peft, unpatch_peft
-from support import UNIT_ROUNDOFF, relative_rms
+from support import UNIT_ROUNDOFF, kept_bytes, relative_rms
 
 peft = pytest.importorskip("peft")
 
@@ -131,21 +130,6 @@ def test_autocast(how):
     for name, value in expected.items():
         assert got[name].dtype == value.dtype, name
         assert relative_rms(got[name], value) <= 2.0**-6, name
-
-
-def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    own = {p.untyped_storage().data_ptr() for p in model.parameters() if type(p) is nn.Parameter}
-    kept = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes(), t
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        model(x)
-    return sum(size for size, _ in kept.values())
 
 
 @pytest.mark.parametrize("how", QUANTIZED)

@@ -9,7 +9,8 @@ import torch
 from models import llama, tokens
 from torch import nn
 
-from fused_lora import patch_peft, peft_patch, unpatch_peft
+from fused_lora import patch_peft, unpatch_peft
+from support import watch_patch
 
 peft = pytest.importorskip("peft")
 
@@ -22,14 +23,7 @@ def _unpatched():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Names of the fused products, as they run."""
-    made = []
-    for name in ("_fused", "_added"):
-        run = getattr(peft_patch, name)
-        monkeypatch.setattr(
-            peft_patch, name, lambda *args, name=name, run=run: made.append(name) or run(*args)
-        )
-    return made
+    return watch_patch(monkeypatch.setattr)
 
 
 def noisy(model: nn.Module) -> nn.Module:
