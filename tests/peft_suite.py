@@ -25,14 +25,16 @@ def pytest_configure(config) -> None:
         return
     from fused_lora import patch_peft, peft_patch
 
-    fused = peft_patch._fused
+    def counted(run):
+        def count(*args):
+            global _fused_calls
+            _fused_calls += 1
+            return run(*args)
 
-    def counted(*args):
-        global _fused_calls
-        _fused_calls += 1
-        return fused(*args)
+        return count
 
-    peft_patch._fused = counted
+    for name in ("_fused", "_added"):
+        setattr(peft_patch, name, counted(getattr(peft_patch, name)))
     patch_peft()
 
 
