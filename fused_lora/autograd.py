@@ -6,6 +6,7 @@ parameters. Never the dropped ``x``.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -62,7 +63,10 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         y, S, words, runner = forward(*args)
-        save(ctx, args, S, words, runner)
+        scaling = args[5]
+        if isinstance(scaling, Tensor):  # a new one may be written in place before backward
+            scaling = scaling.clone()
+        save(ctx, args, S, words, scaling, runner)
         return y
 
     @staticmethod
@@ -70,9 +74,9 @@ class _LoRALinear(torch.autograd.Function):
         return backward(ctx, dy)
 
 
-def save(ctx, args: tuple, S: Tensor, words: Tensor | None, runner) -> None:
+def save(ctx, args: tuple, S: Tensor, words: Tensor | None, scaling, runner) -> None:
     """Keep for backward what the gradients of ``args``, those of :func:`forward`, ask for."""
-    x, weight, lora_A, lora_B, bias, scaling, _, keep, *_ = args
+    x, weight, lora_A, lora_B, bias, _, _, keep, *_ = args
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     is_tensor = isinstance(scaling, Tensor)
     ctx.runner = runner
@@ -150,7 +154,8 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 def _flatten(t: Tensor) -> Tensor:
     """``(..., n)`` as ``(M, n)``; the strides of a matrix are left as they are."""
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    # Size.numel() would make a constant of a symbolic number.
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def autocasts(device: str) -> bool:

@@ -6,15 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-_MOST = 256
+from .tracing import is_traced, is_transformed
+
+_MOST = 256  # never more, and none is let go: captured CUDA graphs may read it
 _made: dict[tuple, Tensor] = {}
 
 
 def constant(make: Callable[..., Tensor], *args) -> Tensor:
     """``make(*args)``, kept unless a compiler, a mode, a transform or a CUDA graph owns it."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if is_traced():
         return make(*args)
     key = make, *args
     kept = _made.get(key)
@@ -23,9 +24,7 @@ def constant(make: Callable[..., Tensor], *args) -> Tensor:
             kept = make(*args)
         # What is made while a CUDA graph is captured has no value before the replay.
         captured = kept.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch._C._functorch.peek_interpreter_stack() is None and not captured:
-            if len(_made) >= _MOST:
-                _made.clear()
+        if not captured and not is_transformed() and len(_made) < _MOST:
             _made[key] = kept
     return kept
 

@@ -85,8 +85,11 @@ def _keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
 def keep_matrix(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The mask as a new ``(M, columns)`` of zeros and ones in ``dtype``."""
     octets = words.view(torch.uint8).int()
+    # Not kept on a GPU: inductor's CUDA graphs own what is made in their memory pool.
+    args = dtype, words.device
+    table = constant(_byte_table, *args) if words.is_cpu else _byte_table(*args)
     # A row of eight values a byte: 0.3 ns an element; shifting and comparing takes twice that.
-    return F.embedding(octets, constant(_byte_table, dtype, words.device)).flatten(1)[:, :columns]
+    return F.embedding(octets, table).flatten(1)[:, :columns]
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import dropout, operators, reference
 from .autograd import autocasts, lora_linear
+from .tracing import is_exporting, is_traced, is_transformed
 from .validation import (
     check_base,
     check_dropout,
@@ -114,12 +115,19 @@ def _run(x, weight, lora_A, lora_B, bias, scaling, p, impl, base=None) -> Tensor
 
 
 def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return operators.exported(x, weight, lora_A, lora_B, bias, scaling, p, base)
     keep = dropout.keep_count(p) if p else dropout.KEEP_ALL
     seed = None if keep == dropout.KEEP_ALL else dropout.draw_seed(x.device)
+    if is_transformed():
+        if impl == "triton":
+            raise ValueError(
+                "impl='triton' cannot run here: expected no torch.func transform or forward-mode"
+                " differentiation, which take impl='auto', 'torch' or 'reference'"
+            )
+        impl = "reference"
     if impl != "reference":
-        run = operators.lora_linear if torch.compiler.is_compiling() else lora_linear
+        run = operators.lora_linear if is_traced() else lora_linear
         return run(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
     mask = None
     if seed is not None:

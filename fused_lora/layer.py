@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import dora, initialization, sharding
 from .config import Adapter, AdapterConfig
 from .merging import MergeableLayer
+from .tracing import is_exporting
 from .validation import check_dtype, check_impl, check_scaling
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -197,20 +198,21 @@ class LoRALayer(MergeableLayer):
 
     def _scale(self) -> float | Tensor:
         """``s`` in a forward; a tensor for compilers, whose graph then holds for every value."""
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        compiling = torch.compiler.is_compiling() and not is_exporting()
         return self._scaling_tensor if compiling or self._scaling_tensor.is_cuda else self._scaling
 
     def _renew_scaling_tensor(self) -> None:
-        """The scale where kernels read it: exact in fp32, in place as long as the place serves."""
+        """The scale where kernels read it: fp32 at least, in place as long as the place serves."""
         tensor, device = self._scaling_tensor, self.lora_A.device
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         if (
             tensor is None
             or tensor.device != device
-            or tensor.dtype != torch.float32
+            or tensor.dtype != dtype
             or tensor.is_inference()
         ):
             with torch.inference_mode(False):
-                tensor = torch.empty((), dtype=torch.float32, device=device)
+                tensor = torch.empty((), dtype=dtype, device=device)
             self._scaling_tensor = tensor
         tensor.fill_(self._scaling)
 

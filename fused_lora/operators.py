@@ -17,14 +17,19 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import autograd, dispatch, dropout
 from .aten import as_dtype
 
-_library = torch.library.Library("fused_lora", "FRAGMENT")
+# Where the package is imported anew, taken out of sys.modules, its operators replace the old.
+if hasattr(torch.ops.fused_lora, "_library"):
+    torch.ops.fused_lora._library._destroy()
+_library = torch.ops.fused_lora._library = torch.library.Library("fused_lora", "FRAGMENT")
 _library.define(
     "lora_linear(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? bias,"
-    " Tensor scaling, Tensor? seed, int keep, str impl, Tensor? base) -> (Tensor, Tensor, Tensor)",
+    " Tensor scaling, Tensor? seed, int keep, str impl, Tensor? base)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -48,7 +53,8 @@ def lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base
         )
     if not isinstance(scaling, Tensor):
         # A product, of which compilers make one with a symbolic number; scalar_tensor pins it.
-        scaling = torch.ones((), dtype=torch.float32, device=x.device) * scaling
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scaling = torch.ones((), dtype=wide, device=x.device) * scaling
     args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
     return torch.ops.fused_lora.lora_linear(*args)[0]
 
@@ -68,14 +74,17 @@ def exported(x, weight, lora_A, lora_B, bias, scaling, dropout_p: float, base=No
 
 @torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")
 def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
-    """``y (..., N)``, ``S (M,R)``, and the keep bits, empty without dropout; all contiguous."""
+    """``y (..., N)``, ``S (M,R)``, the keep bits, empty without dropout, and a copy of the scale.
+
+    All contiguous. The copy is for backward: a new scale, written in place, may come before that.
+    """
     with autograd.without_autocast(x.device.type):
         y, S, words, _ = autograd.forward(
             x, weight, lora_A, lora_B, bias, _on_host(scaling), seed, keep, impl, base
         )
     if words is None:
         words = _no_words(x)
-    return y.contiguous(), S.to(_rank_dtype(x, impl)).contiguous(), words
+    return y.contiguous(), S.to(_rank_dtype(x, impl)).contiguous(), words, scaling.clone()
 
 
 @torch.library.register_fake("fused_lora::lora_linear", lib=_library)
@@ -85,7 +94,7 @@ def _(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
     y = x.new_empty((*x.shape[:-1], N), dtype=x.dtype if base is None else base.dtype)
     S = x.new_empty((M, R), dtype=_rank_dtype(x, impl))
     words = _no_words(x) if seed is None else dropout.empty_words(M, K, x.device)
-    return y, S, words
+    return y, S, words, torch.empty_like(scaling)
 
 
 @torch.library.impl(_library, "lora_linear_backward", "CompositeExplicitAutograd")
@@ -120,14 +129,14 @@ class _Registered:
 
 
 def _setup_context(ctx, inputs, output):
-    _, S, words = output
+    _, S, words, scaling = output
     *_, seed, _, impl, _ = inputs
-    autograd.save(ctx, inputs, S, None if seed is None else words, _Registered(impl))
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(S, words, scaling)
+    autograd.save(ctx, inputs, S, None if seed is None else words, scaling, _Registered(impl))
 
 
-def _gradient(ctx, dy, dS, dwords):
-    return (None,) * 10 if dy is None else autograd.backward(ctx, dy)
+def _gradient(ctx, dy, *_):
+    return autograd.backward(ctx, dy)
 
 
 torch.library.register_autograd(
@@ -147,3 +156,18 @@ def _rank_dtype(x: Tensor, impl: str) -> torch.dtype:
 
 def _no_words(x: Tensor) -> Tensor:
     return x.new_empty((0,), dtype=torch.int32)
+
+
+@register_flop_formula(torch.ops.fused_lora.lora_linear)
+def _(x, weight, lora_A, lora_B, *args, out_shape=None, **kwargs) -> int:
+    M, K, (N, R) = math.prod(x[:-1]), x[-1], lora_B
+    return 2 * M * (R * (K + N) + (0 if weight is None else K * N))
+
+
+@register_flop_formula(torch.ops.fused_lora.lora_linear_backward)
+def _(dy, x, weight, lora_A, lora_B, S, scaling, words, inv_keep, impl, needs, **kwargs) -> int:
+    (M, N), (R, K) = dy, lora_A
+    need_x, need_A, need_B = needs
+    G = M * N * R if need_x or need_A else 0
+    dx = M * K * R + (0 if weight is None else M * N * K) if need_x else 0
+    return 2 * (G + dx + need_A * M * K * R + need_B * M * N * R)

@@ -94,8 +94,8 @@ def test_opcheck(name):
     torch.library.opcheck(torch.ops.fused_lora.lora_linear.default, forward)
 
     with torch.no_grad():
-        y, S, words = torch.ops.fused_lora.lora_linear(*forward)
-        x, weight, A, B, _, scaling, seed, keep, impl, _ = forward
+        y, S, words, scaling = torch.ops.fused_lora.lora_linear(*forward)
+        x, weight, A, B, _, _, seed, keep, impl, _ = forward
         dy = torch.randn(M, y.shape[-1]).to(x.dtype)
         needs = [f in case["grads"] for f in ("x", "lora_A", "lora_B")]
         flat, words = x.reshape(M, x.shape[-1]), None if seed is None else words

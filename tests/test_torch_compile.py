@@ -1,5 +1,6 @@
 """torch.compile and torch.export: whole graphs, few of them, and the masks of eager mode."""
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -10,13 +11,20 @@ import pytest
 import torch
 from models import ALL, Tiny, gpt2, llama, tokens, train_like
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import (
     FusedLoRALinear,
     apply_lora,
     constants,
     disable_lora,
+    fused_lora_add,
     fused_lora_linear,
     patch_peft,
 )
@@ -69,13 +77,32 @@ def test_a_layer_is_one_graph_with_eagers_numbers(backend, dtype, p, impl):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_under_autocast():
+@pytest.mark.parametrize("backward", [True, False], ids=["backward too", "forward only"])
+@pytest.mark.parametrize("forward", [True, False], ids=["inside", "outside"])
+def test_under_autocast(forward, backward):
+    """A graph is made of one state of autocast; its backward may run in another."""
     layer, x = trained(dropout=0.3), torch.randn(5, 40, requires_grad=True)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    with torch.autocast("cpu", BF16):
-        actual, expected = outcome(compiled, x), outcome(layer, x)
-    assert actual[0].dtype == BF16
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    trained_tensors = (x, layer.lora_A, layer.lora_B)
+    outcomes = []
+    for module in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
+        torch.manual_seed(4)
+        with torch.autocast("cpu", BF16, enabled=forward):
+            y = module(x)
+        assert y.dtype == (BF16 if forward else FP32)
+        with torch.autocast("cpu", BF16, enabled=backward):
+            outcomes.append((y, *torch.autograd.grad(y.float().sum(), trained_tensors)))
+    torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+
+
+def test_the_graph_has_the_registered_operator():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    torch.compile(trained(dropout=0.3), backend=backend, fullgraph=True)(torch.randn(5, 40))
+    assert [name for name in seen if "lora" in name] == ["fused_lora.lora_linear"]
 
 
 def every_kind():
@@ -117,13 +144,32 @@ def test_whole_models_are_one_graph(make):
     torch.testing.assert_close(*outcomes)
 
 
-def test_one_graph_serves_any_number_of_tokens():
+def beside_a_base():
     layer = trained(dropout=0.2)
+    base = torch.nn.Linear(40, 24)
+
+    class Beside(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora_A, self.lora_B = layer.lora_A, layer.lora_B
+
+        def forward(self, x):
+            y = torch.nn.functional.linear(x, base.weight.detach(), base.bias.detach())
+            return fused_lora_add(y, x, self.lora_A, self.lora_B, dropout_p=0.2)
+
+    return Beside()
+
+
+@pytest.mark.parametrize("make", [lambda: trained(dropout=0.2), beside_a_base])
+@pytest.mark.parametrize("sizes", [[(2,), (3,), (17,), (999,)], [(2, 3), (5, 4), (3, 8), (9, 33)]])
+def test_one_graph_serves_any_number_of_tokens(make, sizes):
+    layer = make()
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=graphs, fullgraph=True)
-    for M in (2, 3, 17, 1000):
-        x = torch.randn(M, 40, requires_grad=True)
-        torch._dynamo.mark_dynamic(x, 0)
+    for size in sizes:
+        x = torch.randn(*size, 40, requires_grad=True)
+        for dim in range(len(size)):
+            torch._dynamo.mark_dynamic(x, dim)
         for actual, expected in zip(outcome(compiled, x), outcome(layer, x), strict=True):
             torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert graphs.frame_count == 1
@@ -139,20 +185,53 @@ def scaled_dora():
     return layer, torch.randn(5, 40), layer
 
 
+def scaled_float64():
+    layer = trained(dtype=torch.float64)
+    return layer, torch.randn(5, 40, dtype=torch.float64), layer
+
+
 def scaled_embedding():
     model, ids = every_kind()
     return model, ids, model.table
 
 
-@pytest.mark.parametrize("make", [scaled_layer, scaled_dora, scaled_embedding])
+def scaled_conv():
+    model, ids = every_kind()
+    return model, ids, model.conv
+
+
+SCALED = [scaled_layer, scaled_dora, scaled_float64, scaled_embedding, scaled_conv]
+
+
+@pytest.mark.parametrize("make", SCALED)
 def test_a_new_scale_is_no_new_graph(make):
     model, x, layer = make()
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    for scale in (1.0, 0.5, -3.0, 0.0):
+    compiled(x)
+    made = graphs.frame_count
+    for scale in (1.0, 1 / 3, -3.0, 0.0):
         layer.scaling = scale
         torch.testing.assert_close(compiled(x), model(x))
-    assert graphs.frame_count == 1
+    assert graphs.frame_count == made
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_backward_has_the_scale_of_its_forward(backend):
+    """As where a reference pass with the adapter off comes between the two."""
+    layer, x = trained(), torch.randn(5, 40, requires_grad=True)
+
+    def preference(module):
+        y = module(x)
+        layer.scaling = 0.0
+        with torch.no_grad():
+            plain = module(x)
+        layer.scaling = 4.0
+        return torch.autograd.grad((y - plain).square().sum(), (x, layer.lora_A, layer.lora_B))
+
+    layer.scaling = 4.0
+    compiled = preference(torch.compile(layer, backend=backend, fullgraph=True))
+    torch.testing.assert_close(compiled, preference(layer))
 
 
 def test_new_scales_of_a_patched_layer_are_one_more_graph():
@@ -220,6 +299,68 @@ def test_one_mask(backend, mode):
     assert not torch.equal(first, second)
 
 
+def save_products(context, operator, *args, **kwargs):
+    products = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+    policy = CheckpointPolicy
+    return policy.MUST_SAVE if operator in products else policy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("impl", ["auto", pytest.param("triton", marks=needs_triton)])
+def test_selective_checkpointing(impl):
+    """It keeps products that it sees, and gives them back to the forward that is repeated."""
+    layer = trained(dropout=0.5, impl=impl)
+    x = torch.randn(5, 40, requires_grad=True)
+    contexts = partial(create_selective_checkpoint_contexts, save_products)
+    saving = partial(checkpoint, layer, use_reentrant=False, context_fn=contexts)
+    outcomes = []
+    for call in (saving, layer):
+        torch.manual_seed(4)
+        y = call(x)
+        outcomes.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.lora_A))))
+    torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+
+
+def test_flops_are_counted():
+    layer, x = trained(), torch.randn(2, 5, 40, requires_grad=True)
+    products = 2 * 40 * 24 + 3 * 4 * (40 + 24)  # y and dx; S, its product; G, its product; dA, dB
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 2 * 10 * products
+
+
+def tangent(layer, x):
+    return torch.func.jvp(layer, (x,), (x,))[1]
+
+
+def dual(layer, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent
+
+
+def gradient(layer, x):
+    return torch.func.grad(lambda t: layer(t).square().sum())(x)
+
+
+def jacobian(layer, x):
+    return torch.func.jacrev(layer)(x)
+
+
+@pytest.mark.parametrize("transform", [tangent, dual, gradient, jacobian])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_transforms(transform, compiled):
+    """Of ``torch.func`` and forward mode: the formula's own derivatives, in float64."""
+    layer, x = trained(dtype=torch.float64), torch.randn(5, 40, dtype=torch.float64)
+    plain = copy.deepcopy(layer)
+    plain.merge()
+    run = partial(transform, layer)
+    if compiled and transform is not dual:  # whose level Dynamo does not enter
+        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(x), transform(plain, x))
+    layer.impl = "triton"
+    with pytest.raises(ValueError, match=r"expected no torch\.func transform"):
+        transform(layer, x)
+
+
 @pytest.mark.parametrize("case", ["eval", "training", "scaled", "merged", "dora"])
 def test_export_leaves_plain_operators(case, tmp_path):
     """The artefact loads and runs where this package cannot be imported."""
@@ -232,8 +373,12 @@ def test_export_leaves_plain_operators(case, tmp_path):
     x = torch.randn(3, 5, 40)
     batch = torch.export.Dim("batch")
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
-    used = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    used = {str(n.target) for n in calls}
     assert not [name for name in used if "fused_lora" in name]
+    assert ("aten.dropout.default" in used) == (case == "training")
+    scale = [n for n in program.graph.nodes if "scaling" in n.name]
+    assert not [n for n in scale if n.users], "the scale is a constant"
     torch.export.save(program, tmp_path / "layer.pt2")
     wide = torch.randn(7, 5, 40)
     torch.save({"x": wide, "y": layer.eval()(wide)}, tmp_path / "data.pt")
@@ -256,6 +401,7 @@ def test_cuda_graphs(impl):
     layer = trained(1024, 512, dropout=0.5, impl=impl, device="cuda", dtype=BF16)
     x = torch.randn(256, 1024, device="cuda", dtype=BF16)
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         layer(x).sum().backward()
     torch.cuda.current_stream().wait_stream(side)
@@ -291,3 +437,18 @@ def test_a_constant_of_a_captured_graph_is_not_kept(monkeypatch):
         for _ in range(2):
             assert constants.constant(make, 7.0) == 7.0
         assert len(made) == calls
+
+
+def test_imported_anew():
+    """As by a reloading shell: the operators of the second import replace the first's."""
+    script = (
+        "import sys, torch\n"
+        "for _ in range(2):\n"
+        "    import fused_lora\n"
+        "    layer = torch.compile(fused_lora.FusedLoRALinear(8, 6, rank=2), backend='aot_eager')\n"
+        "    layer(torch.randn(4, 8)).sum().backward()\n"
+        "    for name in [n for n in sys.modules if n.startswith('fused_lora')]:\n"
+        "        del sys.modules[name]\n"
+        "    torch._dynamo.reset()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
