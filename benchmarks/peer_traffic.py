@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from fused_lora.devices import Device
 from fused_lora.kernels import configs
-from fused_lora.traffic import TRITON_TRAFFIC, VENDOR_TILE, Kernel, Product, vendor_gemm
+from fused_lora.traffic import TRITON_TRAFFIC, Kernel, Product, vendor_gemm
 
 
 class _Sizes:
@@ -123,9 +123,8 @@ def lorafusion(device: Device, c: Product) -> list[Kernel]:
 
 
 def _fused(device: Device, gemm: Kernel, shape: tuple[int, int], more: dict, flops: float):
-    """``gemm`` by Triton in tiles of the vendor's size, with an epilogue that reads ``more``."""
-    block_m, block_n, _ = VENDOR_TILE
-    tile = configs.GemmConfig(8, 3, block_m=block_m, block_n=block_n)
+    """``gemm`` by Triton, as fast as ours would be, with an epilogue that reads ``more``."""
+    tile = configs.gemm_config(device.target, 2, *shape, 16, aligned=True)
     return Kernel(
         gemm.name,
         gemm.reads | more,

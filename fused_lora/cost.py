@@ -2,7 +2,7 @@
 
     time  =  Σ over kernels of  launch + max(DRAM bytes / bandwidth, operations / rate)
 
-Bytes and operations: :mod:`.traffic`; rates: :mod:`.devices`.
+Bytes and operations: :mod:`.traffic`; rates, of half-precision products: :mod:`.devices`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A kernel moves its compulsory bytes, each address once; under Triton's interpreter the kernels are
 seen to read and write exactly these (tests/test_traffic.py). The large products read more: tiles
-that run at one time (a wave, one tile an SM) share their panels of the operands through L2, and the
-next wave reads its own anew. That holds where the operands do not fit in L2.
+that run at one time (a wave, one tile an SM) share their panels of the operands through the last
+cache before DRAM, and the next wave reads its own anew. That holds where they do not fit there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ VENDOR_TILE = (128, 256, 8)  # rows, columns, row blocks of a group: with it the
 # Integer instructions of 64 columns of mask: 200 in the loop of one digit for 8 such words, and 352
 # around it [compiled, sm_90, Triton 3.7.1].
 _MASK_LOOP, _MASK_REST = 25, 44
+_OWN = ("p", "q", "o")  # operands of the frozen product itself; an epilogue's are thin
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Kernel:
     def _traffic(self, of_gemm: bool) -> float:
         moved = [(name, size * self.rereads.get(name, 1.0)) for name, size in self.reads.items()]
         moved += self.writes.items()
-        return sum(size for name, size in moved if of_gemm == (self.gemm > 0 and name in "pqo"))
+        return sum(size for name, size in moved if of_gemm == (self.gemm > 0 and name in _OWN))
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,6 @@ class Product:
         adapter_itemsize: of Z and V.
         masked: what is dropped: "operand" (P, in forward), "output" (U V, in backward) or None.
         bias: whether one is added.
-        aligned: whether every row starts on 16 bytes.
     """
 
     M: int
@@ -87,7 +87,11 @@ class Product:
     adapter_itemsize: int = 2
     masked: str | None = None
     bias: bool = False
-    aligned: bool = True
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row of contiguous operands starts on 16 bytes."""
+        return self.L * self.itemsize % 16 == self.N * self.itemsize % 16 == 0
 
 
 def panel_reads(M: int, N: int, tile: tuple[int, int, int], sms: int) -> tuple[float, float]:

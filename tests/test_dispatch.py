@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from fused_lora import FusedLoRALinear, aten, cost, dispatch, explain, fused_lora_linear
+from fused_lora import FusedLoRALinear, aten, cost, devices, dispatch, explain, fused_lora_linear
 from fused_lora.devices import KNOWN
 from support import make_inputs
 
@@ -186,6 +186,25 @@ def test_the_reason_names_the_modelled_gain():
     for L, sign in ((2048, "modelled gain of"), (4096, "is under 5%")):
         arguments = SHAPE | {"L": L, "masked_operand": False, "aligned": True}
         assert sign in cost.choose_strategy(KNOWN["h100"], 2, **arguments)[1]
+
+
+@needs_triton
+def test_explain_tells_the_modelled_gain(monkeypatch):
+    monkeypatch.setattr(devices, "device_of", lambda device: KNOWN["h100"])
+    layer = FusedLoRALinear(2048, 4096, rank=16, impl="triton", dtype=BF16)
+    decision = explain(layer, tokens=16_384)
+    assert decision.forward == "split"
+    assert "modelled gain of" in decision.reason
+
+
+@needs_triton
+def test_a_decision_is_taken_once_a_shape(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cost, "choose_strategy", lambda *a, **k: asked.append(a) or ("split", ""))
+    x, weight, B = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6, 2)
+    runners = {dispatch.choose(x, weight, B, "triton", False) for _ in range(3)}
+    assert len(runners) == 1
+    assert len(asked) == 2  # forward and backward
 
 
 @pytest.fixture
