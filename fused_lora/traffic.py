@@ -108,7 +108,9 @@ def panel_reads(M: int, N: int, tile: tuple[int, int, int], sms: int) -> tuple[f
     return waves * rows / num_m, waves * columns / num_n
 
 
-def vendor_gemm(name: str, sms: int, M: int, L: int, N: int, itemsize: int = 2, bias=False):
+def vendor_gemm(
+    name: str, sms: int, M: int, L: int, N: int, itemsize: int = 2, bias: bool = False
+) -> Kernel:
     """A large product ``P Q`` by the vendor's library."""
     row, column = panel_reads(M, N, VENDOR_TILE, sms)
     reads = {"p": M * L * itemsize, "q": L * N * itemsize}

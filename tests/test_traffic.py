@@ -63,14 +63,16 @@ def test_passes_of_the_peers(case):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_thin_traffic_is_under_its_target(width):
-    """Masks, partial sums, S and G in fp32 and the adapters included."""
-    case = square(width)
-    eager = thin(peer_traffic.eager(H100, case))
-    ours = thin(traffic.layer(H100, case, "split", "split"))
-    lorafusion = thin(peer_traffic.lorafusion(H100, case))
-    assert ours / eager <= 0.22
+@pytest.mark.parametrize("gpu", ["a100", "h100", "h200", "b200", "rtx4090", "mi300x"])
+def test_thin_traffic_is_under_its_target(gpu, width):
+    """Masks, partial sums, S and G in fp32 and the adapters included; these in fp32 too."""
+    device, case = KNOWN[gpu], square(width)
+    eager = thin(peer_traffic.eager(device, case))
+    lorafusion = thin(peer_traffic.lorafusion(device, case))
     assert lorafusion / eager == pytest.approx(0.29, abs=0.005)
+    for adapter_itemsize in (2, 4):
+        ours = replace(case, adapter_itemsize=adapter_itemsize)
+        assert thin(traffic.layer(device, ours, "split", "split")) / eager <= 0.22
 
 
 @pytest.mark.parametrize("case", [(1, 1), (100, 9000), (9000, 100), (8192, 1024), (40_000, 777)])
