@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from . import aten, cost, dropout
+from . import aten, cost, devices, dropout
 from .validation import check_dropout, check_impl, check_tensors
 
 _failed: set[tuple] = set()
@@ -177,24 +177,12 @@ def _decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
         return Decision("torch", None, None, problem)
     if 0 in (M, N, K):
         return Decision("torch", None, None, "an empty dimension: there is nothing to launch")
-    from .kernels import configs
-
-    target = configs.target_of(device)
+    gpu = devices.device_of(device)
 
     def strategy(columns: int, inner: int, masked: bool, rows_aligned: bool):
         aligned = rows_aligned and columns * dtype.itemsize % 16 == inner * dtype.itemsize % 16 == 0
-        config = configs.gemm_config(target, dtype.itemsize, M, columns, R, aligned=aligned)
         return cost.choose_strategy(
-            target.arch,
-            target.sms,
-            dtype.itemsize,
-            M,
-            columns,
-            inner,
-            R,
-            masked_operand=masked,
-            aligned=aligned,
-            fill=configs.fill(config, target, M, columns),
+            gpu, dtype.itemsize, M, columns, inner, R, masked_operand=masked, aligned=aligned
         )
 
     forward, reason = strategy(N, K, dropped, aligned)

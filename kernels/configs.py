@@ -16,11 +16,18 @@ SHRINK_MAX_BLOCK_R = 256  # accumulators of one row block: 32 · 256 fp32 are 64
 SINGLE_PASS_MAX_ROWS = 64
 SINGLE_PASS_MAX_RANK = 64
 BARRIER_BYTES = 256  # of the pipelined copies
+MIN_ROWS_PER_RANK = 16  # below, rank_grad's partial sums outweigh the operand
 
 
 def cdiv(a: int, b: int) -> int:
     """``⌈a / b⌉``."""
     return -(-a // b)
+
+
+def split_evenly(extent: int, splits: int, block: int) -> tuple[int, int]:
+    """Length of each part and number of parts of a reduction, parts being whole blocks."""
+    part = cdiv(cdiv(extent, splits), block) * block
+    return part, cdiv(extent, part)
 
 
 def padded_rank(rank: int, most: int = MAX_BLOCK_R) -> int:

@@ -24,7 +24,6 @@ __all__ = ["INTERPRETED", "backward", "dropout_mask", "forward"]
 INTERPRETED = triton.knobs.runtime.interpret  # decided when the kernels were decorated
 
 _VECTOR_BYTES = 16
-_MIN_ROWS_PER_RANK = 16  # below, the partial sums outweigh the operand: the vendor's GEMM is taken
 
 
 def forward(
@@ -169,7 +168,7 @@ def _single_pass(p, q, z, v, scale, target, bias=None, words=None, inv_keep=1.0)
 
 def _rank_grad(o, u, p, target, words=None, inv_keep=1.0) -> None:
     (M, L), R = p.shape, u.shape[1]
-    if words is None and M < _MIN_ROWS_PER_RANK * R:
+    if words is None and M < configs.MIN_ROWS_PER_RANK * R:
         o.copy_(torch.mm(u.to(p.dtype).t(), p))
         return
     config = configs.rank_grad_config(

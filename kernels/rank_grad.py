@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple, sum_partials
-from .configs import RankGradConfig, cdiv
+from .configs import RankGradConfig, cdiv, split_evenly
 
 
 @triton.jit(do_not_specialize=["M", "m_per_split"])
@@ -110,8 +110,7 @@ def rank_grad(
     M, L = p.shape
     R = u.shape[1]
     block_r = config.block_r(R)
-    m_per_split = cdiv(cdiv(M, config.splits), config.block_m) * config.block_m
-    splits = cdiv(M, m_per_split)
+    m_per_split, splits = split_evenly(M, config.splits, config.block_m)
     if splits == 1:
         out, stride_os = o, 0
     else:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .common import advance, in_vectors, load_keep, multiple, sum_partials
-from .configs import ShrinkConfig, cdiv
+from .configs import ShrinkConfig, cdiv, split_evenly
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -124,8 +124,7 @@ def shrink(
     M, L = p.shape
     R = q.shape[1]
     block_r = config.block_r(R)
-    l_per_split = cdiv(cdiv(L, config.splits), config.block_l) * config.block_l
-    splits = cdiv(L, l_per_split)
+    l_per_split, splits = split_evenly(L, config.splits, config.block_l)
     if splits == 1:
         out, stride_us = u, 0
     else:

@@ -10,7 +10,8 @@ import warnings
 import pytest
 import torch
 
-from fused_lora import FusedLoRALinear, aten, cost, dispatch, explain, fused_lora_linear
+from fused_lora import FusedLoRALinear, aten, cost, devices, dispatch, explain, fused_lora_linear
+from fused_lora.devices import KNOWN
 from support import make_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -153,30 +154,57 @@ def test_subclasses_take_aten_operators():
     assert dispatch.choose(torch.randn(5, 8), weight, torch.randn(6, 2), "auto", False) is aten
 
 
-SHAPE = {"M": 8192, "N": 4096, "L": 4096, "rank": 16}
-# arch, item size, changes, strategy
+SHAPE = {"M": 16_384, "N": 4096, "L": 4096, "rank": 16}
+# GPU, item size, changes, strategy
 STRATEGIES = [
-    ("sm_90", 2, {"L": 2048}, "split"),
-    ("sm_90", 2, {}, "addmm"),
-    ("sm_80", 2, {"L": 65_536}, "addmm"),
-    ("sm_90", 4, {"L": 2048}, "addmm"),
-    ("sm_90", 2, {"L": 2048, "aligned": False}, "addmm"),
-    ("sm_90", 2, {"L": 2048, "fill": 0.5}, "addmm"),
-    ("sm_100", 2, {}, "addmm"),
-    ("gfx942", 2, {}, "addmm"),
-    ("sm_90", 2, {"M": 16, "N": 16_384}, "single_pass"),
-    ("sm_90", 2, {"M": 16, "N": 16_384, "masked_operand": True}, "addmm"),
-    ("sm_90", 2, {"M": 16, "N": 16_384, "rank": 128}, "addmm"),
+    ("h100", 2, {"L": 2048}, "split"),
+    ("h100", 2, {}, "addmm"),
+    ("a100", 2, {"L": 65_536}, "addmm"),
+    ("h100", 4, {"L": 2048}, "addmm"),
+    ("h100", 2, {"L": 2048, "aligned": False}, "addmm"),
+    ("h100", 2, {"L": 2048, "M": 8192}, "addmm"),  # 64 MiB of output, partly in 50 MiB of L2
+    ("h100", 2, {"L": 2048, "M": 4300, "N": 10_000}, "addmm"),  # tiles that fill 84 % of it
+    ("b200", 2, {"L": 1024, "M": 65_536}, "addmm"),
+    ("rtx5090", 2, {"L": 1024, "M": 65_536}, "addmm"),
+    ("mi300x", 2, {"L": 1024, "M": 65_536}, "addmm"),
+    ("h100", 2, {"M": 16, "N": 16_384}, "single_pass"),
+    ("h100", 2, {"M": 16, "N": 16_384, "masked_operand": True}, "addmm"),
+    ("h100", 2, {"M": 16, "N": 16_384, "rank": 128}, "addmm"),
 ]
 
 
 @pytest.mark.parametrize("case", STRATEGIES, ids=str)
 def test_strategies(case):
-    arch, itemsize, changes, expected = case
-    arguments = SHAPE | {"masked_operand": False, "aligned": True, "fill": 0.95} | changes
-    strategy, reason = cost.choose_strategy(arch, 132, itemsize, **arguments)
+    gpu, itemsize, changes, expected = case
+    arguments = SHAPE | {"masked_operand": False, "aligned": True} | changes
+    strategy, reason = cost.choose_strategy(KNOWN[gpu], itemsize, **arguments)
     assert strategy == expected, reason
     assert reason
+
+
+def test_the_reason_names_the_modelled_gain():
+    for L, sign in ((2048, "modelled gain of"), (4096, "is under 5%")):
+        arguments = SHAPE | {"L": L, "masked_operand": False, "aligned": True}
+        assert sign in cost.choose_strategy(KNOWN["h100"], 2, **arguments)[1]
+
+
+@needs_triton
+def test_explain_tells_the_modelled_gain(monkeypatch):
+    monkeypatch.setattr(devices, "device_of", lambda device: KNOWN["h100"])
+    layer = FusedLoRALinear(2048, 4096, rank=16, impl="triton", dtype=BF16)
+    decision = explain(layer, tokens=16_384)
+    assert decision.forward == "split"
+    assert "modelled gain of" in decision.reason
+
+
+@needs_triton
+def test_a_decision_is_taken_once_a_shape(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cost, "choose_strategy", lambda *a, **k: asked.append(a) or ("split", ""))
+    x, weight, B = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6, 2)
+    runners = {dispatch.choose(x, weight, B, "triton", False) for _ in range(3)}
+    assert len(runners) == 1
+    assert len(asked) == 2  # forward and backward
 
 
 @pytest.fixture
@@ -266,6 +294,6 @@ def test_the_alignment_of_x_reaches_the_choice(monkeypatch):
 
 
 def test_a_single_pass_needs_columns_for_half_the_gpu():
-    few = {"M": 16, "L": 4096, "rank": 16, "masked_operand": False, "aligned": True, "fill": 0.1}
-    assert cost.choose_strategy("sm_90", 132, 2, N=66 * 64, **few)[0] == "single_pass"
-    assert cost.choose_strategy("sm_90", 132, 2, N=65 * 64, **few)[0] == "addmm"
+    few = {"M": 16, "L": 4096, "rank": 16, "masked_operand": False, "aligned": True}
+    assert cost.choose_strategy(KNOWN["h100"], 2, N=66 * 64, **few)[0] == "single_pass"
+    assert cost.choose_strategy(KNOWN["h100"], 2, N=65 * 64, **few)[0] == "addmm"

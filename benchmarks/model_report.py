@@ -1,0 +1,222 @@
+"""Modelled traffic and time of a LoRA layer, ours and its peers': ``model_report.py --help``.
+
+Nothing here is measured: every figure comes from ``fused_lora.traffic`` and ``fused_lora.cost``,
+for one forward and backward in bfloat16 with adapters of the same dtype. Thin bytes are all that
+the adapter adds outside the two frozen products, masks and partial sums included; GEMM bytes are
+the products' own, in groups of 8 row blocks for everybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product as combinations
+from pathlib import Path
+
+import peer_traffic
+from fused_lora import cost, traffic
+from fused_lora.devices import KNOWN, Device
+from fused_lora.traffic import Kernel, Product
+
+
+def _decoder(hidden: int, keys: int, intermediate: int) -> dict[str, tuple[int, int]]:
+    """``(K, N)`` of the projections of a Llama-like block; ``keys`` is the width of k and of v."""
+    return {
+        "q, o": (hidden, hidden),
+        "k, v": (hidden, keys),
+        "gate, up": (hidden, intermediate),
+        "down": (intermediate, hidden),
+    }
+
+
+MODELS = {  # from their published configurations
+    "llama3-8b": _decoder(4096, 1024, 14336),
+    "qwen2.5-32b": _decoder(5120, 1024, 27648),
+    "llama3-70b": _decoder(8192, 1024, 28672),
+    "square": {str(width): (width, width) for width in (4096, 5120, 8192)},  # as published
+}
+GPUS = ["a100", "h100", "h200", "b200", "rtx4090", "mi300x"]
+OURS = ("split", "addmm")
+TRITON = ("lorafusion", "split")  # their products are Triton's
+TITLE = "{:<24}{:^49}{:^17}{:^56}"
+HEAD = (
+    f"{'layer':<15}{'M':>6}   {'eager GiB':>9}{'chained':>10}{'lorafusion':>12}{'split':>8}"
+    f"{'addmm':>8}  {'vendor':>8}{'split':>7}  {'frozen µs':>10}{'eager':>7}{'chained':>9}"
+    f"{'lorafusion':>12}{'split':>7}{'addmm':>7}{'auto':>7}  auto's strategies"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer on one GPU.
+
+    Attributes:
+        product: its forward.
+        schedules: kernels by way of running it.
+        auto: the strategies, forward and backward, that ``impl="auto"`` takes untuned.
+    """
+
+    gpu: str
+    model: str
+    layer: str
+    product: Product
+    schedules: dict[str, list[Kernel]]
+    auto: tuple[str, str]
+
+    @property
+    def device(self) -> Device:
+        return KNOWN[self.gpu]
+
+    @property
+    def valid(self) -> bool:
+        """Whether neither x nor y is served by the cache."""
+        c = self.product
+        return cost.is_valid(self.device, c.M * min(c.L, c.N) * c.itemsize)
+
+    def thin(self, name: str) -> float:
+        """Bytes outside the frozen products."""
+        return sum(kernel.thin_bytes for kernel in self.schedules[name])
+
+    def gemm(self, name: str) -> float:
+        """Bytes of the frozen products."""
+        return sum(kernel.gemm_bytes for kernel in self.schedules[name])
+
+    def seconds(self, name: str) -> float | None:
+        """None where nobody has published how fast Triton's products are."""
+        if name in TRITON and not self.device.has_gemm_ratio:
+            return None
+        return cost.seconds(self.schedules[name], self.device)
+
+    def text(self) -> str:
+        """A line of the table."""
+        thin, floor = self.thin("eager"), self.seconds("frozen")
+        cells = f"{self.layer:<15}{self.product.M:>6} {' ' if self.valid else '*'} "
+        cells += f"{thin / 2**30:>9.3f}"
+        for name, width in (("chained", 10), ("lorafusion", 12), ("split", 8), ("addmm", 8)):
+            cells += f"{self.thin(name) / thin:>{width}.3f}"
+        cells += f"  {self.gemm('frozen') / 2**30:>8.2f}{self.gemm('split') / 2**30:>7.2f}"
+        cells += f"  {floor * 1e6:>10.0f}"
+        widths = {"eager": 7, "chained": 9, "lorafusion": 12, "split": 7, "addmm": 7, "auto": 7}
+        for name, width in widths.items():
+            time = self.seconds(name)
+            cells += f"{'-':>{width}}" if time is None else f"{time / floor:>{width}.2f}"
+        return f"{cells}  {' / '.join(self.auto)}"
+
+    def record(self) -> dict:
+        """The row for a JSON file."""
+        c = self.product
+        return {
+            "gpu": self.gpu,
+            "model": self.model,
+            "layer": self.layer,
+            "M": c.M,
+            "K": c.L,
+            "N": c.N,
+            "rank": c.R,
+            "dropout": c.masked is not None,
+            "valid": self.valid,
+            "auto": self.auto,
+            "modelled": {
+                name: {
+                    "thin_bytes": self.thin(name),
+                    "gemm_bytes": self.gemm(name),
+                    "flops": sum(kernel.flops for kernel in kernels),
+                    "launches": [[k.name, k.thin_bytes, k.gemm_bytes] for k in kernels],
+                    "seconds": self.seconds(name),
+                }
+                for name, kernels in self.schedules.items()
+            },
+        }
+
+
+def make_row(gpu: str, model: str, layer: str, c: Product) -> Row:
+    """All ways of running one layer."""
+    device = KNOWN[gpu]
+    auto = tuple(
+        cost.choose_strategy(
+            device, c.itemsize, c.M, columns, inner, c.R, masked_operand=masked, aligned=True
+        )[0]
+        for columns, inner, masked in ((c.N, c.L, bool(c.masked)), (c.L, c.N, False))
+    )
+    schedules = {"frozen": peer_traffic.frozen(device, c)}
+    schedules |= {name: run(device, c) for name, run in peer_traffic.PEERS.items()}
+    schedules |= {name: traffic.layer(device, c, name, name) for name in OURS}
+    schedules["auto"] = traffic.layer(device, c, *auto)
+    return Row(gpu, model, layer, c, schedules, auto)
+
+
+def make_tables(args: argparse.Namespace) -> Iterator[tuple[str, list[Row]]]:
+    """A title and rows for each GPU, dropout, rank and model."""
+    for gpu, p, rank, model in combinations(args.gpu, args.dropout, args.rank, args.model):
+        # The probability itself changes no byte.
+        case = Product(0, 0, 0, rank, masked="operand" if p else None)
+        rows = [
+            make_row(gpu, model, layer, replace(case, M=M, L=K, N=N))
+            for layer, (K, N) in MODELS[model].items()
+            for M in args.tokens
+        ]
+        yield f"modelled: {KNOWN[gpu].name}, {model}, rank {rank}, dropout {p:g}", rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The selection; an unknown name is an error that lists what there is."""
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    add = parser.add_argument
+    add("--gpu", nargs="+", choices=list(KNOWN), default=GPUS, metavar="GPU", help=", ".join(KNOWN))
+    models, names = list(MODELS), ", ".join(MODELS)
+    add("--model", nargs="+", choices=models, default=models[:3], metavar="MODEL", help=names)
+    add("--rank", nargs="+", type=_positive, default=[16], metavar="R")
+    tokens = [128, 2048, 8192, 32_768]
+    add("--tokens", nargs="+", type=_positive, default=tokens, metavar="M")
+    add("--dropout", nargs="+", type=_probability, default=[0.0, 0.1], metavar="P")
+    add("--json", type=Path, metavar="F", help="also write every row to a file")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a probability in [0, 1), got {text!r}")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 2 for a selection or a file that cannot be had."""
+    args = parse(argv)
+    print("Every figure is modelled, none is measured. Thin bytes and times of one forward and")
+    print("backward: eager's thin bytes and the frozen layer's time, then ratios to these.")
+    print("* x or y is under 1.5 times the cache before DRAM: outside the model's validity.")
+    print("- nobody has published how fast Triton's products are on this architecture.")
+    records = []
+    for title, rows in make_tables(args):
+        print(f"\n{title}")
+        print(
+            TITLE.format("", "modelled thin bytes", "modelled GEMM GiB", "modelled time").rstrip()
+        )
+        print(HEAD)
+        for row in rows:
+            print(row.text())
+        records += [row.record() for row in rows]
+    if args.json:
+        try:
+            args.json.write_text(json.dumps(records, indent=1) + "\n")
+        except OSError as error:
+            print(f"expected a file that can be written, got {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

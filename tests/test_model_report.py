@@ -1,0 +1,94 @@
+"""The command that prints the model: what it says of itself, its selection, its errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import model_report
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "modelled"
+SMALL = ["--gpu", "h100", "--model", "square", "--tokens", "8192", "--dropout", "0.1"]
+# The commands of the committed files.
+COMMITTED = {
+    "layers.txt": [],
+    "ranks.txt": [
+        *("--gpu", "h100", "--model", "square", "llama3-8b", "--tokens", "8192"),
+        *("--rank", "8", "16", "32", "64", "128", "256"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_the_committed_reports_are_what_is_printed(name, capsys):
+    assert model_report.main(COMMITTED[name]) == 0
+    assert capsys.readouterr().out == (RESULTS / name).read_text(), (
+        f"python benchmarks/model_report.py {' '.join(COMMITTED[name])} > {RESULTS / name}"
+    )
+
+
+def test_every_figure_is_called_modelled(capsys):
+    model_report.main(SMALL)
+    title, groups, _, *rows = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert title == "modelled: H100 SXM, square, rank 16, dropout 0.1"
+    assert groups.split() == [
+        "modelled",
+        "thin",
+        "bytes",
+        "modelled",
+        "GEMM",
+        "GiB",
+        "modelled",
+        "time",
+    ]
+    assert len(rows) == 3
+
+
+def test_rows_outside_of_validity_are_marked(capsys):
+    """M=8192: x is 64, 80 and 128 MiB, and the H100's 50 MiB of L2 ask for 75."""
+    model_report.main(SMALL)
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert ["*" in row for row in rows] == [True, False, False]
+
+
+def test_no_time_where_triton_has_no_published_speed(capsys):
+    model_report.main([*SMALL, "--gpu", "b200"])
+    cells = capsys.readouterr().out.splitlines()[-1].split()
+    assert cells.count("-") == len(model_report.TRITON)
+
+
+def test_json_has_the_rows_unrounded(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    assert model_report.main([*SMALL, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["K"] for row in rows] == [4096, 5120, 8192]
+    ours, eager = (rows[0]["modelled"][name]["thin_bytes"] for name in ("split", "eager"))
+    assert f"{ours / eager:.3f}" in capsys.readouterr().out.splitlines()[-3].split()
+    assert set(rows[0]["modelled"]) == {"frozen", *model_report.peer_traffic.PEERS} | {
+        *model_report.OURS,
+        "auto",
+    }
+
+
+# option, value, what the error lists or expects
+ERRORS = [
+    ("--gpu", "h1", "'h100'"),
+    ("--model", "llama", "'llama3-8b'"),
+    ("--rank", "0", "expected a positive integer, got '0'"),
+    ("--tokens", "many", "expected a positive integer, got 'many'"),
+    ("--dropout", "1", "expected a probability in [0, 1), got '1'"),
+]
+
+
+@pytest.mark.parametrize("case", ERRORS, ids=lambda case: case[0])
+def test_a_bad_selection_is_an_error_that_says_what_there_is(case, capsys):
+    option, value, message = case
+    with pytest.raises(SystemExit) as stopped:
+        model_report.main([option, value])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written(tmp_path, capsys):
+    assert model_report.main([*SMALL, "--json", str(tmp_path / "missing" / "rows.json")]) == 2
+    assert "expected a file that can be written" in capsys.readouterr().err
