@@ -1,0 +1,125 @@
+"""A report's pictures: speed-up, overhead over the frozen layer, memory; PNG and SVG.
+
+    python benchmarks/plot.py results/cpu-2026-01-31.json
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import records
+from matplotlib.figure import Figure
+from records import Report, Row
+
+# SVG text stays text, and the same report gives the same file.
+matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fused-lora"}
+
+OURS = "fused"
+ROW_INCHES, BAR_INCHES = 0.35, 0.13
+# Each provider keeps its colour from picture to picture; ours stand out.
+COLORS = {
+    "floor": "#222222", "eager": "#8da0cb", "tutorial": "#a6d8e8", "peft": "#e78ac3",
+    "peft-bf16": "#f4c6dd", "loralib": "#b3a16d", "torchtune": "#e5c494", "compiled": "#b3b3b3",
+    "addmm": "#a6d854", "fused": "#d7301f", "fused-bf16": "#fc8d59", "fused-split": "#fdbb84",
+    "fused-single-pass": "#fdd49e", "lorafusion-style": "#66c2a5",
+}  # fmt: skip
+
+
+def draw(report: Report, stem: Path) -> list[Path]:
+    """Write ``STEM-speedup``, ``-overhead`` and ``-memory``, each as PNG and SVG."""
+    others = [name for name in report.providers() if name not in ("frozen", "floor", OURS)]
+    adapted = [name for name in report.providers() if name != "frozen"]
+    kept = [name for name in adapted if name != "floor"]
+    figures = {}
+    if OURS in report.providers() and others:
+        figures["speedup"] = _bars(
+            report, others, lambda row, name: row.speedup(OURS, name),
+            f"speed-up of {OURS} (times)", 1.0,
+        )  # fmt: skip
+    figures["overhead"] = _bars(
+        report, adapted, _overhead, "time over the frozen layer's (%)", 0.0
+    )
+    figures["memory"] = _bars(
+        report, kept, _memory, "kept for backward (multiples of x's bytes)", 0.0
+    )
+    paths = []
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            path = stem.with_name(f"{stem.name}-{name}.{kind}")
+            figure.savefig(path, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+            paths.append(path)
+    return paths
+
+
+def _overhead(row: Row, name: str) -> float:
+    return 100 * (row.results[name].ratio.median - 1)
+
+
+def _memory(row: Row, name: str) -> float:
+    return row.results[name].saved_bytes / row.x_bytes
+
+
+def _bars(
+    report: Report, names: list[str], value: Callable[[Row, str], float], axis: str, base: float
+) -> Figure:
+    """Horizontal bars from ``base``: a panel a dtype and dropout, a group a shape."""
+    groups = list(report.groups())
+    rows = max(len(found) for _, found in groups)
+    height = 1.9 + rows * (ROW_INCHES + BAR_INCHES * len(names))
+    figure = Figure(figsize=(max(8.0, 3.6 * len(groups)), height), layout="constrained")
+    figure.suptitle(f"forward + backward, {records.label(report.machine)}", fontsize=9, wrap=True)
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=len(groups) > 1)[0]
+    for panel, ((dtype, dropout), found) in zip(panels, groups, strict=True):
+        _panel(panel, found, names, value, base)
+        panel.set_title(f"{dtype}, dropout {dropout:g}", fontsize=10)
+        panel.set_xlabel(axis, fontsize=9)
+    panels[0].set_ylabel("M x K x N, rank")
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    known = dict(zip(labels, handles, strict=True))
+    figure.legend(known.values(), known, loc="outside lower center", ncols=7, frameon=False)
+    return figure
+
+
+def _panel(panel, rows: list[Row], names: list[str], value, base: float) -> None:
+    width = 0.85 / len(names)
+    for index, name in enumerate(names):
+        heights = [value(row, name) if name in row.results else math.nan for row in rows]
+        places = [i + (index - (len(names) - 1) / 2) * width for i in range(len(rows))]
+        panel.barh(
+            places,
+            [h - base for h in heights],
+            0.9 * width,
+            left=base,
+            color=COLORS[name],
+            label=name,
+        )
+    panel.axvline(base, color="0.2", linewidth=0.8)
+    panel.set_yticks(range(len(rows)), [str(row.shape) for row in rows], fontsize=8)
+    panel.grid(axis="x", color="0.9")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+
+
+def main(argv: list[str]) -> int:
+    """Draw again from a file; 2 with one line when that could not be."""
+    if len(argv) != 1:
+        print("error: expected one results file", file=sys.stderr)
+        return 2
+    path = Path(argv[0])
+    try:
+        drawn = draw(records.load(path), path.with_suffix(""))
+    except (OSError, records.FormatError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for picture in drawn:
+        print(f"wrote {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

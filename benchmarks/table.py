@@ -1,0 +1,81 @@
+"""A report as text: ratios to the frozen layer, speed-ups, worst cases, means."""
+
+from __future__ import annotations
+
+import math
+
+from records import Report, Row, label
+from shapes import MEANS
+
+OURS = "fused"
+RIVALS = ("peft", "eager")  # as users get it, and as the textbook has it
+
+
+def render(report: Report) -> str:
+    """All of it, a section for every dtype and dropout."""
+    parts = [
+        label(report.machine),
+        "forward + backward as a multiple of the frozen layer's, medians of paired rounds;"
+        f" on the right the speed-up of {OURS}",
+    ]
+    for (dtype, dropout), rows in report.groups():
+        parts += ["", f"{dtype}, dropout {dropout:g}", *_section(rows)]
+        parts += _means(report, dtype, dropout)
+    parts += ["", *_skipped(report)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _section(rows: list[Row]) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row.results))
+    rivals = [rival for rival in RIVALS if {rival, OURS} <= set(names)]
+    head = ["M x K x N, rank", "rounds", "ms", *names, *(f"over {rival}" for rival in rivals)]
+    cells = [
+        [
+            str(row.shape),
+            str(row.rounds),
+            f"{1e3 * row.results['frozen'].seconds.median:.3g}",
+            *(_ratio(row, name) for name in names),
+            *(_times(row.speedup(OURS, rival)) for rival in rivals),
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in [head, *cells]
+    ]
+    return [*lines, *(_worst(rows, rival) for rival in rivals)]
+
+
+def _ratio(row: Row, name: str) -> str:
+    return f"{row.results[name].ratio.median:.2f}" if name in row.results else "-"
+
+
+def _times(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}x"
+
+
+def _worst(rows: list[Row], rival: str) -> str:
+    known = [row for row in rows if not math.isnan(row.speedup(OURS, rival))]
+    row = min(known, key=lambda row: row.speedup(OURS, rival))
+    return f"worst over {rival}: {row.speedup(OURS, rival):.2f}x at {row.shape}"
+
+
+def _means(report: Report, dtype: str, dropout: float) -> list[str]:
+    lines = []
+    for mean, shapes in MEANS.items():
+        values = {
+            rival: report.mean_speedup(mean, dtype, dropout, OURS, rival) for rival in RIVALS
+        }
+        parts = [f"{value:.2f}x over {rival}" for rival, value in values.items() if value]
+        if parts:
+            lines.append(f"geometric mean of the {len(shapes)} of {mean}: {', '.join(parts)}")
+    return lines
+
+
+def _skipped(report: Report) -> list[str]:
+    reasons: dict[tuple[str, str], int] = {}
+    for row in report.rows:
+        for item in row.skipped.items():
+            reasons[item] = reasons.get(item, 0) + 1
+    return [f"skipped {name} in {n} rows: {why}" for (name, why), n in reasons.items()]
