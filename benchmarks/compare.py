@@ -25,7 +25,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """"slower" or "faster" where the middle halves lie apart, else "same"."""
+        """ "slower" or "faster" where the middle halves lie apart, else "same"."""
         if self.new.q1 > self.old.q3:
             return "slower"
         if self.new.q3 < self.old.q1:

@@ -1,9 +1,10 @@
 """The layer's products and nothing else: what any schedule of vendor GEMMs can at best reach.
 
-    y = x Wᵀ + b,  S = x Aᵀ,  y += S Bᵀ      dx = dy W,  G = dy B,  dx += G A,  dA = Gᵀ x,  dB = dyᵀ S
+    y = x Wᵀ + b    S = x Aᵀ    y += S Bᵀ
+    dx = dy W       G = dy B    dx += G A     dA = Gᵀ x     dB = dyᵀ S
 
-The frozen layer's two, and six thin ones, each in the orientation that is fastest here. No autograd,
-no dropout; the scale is in B once, outside the time.
+The frozen layer's two, and six thin ones, each in the orientation that is fastest here. No
+autograd, no dropout; the scale is in B once, outside the time.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from problem import SCALING, Layer, Problem
 from timing import interleaved
-from torch import Tensor
 
 TRIAL_SECONDS = 0.05  # for the choice of one orientation
 TRIAL_ROUNDS = 5

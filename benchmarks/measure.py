@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 
 import torch
+
 from memory import peak_bytes, saved_bytes
 from problem import Problem, verified
 from providers import PROVIDERS, UnavailableError
@@ -50,7 +51,5 @@ def measure(
         min_rounds=MIN_ROUNDS,
     )
     ratio = ratios(times, BASE)
-    results = {
-        name: Result(quartiles(times[name]), ratio[name], *memory[name]) for name in layers
-    }
+    results = {name: Result(quartiles(times[name]), ratio[name], *memory[name]) for name in layers}
     return Row(shape, dtype, p, len(times[BASE]), results, skipped)

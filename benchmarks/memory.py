@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
-from problem import Layer
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
+
+from problem import Layer
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at first use: no lines about its own stages
 

@@ -1,6 +1,6 @@
 """A report's pictures: speed-up, overhead over the frozen layer, memory; PNG and SVG.
 
-    python benchmarks/plot.py results/cpu-2026-01-31.json
+python benchmarks/plot.py results/cpu-2026-01-31.json
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-import records
 from matplotlib.figure import Figure
+
+import records
 from records import Report, Row
 
 # SVG text stays text, and the same report gives the same file.
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fused-lora"}
 
 OURS = "fused"
-ROW_INCHES, BAR_INCHES = 0.35, 0.13
+ROW_INCHES, BAR_INCHES = 0.2, 0.1
 # Each provider keeps its colour from picture to picture; ours stand out.
 COLORS = {
     "floor": "#222222", "eager": "#8da0cb", "tutorial": "#a6d8e8", "peft": "#e78ac3",
@@ -40,9 +41,7 @@ def draw(report: Report, stem: Path) -> list[Path]:
             report, others, lambda row, name: row.speedup(OURS, name),
             f"speed-up of {OURS} (times)", 1.0,
         )  # fmt: skip
-    figures["overhead"] = _bars(
-        report, adapted, _overhead, "time over the frozen layer's (%)", 0.0
-    )
+    figures["overhead"] = _bars(report, adapted, _overhead, "time over the frozen layer's (%)", 0.0)
     figures["memory"] = _bars(
         report, kept, _memory, "kept for backward (multiples of x's bytes)", 0.0
     )
@@ -102,6 +101,7 @@ def _panel(panel, rows: list[Row], names: list[str], value, base: float) -> None
     panel.set_yticks(range(len(rows)), [str(row.shape) for row in rows], fontsize=8)
     panel.grid(axis="x", color="0.9")
     panel.set_axisbelow(True)
+    panel.tick_params(axis="y", length=0)
     panel.spines[["top", "right", "left"]].set_visible(False)
 
 

@@ -1,6 +1,6 @@
 """One layer's inputs, what exact arithmetic makes of them, and the check of those who compute it.
 
-    y = x Wᵀ + b + s·D(x) Aᵀ Bᵀ,  with gradients of x, A and B under the cotangent dy
+y = x Wᵀ + b + s·D(x) Aᵀ Bᵀ,  with gradients of x, A and B under the cotangent dy
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from shapes import Shape
 from torch import Tensor, nn
+
+from shapes import Shape
 
 SCALING = 2.0
 NAMES = ("y", "dx", "dA", "dB")

@@ -15,14 +15,14 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from floor import Floor
-from problem import SCALING, Layer, Problem
-from schedules import Addmm, Forced
 from torch import nn
 
 import fused_lora
+from floor import Floor
 from fused_lora import dropout
 from fused_lora.kernels import configs
+from problem import SCALING, Layer, Problem
+from schedules import Addmm, Forced
 
 Provider = Callable[[Problem], Layer]
 
@@ -166,7 +166,8 @@ def _forced(problem: Problem, *, strategy: str) -> Layer:
         raise UnavailableError("the kernels run on CUDA and ROCm devices only")
     if strategy == "single_pass":
         rows, rank = configs.SINGLE_PASS_MAX_ROWS, configs.SINGLE_PASS_MAX_RANK
-        if problem.p or problem.shape.M > rows or problem.shape.R > rank:
+        small = rows >= problem.shape.M and rank >= problem.shape.R
+        if problem.p or not small:
             raise UnavailableError(f"one pass is for M <= {rows}, rank <= {rank} and no dropout")
     return _schedule(problem, Forced, strategy, p=_rounded(problem.p))
 

@@ -110,7 +110,7 @@ class Report:
                     "rounds": row.rounds,
                     **{f"seconds_{k}": v for k, v in asdict(result.seconds).items()},
                     **{f"ratio_{k}": v for k, v in asdict(result.ratio).items()},
-                    "tflops": row.shape.flops / result.seconds.median / 1e12,
+                    "tflops": row.shape.step_flops / result.seconds.median / 1e12,
                     "saved_bytes": result.saved_bytes,
                     "peak_bytes": result.peak_bytes,
                     "device": self.machine["device_name"],

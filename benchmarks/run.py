@@ -17,16 +17,17 @@ from typing import NoReturn
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers of milliseconds
 
+import torch
+from tqdm import tqdm
+
 import compare
 import machine
 import records
 import table
-import torch
 from measure import measure
 from problem import WrongResultError
 from providers import PROVIDERS
 from shapes import MODELS, Shape, default_set, of_model
-from tqdm import tqdm
 
 DTYPES = ("bfloat16", "float16", "float32")
 SECONDS = {"quick": 150.0, "full": 1080.0}
@@ -40,9 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; ends with status 2 and one line for those that do not hold."""
-    parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="size", action="store_const", const="quick")
@@ -91,9 +90,7 @@ def run(args: argparse.Namespace) -> records.Report:
         shape, dtype, p = row
         progress.set_description(f"{shape}, {dtype}, dropout {p:g}")
         share = (end - time.perf_counter()) / (len(rows) - index)
-        done.append(
-            measure(*row, device=args.device, providers=args.providers, seconds=share)
-        )
+        done.append(measure(*row, device=args.device, providers=args.providers, seconds=share))
     return records.Report(machine.describe(args.device), done)
 
 

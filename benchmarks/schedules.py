@@ -1,14 +1,13 @@
 """Ways to order the layer's products that no library offers as a module: autograd Functions.
 
-    addmm     every product is the vendor's, the adapter's accumulated onto the base's
-    forced    this library's kernels with a strategy that is prescribed and not chosen
+addmm     every product is the vendor's, the adapter's accumulated onto the base's
+forced    this library's kernels with a strategy that is prescribed and not chosen
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 
 class Addmm(torch.autograd.Function):
@@ -51,9 +50,7 @@ class Forced(torch.autograd.Function):
         if keep != dropout.KEEP_ALL:
             words = dropout.empty_words(*x.shape, x.device)
             ops.dropout_mask(words, dropout.draw_seed(x.device), keep, dropout.DIGITS)
-        y, S = ops.forward(
-            x, weight, lora_A, lora_B, bias, scaling, words, ctx.inv_keep, strategy
-        )
+        y, S = ops.forward(x, weight, lora_A, lora_B, bias, scaling, words, ctx.inv_keep, strategy)
         ctx.save_for_backward(x, weight, lora_A, lora_B, S, words)
         ctx.scaling, ctx.strategy = scaling, strategy
         return y
@@ -68,4 +65,3 @@ class Forced(torch.autograd.Function):
             (True, True, True), ctx.strategy,
         )  # fmt: skip
         return dx, None, None, dA, dB, None, None, None
-

@@ -21,14 +21,26 @@ class Shape(NamedTuple):
         return f"{self.M}x{self.K}x{self.N} r{self.R}"
 
     @property
-    def base_flops(self) -> int:
-        """Of the frozen layer's two products, forward and ``dx``."""
-        return 4 * self.M * self.K * self.N
+    def forward_flops(self) -> int:
+        """Of the adapted layer's three products."""
+        return 2 * self.M * (self.K * self.N + (self.K + self.N) * self.R)
 
     @property
-    def flops(self) -> int:
-        """Of the adapted layer's eight products, forward and backward."""
-        return self.base_flops + 6 * self.M * (self.K + self.N) * self.R
+    def step_flops(self) -> int:
+        """Of its eight, forward and backward."""
+        return 2 * self.M * (2 * self.K * self.N + 3 * (self.K + self.N) * self.R)
+
+    @property
+    def forward_elements(self) -> int:
+        """Read or written at least once: x, W, A, B and y."""
+        M, K, N, R = self
+        return M * K + K * N + R * (K + N) + M * N
+
+    @property
+    def step_elements(self) -> int:
+        """And in backward: dy, W, x, A, B and dx, dA, dB."""
+        M, K, N, R = self
+        return self.forward_elements + M * N + K * N + 2 * M * K + 2 * R * (K + N)
 
 
 def _decoder(hidden: int, keys: int, intermediate: int) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ def render(report: Report) -> str:
     parts = [
         label(report.machine),
         "forward + backward as a multiple of the frozen layer's, medians of paired rounds;"
-        f" on the right the speed-up of {OURS}",
+        f" on the right {OURS}'s middle half, and its speed-up",
     ]
     for (dtype, dropout), rows in report.groups():
         parts += ["", f"{dtype}, dropout {dropout:g}", *_section(rows)]
@@ -28,13 +28,15 @@ def render(report: Report) -> str:
 def _section(rows: list[Row]) -> list[str]:
     names = list(dict.fromkeys(name for row in rows for name in row.results))
     rivals = [rival for rival in RIVALS if {rival, OURS} <= set(names)]
-    head = ["M x K x N, rank", "rounds", "ms", *names, *(f"over {rival}" for rival in rivals)]
+    head = ["M x K x N, rank", "rounds", "ms", *names, "middle half"]
+    head += [f"over {rival}" for rival in rivals]
     cells = [
         [
             str(row.shape),
             str(row.rounds),
             f"{1e3 * row.results['frozen'].seconds.median:.3g}",
             *(_ratio(row, name) for name in names),
+            _spread(row),
             *(_times(row.speedup(OURS, rival)) for rival in rivals),
         ]
         for row in rows
@@ -51,6 +53,13 @@ def _ratio(row: Row, name: str) -> str:
     return f"{row.results[name].ratio.median:.2f}" if name in row.results else "-"
 
 
+def _spread(row: Row) -> str:
+    if OURS not in row.results:
+        return "-"
+    ratio = row.results[OURS].ratio
+    return f"{ratio.q1:.2f}-{ratio.q3:.2f}"
+
+
 def _times(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}x"
 
@@ -64,9 +73,7 @@ def _worst(rows: list[Row], rival: str) -> str:
 def _means(report: Report, dtype: str, dropout: float) -> list[str]:
     lines = []
     for mean, shapes in MEANS.items():
-        values = {
-            rival: report.mean_speedup(mean, dtype, dropout, OURS, rival) for rival in RIVALS
-        }
+        values = {rival: report.mean_speedup(mean, dtype, dropout, OURS, rival) for rival in RIVALS}
         parts = [f"{value:.2f}x over {rival}" for rival, value in values.items() if value]
         if parts:
             lines.append(f"geometric mean of the {len(shapes)} of {mean}: {', '.join(parts)}")

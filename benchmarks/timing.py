@@ -73,6 +73,17 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def synchronised(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """``function``, returning when its work is done."""
+
+    def run():
+        result = function()
+        synchronize(device)
+        return result
+
+    return run
+
+
 def quartiles(values: Sequence[float]) -> Quartiles:
     """Median and quartiles, interpolated between neighbours; of one value, that value."""
     if len(values) < 2:
