@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 import records
 from records import Report, Row
+from shapes import MEANS
 
 # SVG text stays text, and the same report gives the same file.
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fused-lora"}
@@ -31,15 +32,19 @@ COLORS = {
 
 
 def draw(report: Report, stem: Path) -> list[Path]:
-    """Write ``STEM-speedup``, ``-overhead`` and ``-memory``, each as PNG and SVG."""
-    others = [name for name in report.providers() if name not in ("frozen", "floor", OURS)]
+    """Write ``STEM-speedup``, ``-overhead`` and ``-memory``, each as PNG and SVG.
+
+    Of the shapes of the longest complete list of :data:`shapes.MEANS`; without one, of all.
+    """
+    report = Report(report.machine, _shown(report))
+    peers = [n for n in report.providers() if n not in ("frozen", "floor") and OURS not in n]
     adapted = [name for name in report.providers() if name != "frozen"]
     kept = [name for name in adapted if name != "floor"]
     figures = {}
-    if OURS in report.providers() and others:
+    if OURS in report.providers() and peers:
         figures["speedup"] = _bars(
-            report, others, lambda row, name: row.speedup(OURS, name),
-            f"speed-up of {OURS} (times)", 1.0,
+            report, peers, lambda row, name: row.speedup(OURS, name),
+            f"speed-up of {OURS} over each (times)", 1.0,
         )  # fmt: skip
     figures["overhead"] = _bars(report, adapted, _overhead, "time over the frozen layer's (%)", 0.0)
     figures["memory"] = _bars(
@@ -52,6 +57,13 @@ def draw(report: Report, stem: Path) -> list[Path]:
             figure.savefig(path, dpi=130, metadata={"Date": None} if kind == "svg" else None)
             paths.append(path)
     return paths
+
+
+def _shown(report: Report) -> list[Row]:
+    shapes = {row.shape for row in report.rows}
+    complete = [listed for listed in MEANS.values() if shapes.issuperset(listed)]
+    listed = max(complete, key=len, default=shapes)
+    return [row for row in report.rows if row.shape in listed]
 
 
 def _overhead(row: Row, name: str) -> float:
@@ -70,7 +82,7 @@ def _bars(
     rows = max(len(found) for _, found in groups)
     height = 1.9 + rows * (ROW_INCHES + BAR_INCHES * len(names))
     figure = Figure(figsize=(max(8.0, 3.6 * len(groups)), height), layout="constrained")
-    figure.suptitle(f"forward + backward, {records.label(report.machine)}", fontsize=9, wrap=True)
+    figure.suptitle(f"forward + backward, {records.label(report.machine)}", fontsize=11, wrap=True)
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=len(groups) > 1)[0]
     for panel, ((dtype, dropout), found) in zip(panels, groups, strict=True):
         _panel(panel, found, names, value, base)
@@ -101,6 +113,7 @@ def _panel(panel, rows: list[Row], names: list[str], value, base: float) -> None
     panel.set_yticks(range(len(rows)), [str(row.shape) for row in rows], fontsize=8)
     panel.grid(axis="x", color="0.9")
     panel.set_axisbelow(True)
+    panel.margins(y=0.01)
     panel.tick_params(axis="y", length=0)
     panel.spines[["top", "right", "left"]].set_visible(False)
 

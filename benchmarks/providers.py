@@ -161,15 +161,28 @@ def _addmm(problem: Problem) -> Layer:
     return _schedule(problem, Addmm)
 
 
+def _lorafusion_style(problem: Problem) -> Layer:
+    _need_gpu(problem)
+    from stored_mask import MAX_RANK, StoredMask
+
+    if problem.shape.R > MAX_RANK:
+        raise UnavailableError(f"written for ranks up to {MAX_RANK}")
+    return _schedule(problem, StoredMask)
+
+
 def _forced(problem: Problem, *, strategy: str) -> Layer:
-    if problem.device.type != "cuda":
-        raise UnavailableError("the kernels run on CUDA and ROCm devices only")
+    _need_gpu(problem)
     if strategy == "single_pass":
         rows, rank = configs.SINGLE_PASS_MAX_ROWS, configs.SINGLE_PASS_MAX_RANK
         small = rows >= problem.shape.M and rank >= problem.shape.R
         if problem.p or not small:
             raise UnavailableError(f"one pass is for M <= {rows}, rank <= {rank} and no dropout")
     return _schedule(problem, Forced, strategy, p=_rounded(problem.p))
+
+
+def _need_gpu(problem: Problem) -> None:
+    if problem.device.type != "cuda":
+        raise UnavailableError("Triton's kernels run on CUDA and ROCm devices only")
 
 
 def _filled(problem: Problem, module: nn.Module, lora_A, lora_B, p: float | None = None) -> Layer:
@@ -212,4 +225,5 @@ PROVIDERS: dict[str, Provider] = {
     "fused-bf16": partial(_fused, low_precision=True),
     "fused-split": partial(_forced, strategy="split"),
     "fused-single-pass": partial(_forced, strategy="single_pass"),
+    "lorafusion-style": _lorafusion_style,
 }
