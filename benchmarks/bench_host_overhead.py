@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import machine
-from fused_lora import fused_lora_linear, patch_peft, unpatch_peft
+from fused_lora import dropout, fused_lora_linear, patch_peft, unpatch_peft
+from fused_lora.autograd import lora_linear
 from problem import SCALING, Layer, Problem, verified
 from providers import PROVIDERS
 from shapes import Shape
@@ -23,6 +24,13 @@ def _functional(problem: Problem) -> Layer:
     return Layer(problem, lambda x: fused_lora_linear(x, weight, A, B, bias, scaling=SCALING), A, B)
 
 
+def _unvalidated(problem: Problem) -> Layer:
+    A, B = nn.Parameter(problem.lora_A), nn.Parameter(problem.lora_B)
+    weight, bias = problem.linear.weight, problem.linear.bias
+    rest = (SCALING, None, dropout.KEEP_ALL, "auto")
+    return Layer(problem, lambda x: lora_linear(x, weight, A, B, bias, *rest), A, B)
+
+
 def _patched(problem: Problem) -> Layer:
     layer = PROVIDERS["peft"](problem)
     patch_peft(layer.module)
@@ -34,6 +42,7 @@ CALLS = {
     "eager": PROVIDERS["eager"],
     "peft": PROVIDERS["peft"],
     "bare-function": PROVIDERS["addmm"],
+    "unvalidated": _unvalidated,
     "functional": _functional,
     "module": PROVIDERS["fused"],
     "patched-peft": _patched,

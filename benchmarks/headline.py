@@ -49,7 +49,8 @@ def render(report: Report, path: str) -> str:
     """Where it was measured, the table, and the means."""
     dtype, dropout = ROWS
     machine = report.machine
-    where = f"{machine['threads']} threads, bound" if machine["device"] == "cpu" else "a GPU"
+    bound = "bound" if machine["thread_binding"] == "true" else "not bound"
+    where = f"{machine['threads']} threads, {bound}" if machine["device"] == "cpu" else "a GPU"
     lines = [
         f"**Measured** on {machine['device_name']} ({where}, torch"
         f" {machine['versions']['torch'].partition('+')[0]}), {dtype}, dropout {dropout:g},",

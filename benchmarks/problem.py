@@ -83,7 +83,9 @@ class Problem:
     p: float
 
     @classmethod
-    def make(cls, shape: Shape, dtype: torch.dtype, device: str, p: float, seed: int = 0):
+    def make(
+        cls, shape: Shape, dtype: torch.dtype, device: str, p: float, seed: int = 0
+    ) -> Problem:
         """Random values, base and adapter of one size; ``p`` is the dropout's."""
         torch.manual_seed(seed)
         M, K, N, R = shape

@@ -86,8 +86,7 @@ class Report:
         return None if any(map(math.isnan, values)) else geometric_mean(values)
 
     def save(self, stem: Path) -> list[Path]:
-        """Write ``stem.json`` and, for spreadsheets, ``stem.csv``."""
-        stem.parent.mkdir(parents=True, exist_ok=True)
+        """Write ``stem.json`` and, for spreadsheets, ``stem.csv`` into a folder that is there."""
         rows = [asdict(row) | {"shape": row.shape._asdict()} for row in self.rows]
         data = {"schema": SCHEMA, "machine": self.machine, "rows": rows}
         paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "csv")]

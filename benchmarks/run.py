@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=_positive, metavar="M", help="of a model's rows")
     add("--shapes", nargs="+", type=_shape, metavar="M,K,N,R", help="instead of a set")
     add("--providers", type=_providers, default=list(PROVIDERS), metavar="NAME,…")
-    add("--seconds", type=float, metavar="S", help="for all rows; by default 150, full 1080")
+    add("--seconds", type=_seconds, metavar="S", help="for all rows; by default 150, full 1080")
     add("--out", type=Path, default=Path("results"), metavar="DIR")
     add("--compare", type=Path, metavar="OLD.json", help="show what became slower or faster")
     args = parser.parse_args(argv)
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         old = records.load(args.compare) if args.compare else None
+        args.out.mkdir(parents=True, exist_ok=True)  # or fail before the minutes are spent
         report = run(args)
         print(table.render(report))
         stem = args.out / f"{args.device}-{report.machine['date'][:10]}"
@@ -143,6 +144,13 @@ def _positive(text: str) -> int:
     if number < 1 or number != int(number):
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")
     return int(number)
+
+
+def _seconds(text: str) -> float:
+    seconds = _number(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return seconds
 
 
 def _number(text: str) -> float:

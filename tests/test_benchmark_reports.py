@@ -61,7 +61,7 @@ def _report(rows=shapes.CPU_TARGETS, fused: float = 1.25, spread: float = 0.01) 
 
 def test_a_report_survives_its_file(tmp_path):
     report = _report()
-    json_path, csv_path = report.save(tmp_path / "sub" / "cpu-2026-01-31")
+    json_path, csv_path = report.save(tmp_path / "cpu-2026-01-31")
     assert records.load(json_path) == report
     lines = csv_path.read_text().splitlines()
     assert len(lines) == 1 + 4 * len(report.rows)
@@ -121,6 +121,7 @@ def test_compare_says_that_the_machine_is_another():
 
 @pytest.fixture
 def readme(tmp_path):
+    (tmp_path / "results").mkdir()
     _report().save(tmp_path / "results" / "cpu")
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- headline results/cpu.json -->\nold\n<!-- /headline -->\nafter\n")
@@ -133,7 +134,7 @@ def test_headline(readme, capsys):
     assert headline.main([str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith(
-        "before\n<!-- headline results/cpu.json -->\n**Measured** on a processor"
+        "before\n<!-- headline results/cpu.json -->\n**Measured** on a processor (2 threads, bound"
     )
     assert text.endswith("<!-- /headline -->\nafter\n")
     assert "| 512, 768, 768, 8 | 1.50 (2.00) | 2.50 (0.00) | **1.25 (1.00)** |" in text
@@ -217,6 +218,8 @@ def test_run(runner, tmp_path, capsys):
         (["--models", "gpt2", "--shapes", "1,2,3,4"], "expected --models or --shapes, got both"),
         (["--quick", "--full"], "not allowed with"),
         (["--compare", "gone.json"], "gone.json"),
+        (["--out", __file__], "test_benchmark_reports.py"),
+        (["--seconds", "-1"], "expected a number above 0, got -1"),
     ],
 )
 def test_run_says_what_is_wrong_with_an_option(runner, options, message, capsys):

@@ -154,7 +154,7 @@ def test_quartiles_and_paired_ratios():
 
 def test_suites_run():
     suites = ["bench_forward.py", "bench_memory.py", "bench_host_overhead.py", "bench_latency.py"]
-    picked = "512x576 and (fused-512 or frozen) or functional or patched or merged-1"
+    picked = "512x576 and (fused-512 or frozen) or unvalidated or patched or merged-1"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "-k", picked]
         + [f"benchmarks/{name}" for name in suites],
