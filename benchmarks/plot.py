@@ -1,6 +1,6 @@
 """A report's pictures: speed-up, overhead over the frozen layer, memory; PNG and SVG.
 
-python benchmarks/plot.py results/cpu-2026-01-31.json
+``python benchmarks/plot.py FILE.json`` draws them again beside the file.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 import records
 from records import Report, Row
 from shapes import MEANS
+from timing import Quartiles
 
 # SVG text stays text, and the same report gives the same file.
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fused-lora"}
@@ -43,10 +44,12 @@ def draw(report: Report, stem: Path) -> list[Path]:
     figures = {}
     if OURS in report.providers() and peers:
         figures["speedup"] = _bars(
-            report, peers, lambda row, name: row.speedup(OURS, name),
+            report, peers, lambda row, name: _alone(row.speedup(OURS, name)),
             f"speed-up of {OURS} over each (times)", 1.0,
         )  # fmt: skip
-    figures["overhead"] = _bars(report, adapted, _overhead, "time over the frozen layer's (%)", 0.0)
+    figures["overhead"] = _bars(
+        report, adapted, _overhead, "time over the frozen layer's (%), lines: middle half", 0.0
+    )
     figures["memory"] = _bars(
         report, kept, _memory, "kept for backward (multiples of x's bytes)", 0.0
     )
@@ -66,16 +69,21 @@ def _shown(report: Report) -> list[Row]:
     return [row for row in report.rows if row.shape in listed]
 
 
-def _overhead(row: Row, name: str) -> float:
-    return 100 * (row.results[name].ratio.median - 1)
+def _overhead(row: Row, name: str) -> Quartiles:
+    ratio = row.results[name].ratio
+    return Quartiles(*(100 * (r - 1) for r in (ratio.median, ratio.q1, ratio.q3)))
 
 
-def _memory(row: Row, name: str) -> float:
-    return row.results[name].saved_bytes / row.x_bytes
+def _memory(row: Row, name: str) -> Quartiles:
+    return _alone(row.results[name].saved_bytes / row.x_bytes)
+
+
+def _alone(value: float) -> Quartiles:
+    return Quartiles(value, value, value)
 
 
 def _bars(
-    report: Report, names: list[str], value: Callable[[Row, str], float], axis: str, base: float
+    report: Report, names: list[str], value: Callable[[Row, str], Quartiles], axis: str, base: float
 ) -> Figure:
     """Horizontal bars from ``base``: a panel a dtype and dropout, a group a shape."""
     groups = list(report.groups())
@@ -99,13 +107,15 @@ def _bars(
 def _panel(panel, rows: list[Row], names: list[str], value, base: float) -> None:
     width = 0.85 / len(names)
     for index, name in enumerate(names):
-        heights = [value(row, name) if name in row.results else math.nan for row in rows]
+        values = [value(row, name) if name in row.results else _alone(math.nan) for row in rows]
         places = [i + (index - (len(names) - 1) / 2) * width for i in range(len(rows))]
         panel.barh(
             places,
-            [h - base for h in heights],
+            [v.median - base for v in values],
             0.9 * width,
             left=base,
+            xerr=[[v.median - v.q1 for v in values], [v.q3 - v.median for v in values]],
+            error_kw={"elinewidth": 0.8, "ecolor": "0.2"},
             color=COLORS[name],
             label=name,
         )

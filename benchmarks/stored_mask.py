@@ -6,8 +6,8 @@
 
     O = P Q + mask·(U V)·inv_keep + bias       P (M,L)   Q (L,N)   U (M,R)   V (R,N)
 
-Zhu et al., "LoRAFusion: Efficient LoRA Fine-Tuning for LLMs", 2025, section 4. The tiles were never
-tuned on a GPU.
+Zhu et al., "LoRAFusion: Efficient LoRA Fine-Tuning for LLMs", 2025. The tiles were never tuned on
+a GPU.
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ import pytest
 
 import compare
 import headline
+import plot
 import records
 import shapes
+import table
 from records import Report, Result, Row
 from shapes import Shape
 from timing import Quartiles
@@ -95,6 +97,35 @@ def test_means():
     assert report.mean_speedup("cpu-targets", "bfloat16", 0.1, "fused", "loralib") is None
     part = _report(shapes.CPU_TARGETS[1:])
     assert part.mean_speedup("cpu-targets", "bfloat16", 0.1, "fused", "peft") is None
+
+
+def test_table():
+    text = table.render(_report())
+    for line in (
+        "measured on a processor (2 threads, OMP_PROC_BIND true), torch 2.13.0+cpu, 2026-01-31,"
+        " 0123456789ab",
+        "worst over peft: 2.00x at 512x768x768 r8",
+        "worst over the best peer: 1.20x at 512x576x576 r8",
+        "geometric mean of the 7 of cpu-targets: 3.18x over peft, 1.20x over eager",
+        "skipped loralib in 14 rows: not installed",
+    ):
+        assert line in text.splitlines()
+    row = next(line for line in text.splitlines() if line.startswith("960x4096x4096 r64"))
+    assert row.split()[2:] == [
+        *("9", "1", "1.00", "1.50", "5.62", "1.25", "1.24-1.26", "4.50x", "1.20x", "1.20x")
+    ]
+
+
+def test_pictures_show_the_longest_complete_list(tmp_path):
+    other = Shape(8, 8, 8, 2)
+    path, _ = _report((*shapes.CPU_TARGETS, other)).save(tmp_path / "cpu")
+    assert plot.main([str(path)]) == 0
+    text = (tmp_path / "cpu-memory.svg").read_text()
+    assert all(str(shape) in text for shape in shapes.CPU_TARGETS)
+    assert str(other) not in text
+    part, _ = _report((other,)).save(tmp_path / "part")
+    assert plot.main([str(part)]) == 0
+    assert str(other) in (tmp_path / "part-memory.svg").read_text()
 
 
 @pytest.mark.parametrize(
