@@ -17,26 +17,15 @@ from itertools import product as combinations
 from pathlib import Path
 
 import peer_traffic
+import shapes
 from fused_lora import cost, traffic
 from fused_lora.devices import KNOWN, Device
 from fused_lora.traffic import Kernel, Product
 
-
-def _decoder(hidden: int, keys: int, intermediate: int) -> dict[str, tuple[int, int]]:
-    """``(K, N)`` of the projections of a Llama-like block; ``keys`` is the width of k and of v."""
-    return {
-        "q, o": (hidden, hidden),
-        "k, v": (hidden, keys),
-        "gate, up": (hidden, intermediate),
-        "down": (intermediate, hidden),
-    }
-
-
-MODELS = {  # from their published configurations
-    "llama3-8b": _decoder(4096, 1024, 14336),
-    "qwen2.5-32b": _decoder(5120, 1024, 27648),
-    "llama3-70b": _decoder(8192, 1024, 28672),
-    "square": {str(width): (width, width) for width in (4096, 5120, 8192)},  # as published
+SQUARE = {str(width): (width, width) for width in (4096, 5120, 8192)}  # as published
+MODELS = {
+    **{name: shapes.MODELS[name] for name in ("llama3-8b", "qwen2.5-32b", "llama3-70b")},
+    "square": SQUARE,
 }
 GPUS = ["a100", "h100", "h200", "b200", "rtx4090", "mi300x"]
 OURS = ("split", "addmm")

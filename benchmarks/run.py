@@ -1,0 +1,181 @@
+"""Forward and backward of adapted layers, every provider against the frozen layer.
+
+    python benchmarks/run.py --quick
+
+Prints a table and writes ``DEVICE-DATE.json``, ``.csv`` and plots. The protocol and the file's
+format are in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers of milliseconds
+
+import torch
+from tqdm import tqdm
+
+import compare
+import machine
+import records
+import table
+from measure import measure
+from problem import WrongResultError
+from providers import PROVIDERS
+from shapes import MODELS, Shape, default_set, of_model
+
+DTYPES = ("bfloat16", "float16", "float32")
+SECONDS = {"quick": 150.0, "full": 1080.0}
+MODEL_TOKENS = {"cuda": 8192, "mps": 1024, "cpu": 512}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; ends with status 2 and one line for those that do not hold."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="size", action="store_const", const="quick")
+    size.add_argument("--full", dest="size", action="store_const", const="full")
+    parser.set_defaults(size="quick")
+    add("--device", choices=devices(), default=devices()[0])
+    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    add("--dropout", nargs="+", type=_probability, default=[0.0, 0.1], metavar="P")
+    add("--models", type=_models, metavar="NAME,…", help=f"of {', '.join(MODELS)}; rank 16")
+    add("--tokens", type=_positive, metavar="M", help="of a model's rows")
+    add("--shapes", nargs="+", type=_shape, metavar="M,K,N,R", help="instead of a set")
+    add("--providers", type=_providers, default=list(PROVIDERS), metavar="NAME,…")
+    add("--seconds", type=_seconds, metavar="S", help="for all rows; by default 150, full 1080")
+    add("--out", type=Path, default=Path("results"), metavar="DIR")
+    add("--compare", type=Path, metavar="OLD.json", help="show what became slower or faster")
+    args = parser.parse_args(argv)
+    if args.models and args.shapes:
+        parser.error("expected --models or --shapes, got both")
+    if args.tokens and not args.models:
+        parser.error("expected --models with --tokens, whose rows it sizes")
+    return args
+
+
+def devices() -> list[str]:
+    """What torch can use here, the fastest first."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [*(name for name, there in found.items() if there), "cpu"]
+
+
+def shapes(args: argparse.Namespace) -> list[Shape]:
+    """The rows that the options ask for."""
+    if args.shapes:
+        return args.shapes
+    if args.models:
+        tokens = args.tokens or MODEL_TOKENS[args.device]
+        return [shape for name in args.models for shape in of_model(name, tokens)]
+    return list(default_set(args.device, args.size == "full"))
+
+
+def run(args: argparse.Namespace) -> records.Report:
+    """Measure; each row gets an equal share of the time that is left."""
+    rows = [(s, d, p) for d in args.dtype for p in args.dropout for s in shapes(args)]
+    end = time.perf_counter() + (args.seconds or SECONDS[args.size])
+    done = []
+    for index, row in enumerate(progress := tqdm(rows, unit="row")):
+        shape, dtype, p = row
+        progress.set_description(f"{shape}, {dtype}, dropout {p:g}")
+        share = (end - time.perf_counter()) / (len(rows) - index)
+        done.append(measure(*row, device=args.device, providers=args.providers, seconds=share))
+    return records.Report(machine.describe(args.device), done)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when measured; 2 with one line when that could not be."""
+    args = parse(argv)
+    try:
+        old = records.load(args.compare) if args.compare else None
+        args.out.mkdir(parents=True, exist_ok=True)  # or fail before the minutes are spent
+        report = run(args)
+        print(table.render(report))
+        stem = args.out / f"{args.device}-{report.machine['date'][:10]}"
+        for path in [*report.save(stem), *_plots(report, stem)]:
+            print(f"wrote {path}")
+        if old:
+            print(f"\n{compare.render(old, report)}")
+    except (OSError, WrongResultError, records.FormatError, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _plots(report: records.Report, stem: Path) -> list[Path]:
+    try:
+        import plot
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error}", file=sys.stderr)
+        return []
+    return plot.draw(report, stem)
+
+
+def _shape(text: str) -> Shape:
+    try:
+        shape = Shape(*map(int, text.split(",")))
+    except (TypeError, ValueError):
+        shape = None
+    if shape is None or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected M,K,N,R as four positive numbers, got {text}")
+    return shape
+
+
+def _probability(text: str) -> float:
+    p = _number(text)
+    if not 0 <= p < 1:
+        raise argparse.ArgumentTypeError(f"expected a probability in [0, 1), got {text}")
+    return p
+
+
+def _positive(text: str) -> int:
+    number = _number(text)
+    if number < 1 or number != int(number):
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")
+    return int(number)
+
+
+def _seconds(text: str) -> float:
+    seconds = _number(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return seconds
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text}") from None
+
+
+def _models(text: str) -> list[str]:
+    return _names(text, "models", MODELS)
+
+
+def _providers(text: str) -> list[str]:
+    return _names(text, "providers", PROVIDERS)
+
+
+def _names(text: str, kind: str, known) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(
+            f"expected {kind} of {', '.join(known)}, got {', '.join(unknown)}"
+        )
+    return names
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

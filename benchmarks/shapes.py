@@ -1,0 +1,147 @@
+"""The shapes that are measured, from real models, and the lists that every mean is taken over.
+
+A mean over shapes chosen after the measurement proves nothing: the lists stand here, and a result
+that lacks one of a list's shapes has no mean over it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """A layer's ``M`` tokens, ``K`` inputs and ``N`` outputs, and the rank ``R`` of its adapter."""
+
+    M: int
+    K: int
+    N: int
+    R: int
+
+    def __str__(self) -> str:
+        return f"{self.M}x{self.K}x{self.N} r{self.R}"
+
+    @property
+    def forward_flops(self) -> int:
+        """Of the adapted layer's three products."""
+        return 2 * self.M * (self.K * self.N + (self.K + self.N) * self.R)
+
+    @property
+    def step_flops(self) -> int:
+        """Of its eight, forward and backward."""
+        return 2 * self.M * (2 * self.K * self.N + 3 * (self.K + self.N) * self.R)
+
+    @property
+    def forward_elements(self) -> int:
+        """Read or written at least once: x, W, A, B and y."""
+        M, K, N, R = self
+        return M * K + K * N + R * (K + N) + M * N
+
+    @property
+    def step_elements(self) -> int:
+        """And in backward: dy, W, x, A, B and dx, dA, dB."""
+        M, K, N, R = self
+        return self.forward_elements + M * N + K * N + 2 * M * K + 2 * R * (K + N)
+
+
+def _decoder(hidden: int, keys: int, intermediate: int) -> dict[str, tuple[int, int]]:
+    """``(K, N)`` of the projections of a Llama-like block; ``keys`` is the width of k and of v."""
+    return {
+        "q, o": (hidden, hidden),
+        "k, v": (hidden, keys),
+        "gate, up": (hidden, intermediate),
+        "down": (intermediate, hidden),
+    }
+
+
+# From the models' published configurations.
+MODELS = {
+    "gpt2": {
+        "qkv": (768, 2304),
+        "out": (768, 768),
+        "up": (768, 3072),
+        "down": (3072, 768),
+    },
+    "smollm2-135m": _decoder(576, 192, 1536),
+    "llama3.2-1b": _decoder(2048, 512, 8192),
+    "llama3-8b": _decoder(4096, 1024, 14336),
+    "qwen2.5-7b": _decoder(3584, 512, 18944),
+    "qwen2.5-32b": _decoder(5120, 1024, 27648),
+    "llama3-70b": _decoder(8192, 1024, 28672),
+}
+
+
+def of_model(name: str, M: int, R: int = 16) -> list[Shape]:
+    """Every projection of a model of :data:`MODELS`."""
+    return [Shape(M, K, N, R) for K, N in MODELS[name].values()]
+
+
+CPU_QUICK = (
+    Shape(512, 576, 576, 8),
+    Shape(512, 768, 768, 8),
+    Shape(1024, 768, 3072, 16),
+    Shape(512, 2048, 2048, 16),
+)
+CPU_TARGETS = (
+    *CPU_QUICK,
+    Shape(512, 576, 1536, 8),
+    Shape(1024, 3072, 768, 16),
+    Shape(960, 4096, 4096, 64),
+)
+CPU_FULL = (
+    *CPU_TARGETS,
+    *(Shape(M, 768, 768, 8) for M in (1, 16, 128)),
+    *(Shape(512, 768, 768, R) for R in (4, 64, 256)),
+    Shape(512, 2048, 512, 16),
+    Shape(512, 2048, 8192, 16),
+    Shape(500, 1000, 1000, 10),
+    Shape(32768, 576, 576, 8),
+)
+
+GPU_QUICK = (
+    Shape(1, 4096, 4096, 16),
+    Shape(512, 2048, 2048, 16),
+    Shape(4096, 4096, 4096, 16),
+    Shape(8192, 4096, 4096, 16),
+)
+GPU_TARGETS = (
+    *GPU_QUICK,
+    Shape(2048, 768, 3072, 8),
+    Shape(8192, 4096, 1024, 16),
+    Shape(8192, 4096, 14336, 16),
+    Shape(8192, 14336, 4096, 16),
+    Shape(8192, 5120, 5120, 16),
+    Shape(8192, 8192, 8192, 16),
+)
+GPU_FULL = (
+    *GPU_TARGETS,
+    *(Shape(M, 4096, 4096, 16) for M in (16, 64, 512, 32768)),
+    *(Shape(8192, 4096, 4096, R) for R in (4, 64, 128, 256)),
+    *of_model("gpt2", 8192, 8),
+    *of_model("llama3.2-1b", 8192),
+    *of_model("qwen2.5-7b", 8192),
+    *of_model("qwen2.5-32b", 4096),
+    *of_model("llama3-70b", 4096),
+)
+
+# A mean's name, and all of the shapes that it is over.
+MEANS = {
+    "cpu-quick": CPU_QUICK,
+    "cpu-targets": CPU_TARGETS,
+    "gpu-quick": GPU_QUICK,
+    "gpu-targets": GPU_TARGETS,
+}
+
+# What the README shows.
+HEADLINE = (
+    Shape(512, 768, 768, 8),
+    Shape(1024, 768, 3072, 16),
+    Shape(512, 2048, 2048, 16),
+    Shape(960, 4096, 4096, 64),
+)
+
+
+def default_set(device: str, full: bool) -> tuple[Shape, ...]:
+    """The shapes of ``--quick`` or ``--full``; an MPS device has the CPU's."""
+    if device == "cuda":
+        return GPU_FULL if full else GPU_QUICK
+    return CPU_FULL if full else CPU_QUICK

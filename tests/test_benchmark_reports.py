@@ -1,0 +1,270 @@
+"""What a benchmark run reports: files, means, comparison, the README's headline, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+import compare
+import headline
+import plot
+import records
+import shapes
+import table
+from records import Report, Result, Row
+from shapes import Shape
+from timing import Quartiles
+
+
+def test_a_mean_is_over_shapes_without_repeats():
+    for name, listed in shapes.MEANS.items():
+        assert len(set(listed)) == len(listed), name
+    assert set(shapes.HEADLINE) <= set(shapes.MEANS[headline.MEAN]) <= set(shapes.CPU_FULL)
+
+
+def _result(ratio: float, spread: float = 0.01, saved: int = 0) -> Result:
+    quartiles = Quartiles(ratio, ratio - spread, ratio + spread)
+    return Result(Quartiles(ratio / 1e3, ratio / 1e3, ratio / 1e3), quartiles, saved, None)
+
+
+def _report(rows=shapes.CPU_TARGETS, fused: float = 1.25, spread: float = 0.01) -> Report:
+    machine = {
+        "device": "cpu",
+        "device_name": "a processor",
+        "threads": 2,
+        "thread_binding": "true",
+        "versions": {"torch": "2.13.0+cpu"},
+        "commit": {"id": "0123456789ab", "dirty": False},
+        "date": "2026-01-31T00:00:00+00:00",
+    }
+    made = [
+        Row(
+            shape,
+            dtype,
+            0.1,
+            9,
+            {
+                "frozen": _result(1.0),
+                "eager": _result(1.5, saved=4 * shape.M * shape.K),
+                # Twice, and at every other shape four and a half times as slow as 1.25.
+                "peft": _result(2.5 if i % 2 else 5.625),
+                "fused": _result(fused, spread, saved=2 * shape.M * shape.K),
+            },
+            {"loralib": "not installed"},
+        )
+        for dtype in ("bfloat16", "float32")
+        for i, shape in enumerate(rows)
+    ]
+    return Report(machine, made)
+
+
+def test_a_report_survives_its_file(tmp_path):
+    report = _report()
+    json_path, csv_path = report.save(tmp_path / "cpu-2026-01-31")
+    assert records.load(json_path) == report
+    lines = csv_path.read_text().splitlines()
+    assert len(lines) == 1 + 4 * len(report.rows)
+    assert lines[0].startswith("M,K,N,R,dtype,dropout,provider,rounds,seconds_median")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no json", "expected the JSON of benchmarks/run.py"),
+        ("{}", "KeyError"),
+        ("[]", "TypeError"),
+        (json.dumps({"schema": records.SCHEMA + 1}), "expected schema"),
+        (json.dumps({"schema": records.SCHEMA, "machine": {}, "rows": [{}]}), "KeyError"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, text, message):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(records.FormatError, match=message):
+        records.load(path)
+
+
+def test_means():
+    report = _report()
+    slow = math.ceil(len(shapes.CPU_TARGETS) / 2)
+    expected = (4.5**slow * 2.0 ** (7 - slow)) ** (1 / 7)
+    found = report.mean_speedup("cpu-targets", "bfloat16", 0.1, "fused", "peft")
+    assert found == pytest.approx(expected)
+    assert report.mean_speedup("cpu-targets", "bfloat16", 0.0, "fused", "peft") is None
+    assert report.mean_speedup("cpu-targets", "bfloat16", 0.1, "fused", "loralib") is None
+    part = _report(shapes.CPU_TARGETS[1:])
+    assert part.mean_speedup("cpu-targets", "bfloat16", 0.1, "fused", "peft") is None
+
+
+def test_table():
+    text = table.render(_report())
+    for line in (
+        "measured on a processor (2 threads, OMP_PROC_BIND true), torch 2.13.0+cpu, 2026-01-31,"
+        " 0123456789ab",
+        "worst over peft: 2.00x at 512x768x768 r8",
+        "worst over the best peer: 1.20x at 512x576x576 r8",
+        "geometric mean of the 7 of cpu-targets: 3.18x over peft, 1.20x over eager",
+        "skipped loralib in 14 rows: not installed",
+    ):
+        assert line in text.splitlines()
+    row = next(line for line in text.splitlines() if line.startswith("960x4096x4096 r64"))
+    assert row.split()[2:] == [
+        *("9", "1", "1.00", "1.50", "5.62", "1.25", "1.24-1.26", "4.50x", "1.20x", "1.20x")
+    ]
+
+
+def test_pictures_show_the_longest_complete_list(tmp_path):
+    other = Shape(8, 8, 8, 2)
+    path, _ = _report((*shapes.CPU_TARGETS, other)).save(tmp_path / "cpu")
+    assert plot.main([str(path)]) == 0
+    text = (tmp_path / "cpu-memory.svg").read_text()
+    assert all(str(shape) in text for shape in shapes.CPU_TARGETS)
+    assert str(other) not in text
+    part, _ = _report((other,)).save(tmp_path / "part")
+    assert plot.main([str(part)]) == 0
+    assert str(other) in (tmp_path / "part-memory.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fused", "spread", "verdict"),
+    [(1.25, 0.01, "same"), (1.28, 0.01, "slower"), (1.28, 0.03, "same"), (1.20, 0.01, "faster")],
+)
+def test_compare_knows_noise(fused, spread, verdict):
+    old, new = _report(shapes.CPU_QUICK), _report(shapes.CPU_QUICK, fused, spread)
+    found = compare.changes(old, new)
+    verdicts = {c.provider: c.verdict for c in found}
+    assert verdicts == {"eager": "same", "peft": "same", "fused": verdict}
+    assert len(found) == 3 * len(new.rows)
+    text = compare.render(old, new)
+    assert f"{verdict}: fused, 512x576x576 r8, bfloat16, dropout 0.1: 1.25" in text or (
+        verdict == "same" and "24 same" in text
+    )
+
+
+def test_compare_says_that_the_machine_is_another():
+    old = _report()
+    new = replace(old, machine=old.machine | {"threads": 8})
+    assert "note: threads was 2 and is 8" in compare.render(old, new)
+
+
+@pytest.fixture
+def readme(tmp_path):
+    (tmp_path / "results").mkdir()
+    _report().save(tmp_path / "results" / "cpu")
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- headline results/cpu.json -->\nold\n<!-- /headline -->\nafter\n")
+    return path
+
+
+def test_headline(readme, capsys):
+    assert headline.main(["--check", str(readme)]) == 1
+    assert "differs from its results" in capsys.readouterr().err
+    assert headline.main([str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith(
+        "before\n<!-- headline results/cpu.json -->\n**Measured** on a processor (2 threads, bound"
+    )
+    assert text.endswith("<!-- /headline -->\nafter\n")
+    assert "| 512, 768, 768, 8 | 1.50 (2.00) | 2.50 (0.00) | **1.25 (1.00)** |" in text
+    assert "3.18 over peft and 1.20 over eager (bfloat16, dropout 0.1)" in text
+    assert headline.main(["--check", str(readme)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "text", "message"),
+    [
+        (shapes.CPU_TARGETS, "no markers", "expected <!-- headline"),
+        (shapes.CPU_TARGETS, "<!-- headline gone.json -->\n<!-- /headline -->", "gone.json"),
+        (shapes.CPU_QUICK, None, "expected 960x4096x4096 r64"),
+        (shapes.HEADLINE, None, "expected every shape of cpu-targets"),
+    ],
+    ids=["no markers", "no file", "no row", "no mean"],
+)
+def test_headline_says_what_is_missing(readme, capsys, rows, text, message):
+    _report(rows).save(readme.parent / "results" / "cpu")
+    before = text or readme.read_text()
+    readme.write_text(before)
+    assert headline.main([str(readme)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert readme.read_text() == before
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    """benchmarks/run.py; what it asks of OpenMP must not reach this process's children."""
+    monkeypatch.setenv("OMP_PROC_BIND", "false")
+    import run
+
+    return run
+
+
+def test_run(runner, tmp_path, capsys):
+    options = ["--shapes", "24,32,40,4", "64,48,32,2", "--dtype", "bfloat16", "--seconds", "0.5"]
+    options += ["--providers", "eager,peft,fused,fused-split", "--out", str(tmp_path)]
+    assert runner.main([*options, "--dropout", "0", "0.1"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "bfloat16, dropout 0.1",
+        "24x32x40 r4",
+        "worst over peft: ",
+        "skipped fused-split in 4 rows: Triton's kernels run on CUDA",
+    ):
+        assert text in out
+    stem = next(tmp_path.glob("cpu-*.json"))
+    report = records.load(stem)
+    assert [row.key for row in report.rows] == [
+        (shape, "bfloat16", p)
+        for p in (0.0, 0.1)
+        for shape in (Shape(24, 32, 40, 4), Shape(64, 48, 32, 2))
+    ]
+    for row in report.rows:
+        assert list(row.results) == ["frozen", "eager", "peft", "fused"]
+        assert row.results["frozen"].ratio == Quartiles(1.0, 1.0, 1.0)
+        assert row.results["fused"].saved_bytes < row.results["peft"].saved_bytes
+    pictures = {path.suffix: path for path in tmp_path.glob("cpu-*-*-*-speedup.*")}
+    assert pictures.keys() == {".png", ".svg"}
+    assert pictures[".png"].read_bytes().startswith(b"\x89PNG")
+    assert "24x32x40 r4" in pictures[".svg"].read_text()
+    assert len(list(tmp_path.glob("cpu-*"))) == 8  # two files of data, three pictures twice
+    assert runner.main([*options, "--dropout", "0.1", "--compare", str(stem)]) == 0
+    assert "against " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shapes", "1,2,3"], "expected M,K,N,R as four positive numbers, got 1,2,3"),
+        (["--shapes", "1,2,0,4"], "expected M,K,N,R as four positive numbers"),
+        (["--models", "gpt9"], "expected models of gpt2, "),
+        (["--providers", "eager,nobody"], "got nobody"),
+        (["--dropout", "1"], "expected a probability in [0, 1), got 1"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--tokens", "5"], "expected --models with --tokens"),
+        (["--models", "gpt2", "--tokens", "1.5"], "expected a positive whole number, got 1.5"),
+        (["--models", "gpt2", "--shapes", "1,2,3,4"], "expected --models or --shapes, got both"),
+        (["--quick", "--full"], "not allowed with"),
+        (["--compare", "gone.json"], "gone.json"),
+        (["--out", __file__], "test_benchmark_reports.py"),
+        (["--seconds", "-1"], "expected a number above 0, got -1"),
+    ],
+)
+def test_run_says_what_is_wrong_with_an_option(runner, options, message, capsys):
+    try:
+        status = runner.main(options)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_models_rows(runner):
+    args = runner.parse(["--models", "gpt2,llama3-8b", "--tokens", "64"])
+    assert runner.shapes(args)[:2] == [Shape(64, 768, 2304, 16), Shape(64, 768, 768, 16)]
+    assert Shape(64, 4096, 14336, 16) in runner.shapes(args)
