@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, dropout, reference
+from .sharding import ready
 
 
 def lora_linear(
@@ -30,6 +31,7 @@ def lora_linear(
 
     ``base (..., N)`` takes the place of ``x Wᵀ + bias``.
     """
+    x, base = ready(x), None if base is None else ready(base)
     args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -97,6 +99,7 @@ def _backward(ctx, dy):
     x, weight, lora_A, lora_B, S, words, scaling = ctx.saved_tensors
     twice = torch.is_grad_enabled()
     backward = reference.backward if twice else ctx.runner.backward
+    dy = ready(dy)
     flat_dy = _flatten(dy)
     if flat_dy.dtype != ctx.dtype:  # the base output's
         flat_dy = flat_dy.to(ctx.dtype)

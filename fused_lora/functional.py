@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import dropout, reference
 from .autograd import autocasts, lora_linear
+from .sharding import is_shard
 from .validation import (
     check_base,
     check_dropout,
@@ -116,6 +117,16 @@ def _run(x, weight, lora_A, lora_B, bias, scaling, p, impl, base=None) -> Tensor
 def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
     keep = dropout.keep_count(p) if p else dropout.KEEP_ALL
     seed = None if keep == dropout.KEEP_ALL else dropout.draw_seed(x.device)
+    args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
+    if is_shard(x) or is_shard(lora_A) or is_shard(weight if base is None else base):
+        from .placements import on_shards  # and with it torch.distributed
+
+        return on_shards(_products, *args)
+    return _products(*args)
+
+
+def _products(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base) -> Tensor:
+    """``y`` from plain tensors; the only random number is the seed."""
     if impl != "reference":
         return lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
     mask = None

@@ -72,7 +72,7 @@ class LoRALayer(MergeableLayer):
 
         Raises:
             TypeError: another class, a replaced forward, or a weight that is no float Parameter.
-            ValueError: a setting that cannot be adapted.
+            ValueError: a setting that cannot be adapted, or a sharded weight.
         """
         plain = cls.plain_class()
         if type(base) is not plain:
@@ -83,6 +83,11 @@ class LoRALayer(MergeableLayer):
                 "expected weight to be a Parameter, got one that pruning or weight norm computes"
             )
         check_dtype("the weight's dtype", base.weight.dtype)
+        if sharding.is_shard(base.weight):
+            raise ValueError(
+                "expected a whole weight to adapt, got a sharded one: adapt the model before"
+                " fully_shard or parallelize_module"
+            )
 
     def plain(self) -> nn.Module:
         """The plain layer again, with the same Parameters (still frozen), hooks and attributes.
@@ -292,6 +297,11 @@ class LoRALayer(MergeableLayer):
             )
         return Adapter(config, config.scaling, tensors)
 
+    def has_room_for(self, adapter: Adapter) -> bool:
+        """Whether the active adapter's tensors have the shapes of ``adapter``'s."""
+        current = {name: p.shape for name, p in self.adapter_parameters().items()}
+        return current == {name: tensor.shape for name, tensor in adapter.tensors.items()}
+
     @torch.no_grad()
     def activate_adapter(self, adapter: Adapter) -> bool:
         """Give the active adapter these values; False if its Parameters had to be replaced.
@@ -301,9 +311,7 @@ class LoRALayer(MergeableLayer):
         """
         sharding.reshard(self)
         current = self.adapter_parameters()
-        in_place = {n: p.shape for n, p in current.items()} == {
-            n: t.shape for n, t in adapter.tensors.items()
-        }
+        in_place = self.has_room_for(adapter)
         for name in ADAPTER_NAMES:
             tensor = adapter.tensors.get(name)
             if in_place and tensor is not None:

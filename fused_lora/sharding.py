@@ -1,5 +1,7 @@
 """What FSDP2 (``fully_shard``) changes: between calls a Parameter is a shard, a DTensor.
 
+So it is under tensor parallelism (:mod:`.placements`), and within calls too.
+
 FSDP may leave a module's Parameters gathered after a forward (the outermost module's, by default),
 or after one that failed. Values written into gathered Parameters are lost when FSDP frees them.
 """
@@ -8,9 +10,12 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor, nn
 
-_FSDP = "torch.distributed.fsdp"  # not imported, it has sharded nothing
+# Not imported, they have sharded nothing.
+_FSDP = "torch.distributed.fsdp"
+_TENSOR = "torch.distributed.tensor"
 
 
 def reshard(module: nn.Module) -> None:
@@ -26,15 +31,35 @@ def check_whole(model: nn.Module, doing: str) -> None:
         ValueError: it is; says what cannot be done.
     """
     kind = getattr(sys.modules.get(_FSDP), "FSDPModule", ())
-    if any(isinstance(module, kind) for module in model.modules()):
+    if any(isinstance(module, kind) for module in model.modules()) or any(
+        is_shard(parameter) for parameter in model.parameters()
+    ):
         raise ValueError(
-            f"expected a whole model to {doing}, got a sharded one: do it before fully_shard"
+            f"expected a whole model to {doing}, got a sharded one: do it before fully_shard or"
+            " parallelize_module"
         )
+
+
+def ready(tensor: Tensor) -> Tensor:
+    """``tensor``, waited for if a collective is still bringing it: kernels need its memory."""
+    return _Wait.apply(tensor) if hasattr(tensor, "trigger_wait") else tensor
+
+
+class _Wait(torch.autograd.Function):
+    """An AsyncCollectiveTensor, as DTensors give and as their gradients are, as a plain tensor."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.trigger_wait()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
 
 
 def is_shard(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a DTensor."""
-    return hasattr(tensor, "full_tensor")
+    return isinstance(tensor, getattr(sys.modules.get(_TENSOR), "DTensor", ()))
 
 
 def like(tensor: Tensor, target: Tensor) -> Tensor:
