@@ -85,12 +85,12 @@ def on_shards(
         ]
     along = _Along(*zip(*(_along(y, columns) for y in outputs), strict=True))
     if bias is not None:
-        bias = _local(bias, along.bias, along.dbias) / _summands(outputs, mesh)
+        bias = _parameter(bias, along.bias, along.dbias) / _summands(outputs, mesh)
     y = product(
-        _local(x, along.x, along.dx),
+        _input(x, along.x, along.dx),
         None if weight is None else weight.to_local(),
-        _local(lora_A, along.lora_A, along.dA),
-        _local(lora_B, along.lora_B, along.dB),
+        _parameter(lora_A, along.lora_A, along.dA),
+        _parameter(lora_B, along.lora_B, along.dB),
         bias,
         scaling.to_local() if isinstance(scaling, DTensor) else scaling,
         None if seed is None else _local_seed(seed, along.x, mesh),
@@ -150,14 +150,40 @@ def _output(weight: Placement, x: Placement, columns: Shard) -> Placement:
 
 def _usable(name: str, placement: Placement, usable: bool) -> Placement:
     if not usable:
-        raise ValueError(f"expected {name} sharded evenly, replicated or summed, got {placement}")
+        raise ValueError(f"expected {name} sharded, replicated or summed, got {placement}")
     return placement
 
 
-def _local(t: Tensor, placements: Sequence[Placement], gradient: Sequence[Placement]) -> Tensor:
-    """The local part of ``t``, differentiable."""
+def _input(x: Tensor, placements: Sequence[Placement], gradient: Sequence[Placement]) -> Tensor:
+    """The local part of ``x``, whose gradient stays partial: whoever distributed x reduces it."""
+    if x.placements != tuple(placements):
+        x = x.redistribute(placements=placements)
+    return _Split.apply(x, tuple(gradient))
+
+
+class _Split(torch.autograd.Function):
+    """``to_local`` that can be differentiated twice, whatever distributed ``x``."""
+
+    @staticmethod
+    def forward(ctx, x, gradient):
+        ctx.mesh, ctx.placements, ctx.gradient = x.device_mesh, x.placements, gradient
+        ctx.shape, ctx.stride = x.shape, x.stride()
+        return x.to_local()
+
+    @staticmethod
+    def backward(ctx, dx):
+        dx = DTensor.from_local(
+            dx, ctx.mesh, ctx.gradient, run_check=False, shape=ctx.shape, stride=ctx.stride
+        )
+        if torch.is_grad_enabled():  # the reduction in from_local's backward would end the graph
+            dx = dx.redistribute(placements=ctx.placements)
+        return dx, None
+
+
+def _parameter(p: Tensor, placements: Sequence[Placement], gradient: Sequence[Placement]) -> Tensor:
+    """The local part of a parameter, whose gradient comes to lie as it does."""
     # Redistributed even where it lies right: in backward that reduces the gradient, once.
-    return t.redistribute(placements=placements).to_local(grad_placements=gradient)
+    return p.redistribute(placements=placements).to_local(grad_placements=gradient)
 
 
 def _summands(outputs: Sequence[Placement], mesh: DeviceMesh) -> int:
