@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -83,11 +84,7 @@ class LoRALayer(MergeableLayer):
                 "expected weight to be a Parameter, got one that pruning or weight norm computes"
             )
         check_dtype("the weight's dtype", base.weight.dtype)
-        if sharding.is_shard(base.weight):
-            raise ValueError(
-                "expected a whole weight to adapt, got a sharded one: adapt the model before"
-                " fully_shard or parallelize_module"
-            )
+        sharding.check_whole_weight(base.weight, "adapt")
 
     def plain(self) -> nn.Module:
         """The plain layer again, with the same Parameters (still frozen), hooks and attributes.
@@ -229,14 +226,14 @@ class LoRALayer(MergeableLayer):
 
         Raises:
             RuntimeError: while merged.
-        ValueError: PiSSA of a weight with NaN or infinity in it, or without values.
+        ValueError: PiSSA of a weight with NaN or infinity in it, without values, or sharded.
         """
         if self.merged:
             raise RuntimeError("expected an unmerged layer to initialise, got a merged one")
         if self.init == "pissa":
             self._take_principal_part()
         else:
-            self._fill(self.init, self.lora_A, self.lora_B)
+            sharding.fill(partial(self._fill, self.init), self.lora_A, self.lora_B)
         if self.use_dora:
             norm = dora.row_norm(
                 self.to_matrix(self.weight), self.lora_A, self.lora_B, self.scaling
@@ -250,6 +247,7 @@ class LoRALayer(MergeableLayer):
         original = self.weight if self._original_weight is None else self._original_weight
         if original.is_meta:
             raise ValueError("expected a weight with values for init='pissa', got a meta tensor")
+        sharding.check_whole_weight(self.weight, "split for init='pissa'")
         if not original.isfinite().all():
             raise ValueError("expected a finite weight for init='pissa', got NaN or infinity in it")
         residual = initialization.principal(
@@ -351,7 +349,7 @@ class LoRALayer(MergeableLayer):
 
     def _fill_all(self) -> None:
         """Give values to adapters that come from the meta device: none may stay uninitialised."""
-        self._fill(self.init, self.lora_A, self.lora_B)
+        sharding.fill(partial(self._fill, self.init), self.lora_A, self.lora_B)
         for adapter in self.inactive_adapters.values():
             tensors = adapter.tensors
             self._fill(adapter.config.init, tensors["lora_A"], tensors["lora_B"])

@@ -70,22 +70,22 @@ def on_shards(
     state of their generators; different parts have independent masks.
 
     Raises:
-        ValueError: a plain tensor among them, another mesh, or a placement that cannot be used.
+        ValueError: a plain tensor among them, another mesh, or a placement that is none of these.
     """
     frozen = {"weight": weight} if base is None else {"base": base}
     operands = {"x": x, **frozen, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
     mesh = _common_mesh(operands)
     columns = Shard(x.dim() - 1)
     if base is None:
-        outputs = [_output(*p, columns) for p in zip(weight.placements, x.placements, strict=True)]
+        pairs = zip(weight.placements, x.placements, strict=True)
+        outputs = [_output(own, other, columns) for own, other in pairs]
     else:
-        outputs = [
-            _usable("base", p, p.is_shard() or p in (Replicate(), Partial()))
-            for p in base.placements
-        ]
+        outputs = [_checked_base(p) for p in base.placements]
     along = _Along(*zip(*(_along(y, columns) for y in outputs), strict=True))
     if bias is not None:
-        bias = _parameter(bias, along.bias, along.dbias) / _summands(outputs, mesh)
+        bias = _parameter(bias, along.bias, along.dbias)
+        if (summands := _summands(outputs, mesh)) > 1:
+            bias = bias / summands
     y = product(
         _input(x, along.x, along.dx),
         None if weight is None else weight.to_local(),
@@ -144,14 +144,15 @@ def _output(weight: Placement, x: Placement, columns: Shard) -> Placement:
         return columns
     if weight == Shard(1):
         return Partial()
-    _usable("weight", weight, weight == Replicate())
+    if weight != Replicate():
+        raise ValueError(f"expected weight in Shard(0), Shard(1) or Replicate(), got {weight}")
     return x if x.is_shard() and x != columns else Replicate()
 
 
-def _usable(name: str, placement: Placement, usable: bool) -> Placement:
-    if not usable:
-        raise ValueError(f"expected {name} sharded, replicated or summed, got {placement}")
-    return placement
+def _checked_base(base: Placement) -> Placement:
+    if not base.is_shard() and base not in (Replicate(), Partial()):
+        raise ValueError(f"expected base sharded, replicated or a sum of parts, got {base}")
+    return base
 
 
 def _input(x: Tensor, placements: Sequence[Placement], gradient: Sequence[Placement]) -> Tensor:
@@ -168,7 +169,8 @@ class _Split(torch.autograd.Function):
     def forward(ctx, x, gradient):
         ctx.mesh, ctx.placements, ctx.gradient = x.device_mesh, x.placements, gradient
         ctx.shape, ctx.stride = x.shape, x.stride()
-        return x.to_local()
+        local = x.to_local()
+        return local.view_as(local)  # x keeps its own, which has no gradient
 
     @staticmethod
     def backward(ctx, dx):

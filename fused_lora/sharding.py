@@ -9,6 +9,7 @@ or after one that failed. Values written into gathered Parameters are lost when 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,22 @@ def check_whole(model: nn.Module, doing: str) -> None:
         ValueError: it is; says what cannot be done.
     """
     kind = getattr(sys.modules.get(_FSDP), "FSDPModule", ())
-    if any(isinstance(module, kind) for module in model.modules()) or any(
-        is_shard(parameter) for parameter in model.parameters()
-    ):
-        raise ValueError(
-            f"expected a whole model to {doing}, got a sharded one: do it before fully_shard or"
-            " parallelize_module"
-        )
+    by_fsdp = any(isinstance(module, kind) for module in model.modules())
+    if by_fsdp or any(map(is_shard, model.parameters())):
+        raise _sharded("model", doing)
+
+
+def check_whole_weight(weight: Tensor, doing: str) -> None:
+    """Check one weight as :func:`check_whole` checks a model."""
+    if is_shard(weight):
+        raise _sharded("weight", doing)
+
+
+def _sharded(what: str, doing: str) -> ValueError:
+    return ValueError(
+        f"expected a whole {what} to {doing}, got a sharded one: do it before fully_shard or"
+        " parallelize_module"
+    )
 
 
 def ready(tensor: Tensor) -> Tensor:
@@ -71,3 +81,17 @@ def like(tensor: Tensor, target: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, target.device_mesh, target.placements)
+
+
+def fill(draw: Callable[..., None], *parameters: Tensor) -> None:
+    """``draw(*parameters)``, random numbers written in place; one rank draws for all.
+
+    The ranks' generators may differ, and replicas must not.
+    """
+    if not is_shard(parameters[0]):
+        draw(*parameters)
+        return
+    whole = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+    draw(*whole)
+    for parameter, tensor in zip(parameters, whole, strict=True):
+        parameter.copy_(like(tensor, parameter))

@@ -28,11 +28,11 @@ BATCH, TOKENS, FEATURES, HIDDEN = 4, 8, 12, 16
 class Block(nn.Module):
     """linear → activation → linear, adapted, of a rank that no number of processes divides."""
 
-    def __init__(self, hidden: int = HIDDEN, dtype: torch.dtype | None = None, **arguments):
+    def __init__(self, hidden: int = HIDDEN, rank: int = 3, dtype=None, **arguments):
         super().__init__()
         self.up = nn.Linear(FEATURES, hidden, dtype=dtype)
         self.down = nn.Linear(hidden, FEATURES, dtype=dtype)
-        apply_lora(self, rank=3, **arguments)
+        apply_lora(self, rank=rank, **arguments)
         train_like(self)
 
     def forward(self, x: Tensor) -> Tensor:
