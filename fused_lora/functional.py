@@ -32,7 +32,7 @@ def fused_lora_linear(
     """``y = x Wᵀ + bias + s·D(x) Aᵀ Bᵀ``: a frozen linear layer with a low-rank adapter.
 
     Differentiable in ``x``, ``lora_A``, ``lora_B``, and ``bias`` where it requires grad; twice. A
-    gradient has the shape and dtype of its tensor.
+    gradient has the shape and dtype of its tensor. DTensors give a DTensor (:mod:`.placements`).
 
     Args:
         x: ``(..., in)``, float16, bfloat16, float32 or float64; any leading dimensions and strides.

@@ -1,12 +1,12 @@
 """Styles for ``parallelize_module``: an adapted linear layer over the ranks of a mesh.
 
+    apply_lora(model, rank=16)
     plan = {"up": LoRAColwiseParallel(), "down": LoRARowwiseParallel()}
-    parallelize_module(apply_lora(...)ed model, mesh, plan)
+    parallelize_module(model, mesh, plan)
 
 PyTorch's own ``ColwiseParallel`` and ``RowwiseParallel`` give the same numbers. They shard the
-column-wise layer's ``lora_A`` by rank, which is gathered again in every forward, and keep the
-row-wise layer's whole. These place the adapter where :mod:`.placements` wants it. Layouts, their
-defaults and ``use_local_output`` are PyTorch's.
+column-wise layer's ``lora_A`` by rank, so that every forward gathers it, and keep the row-wise
+layer's whole, so that backward does. These place the adapter where :mod:`.placements` wants it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class LoRARowwiseParallel(_LoRAStyle, RowwiseParallel):
 
 def _check(layer: LoRALayer) -> None:
     if not isinstance(layer, FusedLoRALinear):
-        raise TypeError(f"expected a FusedLoRALinear, got {type(layer).__name__}")
+        raise TypeError(
+            f"expected a FusedLoRALinear, got {type(layer).__name__}: PyTorch's styles take"
+            " embeddings, and none other kinds"
+        )
     if layer.use_dora:
         raise ValueError(
             "expected a layer without DoRA, got one with it, whose norms are of whole rows of"

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from models import Tiny, tokens, train_like
+from models import Tiny, llama, tokens, train_like
 from parallel_block import (
     BATCH,
     FEATURES,
@@ -41,6 +41,7 @@ from fused_lora import (
     disable_lora,
     fused_lora_add,
     fused_lora_linear,
+    load_adapter,
     lora_parameters,
     merge_lora,
     set_adapter,
@@ -147,6 +148,24 @@ def check_initialisation():
                 layer.reset_adapter()
 
 
+def check_llama():
+    """Attention and MLP of a language model, each between one column- and one row-wise cut."""
+    model = llama(num_hidden_layers=1)
+    apply_lora(model, rank=3)
+    train_like(model.double())
+    columns, rows = LoRAColwiseParallel(), LoRARowwiseParallel()
+    plan = {f"model.layers.*.self_attn.{name}_proj": columns for name in "qkv"}
+    plan |= {f"model.layers.*.mlp.{name}_proj": columns for name in ("gate", "up")}
+    plan |= dict.fromkeys(("model.layers.*.self_attn.o_proj", "model.layers.*.mlp.down_proj"), rows)
+    shards = parallelize_module(copy.deepcopy(model), mesh(), plan)
+    ids = tokens(2, 7)
+    for m in (model, shards):
+        m(ids, labels=ids).loss.backward()
+    for one, many in zip(lora_parameters(model), lora_parameters(shards), strict=True):
+        assert many.grad.placements == many.placements
+        torch.testing.assert_close(whole(many.grad), one.grad)
+
+
 def check_other_layers():
     """The layers without a kernel run in DTensor's own operators; by rows of plain ones too."""
     model = Tiny()
@@ -172,7 +191,11 @@ def check_other_layers():
 def check_refusals():
     x, _ = data()
     shards = parallel(Block())
-    for call in (unload_lora, partial(add_adapter, name="second")):
+    for call in (
+        unload_lora,
+        partial(add_adapter, name="second"),
+        partial(load_adapter, directory="adapter"),
+    ):
         with pytest.raises(ValueError, match=r"whole model .* fully_shard or parallelize_module"):
             call(shards)
     plain = nn.Sequential(nn.Linear(FEATURES, FEATURES))

@@ -14,7 +14,7 @@ WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 
 @pytest.mark.parametrize(
     ("processes", "without"),
-    [(2, []), (4, ["compiled", "implementations"])],  # slow, and the same in every rank
+    [(2, []), (4, ["compiled", "llama"])],  # the slow ones once
     ids=["2 processes", "4 processes"],
 )
 def test_tensor_parallel(processes, without):
