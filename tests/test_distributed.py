@@ -46,9 +46,14 @@ def launch(folder: Path, processes: int, module: str, checks: list[str] | None =
         ("fsdp1", 2),
         ("saving", 2),
         ("saving", 4),
+        ("trainers", 1),
+        ("trainers", 2),
     ],
 )
 def test_every_check(module, processes, tmp_path):
+    if module == "trainers":
+        pytest.importorskip("accelerate")
+        pytest.importorskip("transformers")
     launch(tmp_path, processes, module)
 
 
