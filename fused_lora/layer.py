@@ -260,11 +260,13 @@ class LoRALayer(MergeableLayer):
         )
 
     def stash_adapter(self) -> Adapter:
-        """A copy of the active adapter.
+        """A copy of the active adapter; of a sharded one, this process's part.
 
         Raises:
-            RuntimeError: a parametrization computes part of it.
+            RuntimeError: a parametrization computes part of it, or FSDP1 shows it flat.
         """
+        sharding.check_gathered(self.weight, self.lora_A)
+        sharding.reshard(self)
         parameters = self.adapter_parameters()
         for name in self.adapter_shapes(self.weight, self.adapter_config):
             if name not in parameters:
@@ -295,10 +297,16 @@ class LoRALayer(MergeableLayer):
             )
         return Adapter(config, config.scaling, tensors)
 
-    def has_room_for(self, adapter: Adapter) -> bool:
-        """Whether the active adapter's tensors have the shapes of ``adapter``'s."""
-        current = {name: p.shape for name, p in self.adapter_parameters().items()}
-        return current == {name: tensor.shape for name, tensor in adapter.tensors.items()}
+    def fits(self, adapter: Adapter) -> bool:
+        """Whether an adapter has the shapes of the active one.
+
+        Raises:
+            RuntimeError: FSDP1 shows that one flat.
+        """
+        sharding.check_gathered(self.weight, self.lora_A)
+        return {n: p.shape for n, p in self.adapter_parameters().items()} == {
+            n: t.shape for n, t in adapter.tensors.items()
+        }
 
     @torch.no_grad()
     def activate_adapter(self, adapter: Adapter) -> bool:
@@ -308,8 +316,8 @@ class LoRALayer(MergeableLayer):
         Parameters stays valid. Gradients, which are the other adapter's, are dropped.
         """
         sharding.reshard(self)
+        in_place = self.fits(adapter)
         current = self.adapter_parameters()
-        in_place = self.has_room_for(adapter)
         for name in ADAPTER_NAMES:
             tensor = adapter.tensors.get(name)
             if in_place and tensor is not None:

@@ -1,18 +1,25 @@
-"""What FSDP2 (``fully_shard``) changes: between calls a Parameter is a shard, a DTensor.
+"""What sharding and data parallelism change.
 
-So it is under tensor parallelism (:mod:`.placements`), and within calls too.
+FSDP2 (``fully_shard``): between calls a Parameter is a shard, a DTensor. FSDP may leave a module's
+Parameters gathered after a forward (the outermost module's, by default), or after one that failed:
+in its ``MixedPrecisionPolicy``'s dtype, and what is written into them is lost when FSDP frees them.
 
-FSDP may leave a module's Parameters gathered after a forward (the outermost module's, by default),
-or after one that failed. Values written into gathered Parameters are lost when FSDP frees them.
+FSDP1 (``FullyShardedDataParallel``): between calls a Parameter is a piece of a flat one, 1-D.
+
+Tensor parallelism (:mod:`.placements`): a Parameter is a DTensor within calls too.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Not imported, they have sharded nothing.
 _FSDP = "torch.distributed.fsdp"
@@ -31,8 +38,8 @@ def check_whole(model: nn.Module, doing: str) -> None:
     Raises:
         ValueError: it is; says what cannot be done.
     """
-    kind = getattr(sys.modules.get(_FSDP), "FSDPModule", ())
-    by_fsdp = any(isinstance(module, kind) for module in model.modules())
+    # torch.compile reads it too; unlike the classes it also marks the parts of a sharded model.
+    by_fsdp = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
     if by_fsdp or any(map(is_shard, model.parameters())):
         raise _sharded("model", doing)
 
@@ -45,9 +52,36 @@ def check_whole_weight(weight: Tensor, doing: str) -> None:
 
 def _sharded(what: str, doing: str) -> ValueError:
     return ValueError(
-        f"expected a whole {what} to {doing}, got a sharded one: do it before fully_shard or"
-        " parallelize_module"
+        f"expected a whole {what} to {doing}, got a sharded one: do it before fully_shard,"
+        " FullyShardedDataParallel or parallelize_module"
     )
+
+
+def check_replaceable(model: nn.Module, doing: str) -> None:
+    """Check that Parameters of ``model`` may be new ones: no wrapper holds the old ones.
+
+    Raises:
+        ValueError: it is sharded or in ``DistributedDataParallel``.
+    """
+    check_whole(model, doing)
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            f"expected a model without wrapper to {doing}, got one in DistributedDataParallel,"
+            " which would not reduce gradients of new Parameters: do it before wrapping"
+        )
+
+
+def check_gathered(*matrices: Tensor) -> None:
+    """Check that FSDP1 shows weights and factors as they are, not as pieces of a flat Parameter.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    if any(matrix.dim() < 2 for matrix in matrices):
+        raise RuntimeError(
+            "expected whole Parameters, got FSDP1's flat ones: do it on every rank within"
+            " FullyShardedDataParallel.summon_full_params(model)"
+        )
 
 
 def ready(tensor: Tensor) -> Tensor:
@@ -95,3 +129,42 @@ def fill(draw: Callable[..., None], *parameters: Tensor) -> None:
     draw(*whole)
     for parameter, tensor in zip(parameters, whole, strict=True):
         parameter.copy_(like(tensor, parameter))
+
+
+def mesh_of(modules: Iterable[nn.Module]) -> DeviceMesh | None:
+    """The device mesh of the first DTensor among the modules' Parameters, or None."""
+    for module in modules:
+        reshard(module)
+        for parameter in module.parameters():
+            if is_shard(parameter):
+                return parameter.device_mesh
+    return None
+
+
+def is_first(mesh: DeviceMesh | None) -> bool:
+    """Whether this process is the first of ``mesh``, or the only one."""
+    return mesh is None or not any(mesh.get_coordinate())
+
+
+def on_first(mesh: DeviceMesh | None, action: Callable[[], None]) -> None:
+    """Run ``action`` in the first process of ``mesh``; the others wait for it.
+
+    Raises:
+        RuntimeError: in the others, if it failed.
+    """
+    if mesh is None:
+        return action()
+    from torch.distributed import broadcast_object_list
+
+    error, report = None, [None]
+    if is_first(mesh):
+        try:
+            action()
+        except BaseException as caught:  # raised below: the others must not wait for ever
+            error, report = caught, [f"{type(caught).__name__}: {caught}"]
+    for dimension in range(mesh.ndim):  # the first of each row, then of each column of those
+        broadcast_object_list(report, group=mesh.get_group(dimension), group_src=0)
+    if error is not None:
+        raise error
+    if report[0] is not None:
+        raise RuntimeError(f"expected the first process to write the files, it failed: {report[0]}")

@@ -1,4 +1,4 @@
-"""Checks of what is done with a tensor-parallel model; see tensor_parallel_worker."""
+"""Checks of what is done with a tensor-parallel model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from models import Tiny, llama, tokens, train_like
-from parallel_block import (
+from block import (
     BATCH,
     FEATURES,
     HIDDEN,
@@ -23,6 +22,7 @@ from parallel_block import (
     step,
     whole,
 )
+from models import Tiny, tokens, train_like
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -44,6 +44,7 @@ from fused_lora import (
     load_adapter,
     lora_parameters,
     merge_lora,
+    save_adapter,
     set_adapter,
     unload_lora,
     unmerge_lora,
@@ -113,7 +114,7 @@ def check_life_cycle():
         for m in (model, shards):
             assert set_adapter(m, "second") == []
         torch.testing.assert_close(shards(x), model(x))
-        with pytest.raises(ValueError, match="make it the active one before sharding"):
+        with pytest.raises(ValueError, match="expected a whole model to switch to an adapter"):
             set_adapter(shards, "wide")
         torch.testing.assert_close(shards(x), model(x))
 
@@ -128,6 +129,19 @@ def check_state():
         torch.testing.assert_close(get_model_state_dict(shards, options=options), one.state_dict())
         set_model_state_dict(shards, another.state_dict(), options=options)
         torch.testing.assert_close(shards(x), another(x))
+
+
+def check_saving():
+    """PEFT's files from shards; one process loads them."""
+    x, _ = data()
+    for styles in (OWN, STOCK):
+        model = Block()
+        save_adapter(parallel(model, styles), "adapter")
+        dist.barrier()
+        loaded = copy.deepcopy(model)
+        unload_lora(loaded, merge=False)
+        load_adapter(loaded, "adapter")
+        assert torch.equal(loaded(x), model(x))
 
 
 def check_initialisation():
@@ -146,24 +160,6 @@ def check_initialisation():
                 assert A.norm() > 0
                 torch.testing.assert_close(B @ A, torch.zeros(B.shape[0], A.shape[1]))
                 layer.reset_adapter()
-
-
-def check_llama():
-    """Attention and MLP of a language model, each between one column- and one row-wise cut."""
-    model = llama(num_hidden_layers=1)
-    apply_lora(model, rank=3)
-    train_like(model.double())
-    columns, rows = LoRAColwiseParallel(), LoRARowwiseParallel()
-    plan = {f"model.layers.*.self_attn.{name}_proj": columns for name in "qkv"}
-    plan |= {f"model.layers.*.mlp.{name}_proj": columns for name in ("gate", "up")}
-    plan |= dict.fromkeys(("model.layers.*.self_attn.o_proj", "model.layers.*.mlp.down_proj"), rows)
-    shards = parallelize_module(copy.deepcopy(model), mesh(), plan)
-    ids = tokens(2, 7)
-    for m in (model, shards):
-        m(ids, labels=ids).loss.backward()
-    for one, many in zip(lora_parameters(model), lora_parameters(shards), strict=True):
-        assert many.grad.placements == many.placements
-        torch.testing.assert_close(whole(many.grad), one.grad)
 
 
 def check_other_layers():
@@ -196,11 +192,13 @@ def check_refusals():
         partial(add_adapter, name="second"),
         partial(load_adapter, directory="adapter"),
     ):
-        with pytest.raises(ValueError, match=r"whole model .* fully_shard or parallelize_module"):
+        with pytest.raises(ValueError, match=r"expected a whole model .* parallelize_module"):
             call(shards)
     plain = nn.Sequential(nn.Linear(FEATURES, FEATURES))
     parallelize_module(plain, mesh(), {"0": ColwiseParallel()})
-    with pytest.raises(ValueError, match=r"whole model to adapt, .* or parallelize_module"):
+    with pytest.raises(
+        ValueError, match=r"expected a whole model to adapt, .* or parallelize_module"
+    ):
         apply_lora(plain)
     with pytest.raises(ValueError, match="whole weight to adapt, got a sharded one"):
         FusedLoRALinear.from_linear(plain[0])

@@ -1,11 +1,14 @@
-"""A small tensor-parallel model, and what one process gives for it; see tensor_parallel_worker."""
+"""A small tensor-parallel model, and what one process gives for it."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 
 import torch
 import torch.distributed as dist
@@ -144,3 +147,12 @@ def watched_operands() -> Iterator[set[type]]:
         yield seen
     finally:
         aten.forward, aten.backward = original
+
+
+def assert_same_bits(model: Block, other: nn.Module) -> None:
+    results = []
+    x, dy = data()
+    for m in (model, other):
+        torch.manual_seed(dist.get_rank())
+        results.append(list(step(m, x, dy).values()))
+    assert all(map(torch.equal, *results))
