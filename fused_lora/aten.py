@@ -35,11 +35,11 @@ def forward(
     """
     dtype = x.dtype
     if base is None:
-        y = F.linear(x, _as(weight, dtype), None if bias is None else _as(bias, dtype))
+        y = F.linear(x, as_dtype(weight, dtype), None if bias is None else as_dtype(bias, dtype))
     # Over the mask in place: a second large temporary would cost more than the product.
     dropped = x if words is None else dropout.keep_matrix(words, x.shape[1], dtype).mul_(x)
-    S = _scaled_mm(dropped, _as(lora_A, dtype).t(), scaling, inv_keep)
-    Bt = _as(lora_B, dtype).t()
+    S = _scaled_mm(dropped, as_dtype(lora_A, dtype).t(), scaling, inv_keep)
+    Bt = as_dtype(lora_B, dtype).t()
     if base is None:
         return y.addmm_(S, Bt), S
     if base.dtype == dtype:
@@ -69,21 +69,21 @@ def backward(
         mask = dropout.keep_matrix(words, lora_A.shape[1], dtype)
     if needs[0] or needs[1]:
         # Carries 1/(1-p) for both of its uses, so the mask itself stays zeros and ones.
-        G = _scaled_mm(dy, _as(lora_B, dtype), scaling, inv_keep)
+        G = _scaled_mm(dy, as_dtype(lora_B, dtype), scaling, inv_keep)
     if needs[0] and weight is None:
-        dx = torch.mm(G, _as(lora_A, dtype))
+        dx = torch.mm(G, as_dtype(lora_A, dtype))
         if mask is not None:
             dx.mul_(mask)
     elif needs[0]:
-        dx = torch.mm(dy, _as(weight, dtype))
+        dx = torch.mm(dy, as_dtype(weight, dtype))
         if mask is None:
-            dx.addmm_(G, _as(lora_A, dtype))
+            dx.addmm_(G, as_dtype(lora_A, dtype))
         else:
-            dx.addcmul_(torch.mm(G, _as(lora_A, dtype)), mask)
+            dx.addcmul_(torch.mm(G, as_dtype(lora_A, dtype)), mask)
     if needs[1]:
         dA = _mm_as(G.t(), x if mask is None else mask.mul_(x), lora_A.dtype)
     if needs[2]:
-        dB = _rank_gradient(dy, _as(S, dtype), lora_B.dtype)
+        dB = _rank_gradient(dy, as_dtype(S, dtype), lora_B.dtype)
     return dx, dA, dB
 
 
@@ -111,9 +111,9 @@ def _mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a b`` in ``dtype``: from the fp32 accumulator where the device can, else converted."""
     if dtype == torch.float32 and a.dtype != dtype and a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
-    return _as(torch.mm(a, b), dtype)
+    return as_dtype(torch.mm(a, b), dtype)
 
 
-def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t.to(dtype)``, which takes a microsecond to find that there is nothing to do."""
     return t if t.dtype == dtype else t.to(dtype)

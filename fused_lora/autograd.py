@@ -41,11 +41,11 @@ def lora_linear(
         or (base is not None and base.requires_grad)
     ):
         return _LoRALinear.apply(*args)
-    return _forward(*args)[0]
+    return forward(*args)[0]
 
 
-def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
-    """``y (..., N)``, ``S (M,R)``, the keep bits, and who ran."""
+def forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
+    """``y (..., N)``, ``S (M,R)``, the keep bits or None, and who ran."""
     flat = _flatten(x)
     if base is not None:
         base = _flatten(base)
@@ -62,36 +62,46 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
-        y, S, words, ctx.runner = _forward(
-            x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base
-        )
-        need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        is_tensor = isinstance(scaling, Tensor)
-        ctx.scaling = None if is_tensor else scaling
-        ctx.inv_keep = dropout.KEEP_ALL / keep
-        ctx.x_shape = x.shape
-        ctx.dtype = x.dtype
-        ctx.bias_dtype = bias.dtype if need_bias else None
-        ctx.save_for_backward(
-            x if need_A else None,
-            weight if need_x else None,
-            lora_A,
-            lora_B,
-            S if need_B else None,
-            words if need_x or need_A else None,
-            scaling if is_tensor else None,
-        )
+    def forward(ctx, *args):
+        y, S, words, runner = forward(*args)
+        save(ctx, args, S, words, runner)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        # The saved tensors already have the dtypes that autocast chose in forward.
-        device = dy.device.type
-        if autocasts(device):
-            with torch.autocast(device, enabled=False):
-                return _backward(ctx, dy)
-        return _backward(ctx, dy)
+        return backward(ctx, dy)
+
+
+def save(ctx, args: tuple, S: Tensor, words: Tensor | None, runner) -> None:
+    """Keep for backward what the gradients of ``args``, those of :func:`forward`, ask for."""
+    x, weight, lora_A, lora_B, bias, scaling, _, keep, *_ = args
+    need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+    is_tensor = isinstance(scaling, Tensor)
+    ctx.runner = runner
+    ctx.scaling = None if is_tensor else scaling
+    ctx.inv_keep = dropout.KEEP_ALL / keep
+    ctx.x_shape = x.shape
+    ctx.dtype = x.dtype
+    ctx.bias_dtype = bias.dtype if need_bias else None
+    ctx.save_for_backward(
+        x if need_A else None,
+        weight if need_x else None,
+        lora_A,
+        lora_B,
+        S if need_B else None,
+        words if need_x or need_A else None,
+        scaling if is_tensor else None,
+    )
+
+
+def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments of :func:`forward`; differentiable under ``create_graph``."""
+    # The saved tensors already have the dtypes that autocast chose in forward.
+    device = dy.device.type
+    if autocasts(device):
+        with torch.autocast(device, enabled=False):
+            return _backward(ctx, dy)
+    return _backward(ctx, dy)
 
 
 def _backward(ctx, dy):

@@ -8,20 +8,28 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+_MOST = 256
 _made: dict[tuple, Tensor] = {}
 
 
-def constant(
-    make: Callable[[torch.dtype, torch.device], Tensor], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """``make(dtype, device)``, kept unless a compiler, a mode or a transform owns what it makes."""
+def constant(make: Callable[..., Tensor], *args) -> Tensor:
+    """``make(*args)``, kept unless a compiler, a mode, a transform or a CUDA graph owns it."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return make(dtype, device)
-    key = make, dtype, device
+        return make(*args)
+    key = make, *args
     kept = _made.get(key)
     if kept is None:
         with torch.inference_mode(False):
-            kept = make(dtype, device)
-        if torch._C._functorch.peek_interpreter_stack() is None:
+            kept = make(*args)
+        # What is made while a CUDA graph is captured has no value before the replay.
+        captured = kept.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch._C._functorch.peek_interpreter_stack() is None and not captured:
+            if len(_made) >= _MOST:
+                _made.clear()
             _made[key] = kept
     return kept
+
+
+def scalar(value: float, device: torch.device) -> Tensor:
+    """A 0-d fp32 tensor; filled on the device, which a CUDA graph may capture."""
+    return torch.full((), value, dtype=torch.float32, device=device)

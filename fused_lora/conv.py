@@ -74,5 +74,5 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
             return self._conv_forward(input, self.plain_weight(), self.bias)
         y = self._conv_forward(input, self.weight, self.bias)
         dropped = F.dropout(input, self.dropout, self.training)
-        S = self._conv_forward(dropped, self.lora_A.to(input.dtype), None) * self._scaling
+        S = self._conv_forward(dropped, self.lora_A.to(input.dtype), None) * self._scale()
         return y + F.conv2d(S, self.lora_B.to(S.dtype))

@@ -131,22 +131,27 @@ def choose(
         impl == "auto" and not _may_run_triton(x, weight if base is None else base)
     ):
         return aten
-    if torch.compiler.is_compiling():
-        raise ValueError("impl='triton' cannot be traced by a compiler; use impl='auto' or 'torch'")
     aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     (M, K), (N, R) = x.shape, lora_B.shape
     dtype = x.dtype if base is None else torch.promote_types(x.dtype, base.dtype)
     return _runner(impl, x.device, dtype, M, N, K, R, dropped, aligned)
 
 
+def choose_backward(
+    dy: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, impl: str, dropped: bool
+):
+    """The runner of a backward whose forward chose in another place, for ``dy (M,N)``."""
+    if impl == "torch" or (
+        impl == "auto" and not _may_run_triton(dy, dy if weight is None else weight)
+    ):
+        return aten
+    (M, N), (R, K) = dy.shape, lora_A.shape
+    return _runner(impl, dy.device, dy.dtype, M, N, K, R, dropped, True)
+
+
 def _may_run_triton(x: Tensor, frozen: Tensor) -> bool:
-    """A plain tensor on a GPU; subclasses such as DTensor, and compilers, need aten operators."""
-    return (
-        x.is_cuda
-        and type(x) is Tensor
-        and type(frozen) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_compiling()
-    )
+    """A plain tensor on a GPU; subclasses such as DTensor need PyTorch's own operators."""
+    return x.is_cuda and type(x) is Tensor and type(frozen) in (Tensor, nn.Parameter)
 
 
 @lru_cache(maxsize=4096)

@@ -18,14 +18,16 @@ from .autograd import without_autocast
 _BLOCK = 1 << 22  # numbers: 16 MB in float32
 
 
-def gain(magnitude: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float):
+def gain(
+    magnitude: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+):
     """``g (out,)``, differentiable in ``magnitude (out,)`` alone."""
     with torch.no_grad():
         norm = row_norm(weight, lora_A, lora_B, scaling)
     return magnitude / norm.to(magnitude.dtype)
 
 
-def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
     """``‖W + s·B A‖ (out,)`` of ``weight (out, in)``, some rows at a time, at least in float32.
 
     Not by ``‖w‖² + 2 s·b·(A w) + s²·b (A Aᵀ) b``, which cancels where an adapter undoes a row.
@@ -35,7 +37,7 @@ def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> 
     rows = max(1, _BLOCK // max(1, weight.shape[1]))
     with without_autocast(weight.device.type):
         norms = [
-            torch.linalg.vector_norm(torch.addmm(w.to(wide), b, A, alpha=scaling), dim=1)
+            torch.linalg.vector_norm(torch.addmm(w.to(wide), scaling * b, A), dim=1)
             for w, b in zip(weight.split(rows), B.split(rows), strict=True)
         ]
     return torch.cat(norms).clamp_min_(torch.finfo(wide).tiny)

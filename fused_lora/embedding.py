@@ -72,7 +72,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         if self.merged or not self.enabled:
             return self._look_up(input, self.plain_weight())
         base = self._look_up(input, self.weight)
-        S = self._look_up(input, self.lora_A.t()) * self._scaling
+        S = self._look_up(input, self.lora_A.t()) * self._scale()
         return (base + F.linear(S, self.lora_B)).to(base.dtype)
 
     def _look_up(self, indices: Tensor, table: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dropout, reference
+from . import dropout, operators, reference
 from .autograd import autocasts, lora_linear
 from .sharding import is_shard
 from .validation import (
@@ -115,6 +115,8 @@ def _run(x, weight, lora_A, lora_B, bias, scaling, p, impl, base=None) -> Tensor
 
 
 def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
+    if torch.compiler.is_exporting():
+        return operators.exported(x, weight, lora_A, lora_B, bias, scaling, p, base)
     keep = dropout.keep_count(p) if p else dropout.KEEP_ALL
     seed = None if keep == dropout.KEEP_ALL else dropout.draw_seed(x.device)
     args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
@@ -128,7 +130,8 @@ def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
 def _products(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base) -> Tensor:
     """``y`` from plain tensors; the only random number is the seed."""
     if impl != "reference":
-        return lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
+        run = operators.lora_linear if torch.compiler.is_compiling() else lora_linear
+        return run(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
     mask = None
     if seed is not None:
         K = x.shape[-1]

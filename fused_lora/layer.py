@@ -197,6 +197,11 @@ class LoRALayer(MergeableLayer):
         self._scaling = float(value)
         self._renew_scaling_tensor()
 
+    def _scale(self) -> float | Tensor:
+        """``s`` in a forward; a tensor for compilers, whose graph then holds for every value."""
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        return self._scaling_tensor if compiling or self._scaling_tensor.is_cuda else self._scaling
+
     def _renew_scaling_tensor(self) -> None:
         """The scale where kernels read it: exact in fp32, in place as long as the place serves."""
         tensor, device = self._scaling_tensor, self.lora_A.device

@@ -48,7 +48,7 @@ class _LinearForward(LoRALayer):
             self.lora_A,
             self.lora_B,
             bias,
-            scaling=self._scaling_tensor if self._scaling_tensor.is_cuda else self._scaling,
+            scaling=self._scale(),
             dropout_p=dropout,
             training=self.training,
             impl=self.impl,
@@ -66,7 +66,7 @@ class _LinearForward(LoRALayer):
         dropped = F.dropout(x, self.dropout) if drops else x
         y = self._fused(dropped, matrix, None, 0.0)
         gain = dora.gain(
-            self.lora_magnitude_vector, matrix, self.lora_A, self.lora_B, self._scaling
+            self.lora_magnitude_vector, matrix, self.lora_A, self.lora_B, self._scale()
         )
         y = y * gain.to(y.dtype)
         if drops:

@@ -302,6 +302,7 @@ def _changed(module: nn.Module) -> str | None:
 def _input_reason(layer: nn.Module, x: Tensor, parts: _Parts) -> str | None:
     """Why this call runs PEFT's own forward; None if it runs fused."""
     lora_A, lora_B, scaling = parts.lora_A, parts.lora_B, parts.scaling
+    compiling = torch.compiler.is_compiling()  # where a number may be symbolic
     device = lora_A.device
     if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_nested:
         return "an input that is no plain tensor"
@@ -331,11 +332,11 @@ def _input_reason(layer: nn.Module, x: Tensor, parts: _Parts) -> str | None:
     if isinstance(scaling, Tensor):
         if scaling.dim() or scaling.requires_grad or scaling.device != device:
             return "a scale that is no constant on the device"
-    elif not isinstance(scaling, Real) or not math.isfinite(scaling):
+    elif not isinstance(scaling, Real) or not (compiling or math.isfinite(scaling)):
         return "a scale that is no finite number"
     if parts.dropout >= 1:
         return "a dropout of everything"
-    if torch.compiler.is_compiling():
+    if compiling:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform"

@@ -6,13 +6,12 @@ GEMM, ``shrink`` and ``lora_add``). All three save and read one state: ``x``, ``
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ..constants import constant, scalar
 from . import configs
 from .dropout import dropout_mask
 from .lora_gemm import lora_add, lora_gemm
@@ -211,12 +210,7 @@ def _describable(t: Tensor) -> bool:
 
 
 def _scale_tensor(scaling: float | Tensor, device: torch.device) -> Tensor:
-    return scaling if isinstance(scaling, Tensor) else _constant(float(scaling), device)
-
-
-@lru_cache
-def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=device)
+    return scaling if isinstance(scaling, Tensor) else constant(scalar, float(scaling), device)
 
 
 def _precision(t: Tensor) -> str:

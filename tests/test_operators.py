@@ -1,0 +1,142 @@
+"""The registered operators: PyTorch's own checks of schema, autograd, fakes and dynamic shapes."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from fused_lora import dropout, fused_lora_linear, operators
+from support import make_inputs
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+has_triton = importlib.util.find_spec("triton") is not None
+
+PLAIN = {
+    "shape": (5, 40, 24, 4),
+    "dtype": FP32,
+    "adapter_dtype": None,
+    "grads": ("x", "lora_A", "lora_B"),
+    "layout": "contiguous",
+    "bias": True,
+    "p": 0.0,
+    "impl": "auto",
+    "base": False,
+}
+CASES = {
+    "plain": {},
+    "one row": {"shape": (1, 40, 24, 4)},
+    "rank 3": {"shape": (5, 7, 6, 3), "p": 0.3},
+    "bf16": {"dtype": BF16, "adapter_dtype": FP32, "p": 0.3},
+    "fp16": {"dtype": FP16},
+    "fp64": {"dtype": FP64, "p": 0.3},
+    "no bias": {"bias": False},
+    "dropout": {"p": 0.3},
+    "three dimensions": {"layout": "three dimensions", "p": 0.3},
+    "one dimension": {"layout": "one dimension"},
+    "rows apart": {"layout": "rows apart", "p": 0.3},
+    "transposed": {"layout": "transposed"},
+    "expanded": {"layout": "expanded"},
+    "no rows": {"shape": (0, 40, 24, 4), "p": 0.3},
+    "no columns": {"shape": (5, 40, 0, 4), "p": 0.3},
+    "no inputs": {"shape": (5, 0, 24, 4)},
+    "no gradient": {"grads": (), "p": 0.3},
+    "only x": {"grads": ("x",), "p": 0.3},
+    "only A": {"grads": ("lora_A",), "p": 0.3},
+    "only B": {"grads": ("lora_B",)},
+    "bias trains": {"grads": ("x", "lora_A", "lora_B", "bias")},
+    "beside a base": {"base": True, "bias": False, "p": 0.3},
+    "beside a wider base": {"base": True, "bias": False, "dtype": BF16},
+    "triton": {"impl": "triton", "p": 0.3},
+    "triton, bf16, rank 3": {"impl": "triton", "shape": (5, 7, 6, 3), "dtype": BF16},
+    "triton, few rows": {"impl": "triton", "shape": (3, 64, 48, 4)},
+}
+
+
+def laid_out(x, layout):
+    match layout:
+        case "three dimensions":
+            return torch.stack((x, x))
+        case "one dimension":
+            return x[0]
+        case "rows apart":
+            return torch.cat((x, x), 1)[:, : x.shape[1]]
+        case "transposed":
+            return x.t().contiguous().t()
+        case "expanded":
+            return x[:1].expand_as(x)
+    return x
+
+
+def arguments(shape, dtype, adapter_dtype, grads, layout, bias, p, impl, base):
+    inputs = make_inputs(*shape, dtype, adapter_dtype, bias=bias)
+    x = laid_out(inputs["x"], layout)
+    M, N = x.shape[:-1].numel(), shape[2]
+    keep = dropout.keep_count(p)
+    seed = torch.tensor(7) if p else None
+    beside = torch.randn(*x.shape[:-1], N) if base else None  # float32, whatever x is
+    weight = None if base else inputs["weight"]
+    tensors = {"x": x, **{name: inputs[name] for name in ("lora_A", "lora_B", "bias")}}
+    for name in grads:
+        tensors[name] = tensors[name].detach().requires_grad_()
+    forward = (
+        tensors["x"], weight, tensors["lora_A"], tensors["lora_B"], tensors["bias"],
+        torch.tensor(1.3), seed, keep, impl, beside,
+    )  # fmt: skip
+    return forward, M
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    case = PLAIN | CASES[name]
+    if case["impl"] == "triton" and not has_triton:
+        pytest.skip("needs Triton")
+    forward, M = arguments(**case)
+    torch.library.opcheck(torch.ops.fused_lora.lora_linear.default, forward)
+
+    with torch.no_grad():
+        y, S, words = torch.ops.fused_lora.lora_linear(*forward)
+        x, weight, A, B, _, scaling, seed, keep, impl, _ = forward
+        dy = torch.randn(M, y.shape[-1]).to(x.dtype)
+        needs = [f in case["grads"] for f in ("x", "lora_A", "lora_B")]
+        flat, words = x.reshape(M, x.shape[-1]), None if seed is None else words
+        backward = (
+            dy, flat.detach(), weight, A.detach(), B.detach(), S, scaling,
+            words, dropout.KEEP_ALL / keep, impl, needs,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.fused_lora.lora_linear_backward.default, backward)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "base" not in n and CASES[n].get("grads", 1)])
+def test_operators_compute_what_eager_does(name):
+    """The very same numbers and dtypes, with gradients by the registered formula."""
+    case = PLAIN | CASES[name]
+    if case["impl"] == "triton" and not has_triton:
+        pytest.skip("needs Triton")
+    args, _ = arguments(**case)
+    x, weight, A, B, bias, scaling, *_ = args
+    leaves = [t for t in (x, A, B, bias) if t is not None and t.requires_grad]
+    seed = {} if not case["p"] else {"dropout_p": case["p"]}
+    outcomes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dropout, "draw_seed", lambda device: args[6])
+        eager = fused_lora_linear(
+            x, weight, A, B, bias, scaling=float(scaling), impl=case["impl"], **seed
+        )
+    for y in (eager, operators.lora_linear(*args)):
+        dy = torch.ones_like(y)
+        outcomes.append((y, *torch.autograd.grad(y, leaves, dy)))
+    for registered, expected in zip(*outcomes, strict=True):
+        assert registered.dtype == expected.dtype
+        torch.testing.assert_close(registered, expected, rtol=0, atol=0)
+
+
+def test_double_backward():
+    inputs = {k: v for k, v in make_inputs(5, 7, 6, 3, FP64).items() if k != "scaling"}
+    leaves = [inputs[n].requires_grad_() for n in ("x", "lora_A", "lora_B", "bias")]
+
+    def layer(x, A, B, bias):
+        seed = torch.tensor(3)
+        return operators.lora_linear(x, inputs["weight"], A, B, bias, 1.3, seed, 40_000, "auto")
+
+    assert torch.autograd.gradcheck(layer, leaves)
+    assert torch.autograd.gradgradcheck(layer, leaves)
