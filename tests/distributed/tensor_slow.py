@@ -34,9 +34,10 @@ def check_llama():
     apply_lora(model, rank=3)
     train_like(model.double())
     columns, rows = LoRAColwiseParallel(), LoRARowwiseParallel()
-    plan = {f"model.layers.*.self_attn.{name}_proj": columns for name in "qkv"}
-    plan |= {f"model.layers.*.mlp.{name}_proj": columns for name in ("gate", "up")}
-    plan |= dict.fromkeys(("model.layers.*.self_attn.o_proj", "model.layers.*.mlp.down_proj"), rows)
+    layers = "model.layers.*."
+    plan = {f"{layers}self_attn.[qkv]_proj": columns, f"{layers}self_attn.o_proj": rows}
+    plan |= {f"{layers}mlp.gate_proj": columns, f"{layers}mlp.up_proj": columns}
+    plan |= {f"{layers}mlp.down_proj": rows}
     shards = parallelize_module(copy.deepcopy(model), mesh(), plan)
     ids = tokens(2, 7)
     for m in (model, shards):
