@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .config import Adapter, AdapterConfig
 from .layer import LoRALayer
 from .model import lora_layers
-from .sharding import check_whole
+from .sharding import check_replaceable, check_whole
 from .targets import adapter_configs
 from .validation import check_rank
 
@@ -97,7 +97,8 @@ def set_adapter(model: nn.Module, name: str) -> list[str]:
 
     Raises:
         RuntimeError: a merged layer.
-        ValueError: no adapters, or no adapter of that name.
+        ValueError: no adapters, no adapter of that name, or one of other shapes in a model that
+            is sharded or in ``DistributedDataParallel``.
     """
     layers = lora_layers(model)
     known = _names(layers)
@@ -106,6 +107,8 @@ def set_adapter(model: nn.Module, name: str) -> list[str]:
         raise ValueError(f"expected one of the adapters {', '.join(known)}, got {name!r}")
     if name == known[0]:
         return []
+    if not all(layer.fits(layer.inactive_adapters[name]) for layer in layers.values()):
+        check_replaceable(model, "switch to an adapter of other shapes")
     replaced = []
     for place, layer in layers.items():
         previous = layer.stash_adapter()

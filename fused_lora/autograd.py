@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, dropout, reference
+from .sharding import ready
 
 
 def lora_linear(
@@ -31,6 +32,7 @@ def lora_linear(
 
     ``base (..., N)`` takes the place of ``x Wᵀ + bias``.
     """
+    x, base = ready(x), None if base is None else ready(base)
     args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -111,6 +113,7 @@ def _backward(ctx, dy):
     x, weight, lora_A, lora_B, S, words, scaling = ctx.saved_tensors
     twice = torch.is_grad_enabled()
     backward = reference.backward if twice else ctx.runner.backward
+    dy = ready(dy)
     flat_dy = _flatten(dy)
     if flat_dy.dtype != ctx.dtype:  # the base output's
         flat_dy = flat_dy.to(ctx.dtype)

@@ -22,7 +22,7 @@ from .adapters import adapter_names, check_name, check_new_name, check_sharing, 
 from .config import Adapter
 from .layer import LoRALayer
 from .model import adapt, check_contains_layers, lora_layers
-from .sharding import check_whole, is_shard
+from .sharding import check_replaceable, check_whole, is_first, is_shard, mesh_of, on_first
 from .validation import check_dtype, check_impl, listed
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
@@ -36,15 +36,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     written aside (killed, a hidden ``.tmp`` file may stay), flushed to the disk and put in place
     as a whole.
 
+    Of a model that ``fully_shard`` has sharded, every process calls it: the tensors are gathered
+    one at a time, the first process of the device mesh writes, and the others wait for it. Under
+    ``DistributedDataParallel`` one process calls it.
+
     Args:
         directory: made if it does not exist; an adapter in it is replaced.
         name: of the adapter; by default the active one.
 
     Raises:
         OSError: the files cannot be written; those that were there are still whole.
-        RuntimeError: a parametrization computes part of the adapter.
+        RuntimeError: a parametrization computes part of the adapter, FSDP1 shows it flat, or
+            another process could not write.
         ValueError: no adapters, no adapter of that name, settings that PEFT cannot hold, or tensors
-            that are sharded or on the meta device.
+            on the meta device.
     """
     model = _unwrapped(model)
     check_contains_layers(model)
@@ -53,6 +58,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     name = known[0] if name is None else name
     if name not in known:
         raise ValueError(f"expected one of the adapters {', '.join(known)}, got {name!r}")
+    mesh = mesh_of(layers.values())
     adapters = {
         place: layer.stash_adapter() if name == known[0] else layer.inactive_adapters[name]
         for place, layer in layers.items()
@@ -69,18 +75,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     names = [place for place in modules if place]
     base_model = str(base_model) if base_model else None
     config = peft_format.make_config(layers, adapters, names, base_model)
-    tensors = {
-        peft_format.tensor_key(place, layers[place], parameter): _whole(place, tensor)
-        for place, adapter in adapters.items()
-        for parameter, tensor in adapter.tensors.items()
-    }
-    write_adapter(Path(directory), tensors, config)
+    tensors = {}
+    for place, adapter in adapters.items():
+        for parameter, tensor in adapter.tensors.items():
+            whole = _whole(place, tensor)
+            if is_first(mesh):
+                key = peft_format.tensor_key(place, layers[place], parameter)
+                tensors[key] = whole.contiguous().cpu()
+    on_first(mesh, lambda: write_adapter(Path(directory), tensors, config))
 
 
 def _whole(place: str, tensor: Tensor) -> Tensor:
-    if is_shard(tensor) or tensor.is_meta:
-        raise ValueError(f"expected whole tensors to save, got a sharded or meta one at {place}")
-    return tensor.contiguous().cpu()
+    if tensor.is_meta:
+        raise ValueError(f"expected tensors with values to save, got a meta one at {place}")
+    return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def load_adapter(
@@ -114,7 +122,7 @@ def load_adapter(
     check_name(name)
     check_impl(impl)
     check_dtype("adapter_dtype", adapter_dtype)
-    model = _unwrapped(model)
+    wrapped, model = model, _unwrapped(model)
     check_contains_layers(model)
     check_whole(model, "load an adapter")
     folder = Path(directory)
@@ -138,6 +146,7 @@ def load_adapter(
     if any(isinstance(module, LoRALayer) for module in modules.values()):
         _into_adapted(model, loaded, name, folder)
     else:
+        check_replaceable(wrapped, "adapt")
         configs = {place: adapter.config for place, adapter in loaded.items()}
         found = {place: modules[place] for place in loaded}
         adapt(model, found, configs, impl, adapter_dtype)

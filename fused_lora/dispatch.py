@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import aten, cost, devices, dropout
+from .sharding import is_shard
 from .validation import check_dropout, check_impl, check_tensors
 
 _failed: set[tuple] = set()
@@ -72,6 +73,8 @@ def explain(
         if layer.no_kernel is not None:
             return Decision("torch", None, None, f"{layer.no_kernel}, in plain PyTorch")
         weight, lora_A = layer.to_matrix(layer.weight), layer.lora_A
+        if is_shard(weight):
+            weight = weight.to_local()  # what this rank computes with
         x = torch.empty((tokens, weight.shape[1]), dtype=weight.dtype, device="meta")
         impl = layer.impl if impl is None else impl
         if dropout_p is None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import dropout, operators, reference
 from .autograd import autocasts, lora_linear
+from .sharding import is_shard
 from .tracing import is_exporting, is_traced, is_transformed
 from .validation import (
     check_base,
@@ -32,7 +33,7 @@ def fused_lora_linear(
     """``y = x Wᵀ + bias + s·D(x) Aᵀ Bᵀ``: a frozen linear layer with a low-rank adapter.
 
     Differentiable in ``x``, ``lora_A``, ``lora_B``, and ``bias`` where it requires grad; twice. A
-    gradient has the shape and dtype of its tensor.
+    gradient has the shape and dtype of its tensor. DTensors give a DTensor (:mod:`.placements`).
 
     Args:
         x: ``(..., in)``, float16, bfloat16, float32 or float64; any leading dimensions and strides.
@@ -119,6 +120,16 @@ def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
         return operators.exported(x, weight, lora_A, lora_B, bias, scaling, p, base)
     keep = dropout.keep_count(p) if p else dropout.KEEP_ALL
     seed = None if keep == dropout.KEEP_ALL else dropout.draw_seed(x.device)
+    args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
+    if is_shard(x) or is_shard(lora_A) or is_shard(weight if base is None else base):
+        from .placements import on_shards  # and with it torch.distributed
+
+        return on_shards(_products, *args)
+    return _products(*args)
+
+
+def _products(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base) -> Tensor:
+    """``y`` from plain tensors; the only random number is the seed."""
     if is_transformed():
         if impl == "triton":
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -73,7 +74,7 @@ class LoRALayer(MergeableLayer):
 
         Raises:
             TypeError: another class, a replaced forward, or a weight that is no float Parameter.
-            ValueError: a setting that cannot be adapted.
+            ValueError: a setting that cannot be adapted, or a sharded weight.
         """
         plain = cls.plain_class()
         if type(base) is not plain:
@@ -84,6 +85,7 @@ class LoRALayer(MergeableLayer):
                 "expected weight to be a Parameter, got one that pruning or weight norm computes"
             )
         check_dtype("the weight's dtype", base.weight.dtype)
+        sharding.check_whole_weight(base.weight, "adapt")
 
     def plain(self) -> nn.Module:
         """The plain layer again, with the same Parameters (still frozen), hooks and attributes.
@@ -231,14 +233,14 @@ class LoRALayer(MergeableLayer):
 
         Raises:
             RuntimeError: while merged.
-        ValueError: PiSSA of a weight with NaN or infinity in it, or without values.
+        ValueError: PiSSA of a weight with NaN or infinity in it, without values, or sharded.
         """
         if self.merged:
             raise RuntimeError("expected an unmerged layer to initialise, got a merged one")
         if self.init == "pissa":
             self._take_principal_part()
         else:
-            self._fill(self.init, self.lora_A, self.lora_B)
+            sharding.fill(partial(self._fill, self.init), self.lora_A, self.lora_B)
         if self.use_dora:
             norm = dora.row_norm(
                 self.to_matrix(self.weight), self.lora_A, self.lora_B, self.scaling
@@ -252,6 +254,7 @@ class LoRALayer(MergeableLayer):
         original = self.weight if self._original_weight is None else self._original_weight
         if original.is_meta:
             raise ValueError("expected a weight with values for init='pissa', got a meta tensor")
+        sharding.check_whole_weight(self.weight, "split for init='pissa'")
         if not original.isfinite().all():
             raise ValueError("expected a finite weight for init='pissa', got NaN or infinity in it")
         residual = initialization.principal(
@@ -264,11 +267,13 @@ class LoRALayer(MergeableLayer):
         )
 
     def stash_adapter(self) -> Adapter:
-        """A copy of the active adapter.
+        """A copy of the active adapter; of a sharded one, this process's part.
 
         Raises:
-            RuntimeError: a parametrization computes part of it.
+            RuntimeError: a parametrization computes part of it, or FSDP1 shows it flat.
         """
+        sharding.check_gathered(self.weight, self.lora_A)
+        sharding.reshard(self)
         parameters = self.adapter_parameters()
         for name in self.adapter_shapes(self.weight, self.adapter_config):
             if name not in parameters:
@@ -299,6 +304,17 @@ class LoRALayer(MergeableLayer):
             )
         return Adapter(config, config.scaling, tensors)
 
+    def fits(self, adapter: Adapter) -> bool:
+        """Whether an adapter has the shapes of the active one.
+
+        Raises:
+            RuntimeError: FSDP1 shows that one flat.
+        """
+        sharding.check_gathered(self.weight, self.lora_A)
+        return {n: p.shape for n, p in self.adapter_parameters().items()} == {
+            n: t.shape for n, t in adapter.tensors.items()
+        }
+
     @torch.no_grad()
     def activate_adapter(self, adapter: Adapter) -> bool:
         """Give the active adapter these values; False if its Parameters had to be replaced.
@@ -307,10 +323,8 @@ class LoRALayer(MergeableLayer):
         Parameters stays valid. Gradients, which are the other adapter's, are dropped.
         """
         sharding.reshard(self)
+        in_place = self.fits(adapter)
         current = self.adapter_parameters()
-        in_place = {n: p.shape for n, p in current.items()} == {
-            n: t.shape for n, t in adapter.tensors.items()
-        }
         for name in ADAPTER_NAMES:
             tensor = adapter.tensors.get(name)
             if in_place and tensor is not None:
@@ -350,7 +364,7 @@ class LoRALayer(MergeableLayer):
 
     def _fill_all(self) -> None:
         """Give values to adapters that come from the meta device: none may stay uninitialised."""
-        self._fill(self.init, self.lora_A, self.lora_B)
+        sharding.fill(partial(self._fill, self.init), self.lora_A, self.lora_B)
         for adapter in self.inactive_adapters.values():
             tensors = adapter.tensors
             self._fill(adapter.config.init, tensors["lora_A"], tensors["lora_B"])

@@ -11,6 +11,7 @@ from .autograd import autocasts
 from .config import AdapterConfig
 from .functional import fused_lora_linear
 from .layer import LoRALayer
+from .sharding import is_shard
 from .validation import check_dtype, check_features, check_same_dtype, check_tensors
 
 _LINEAR_INITS = ("default", "gaussian", "orthogonal", "pissa")
@@ -55,6 +56,11 @@ class _LinearForward(LoRALayer):
 
     def _dora_forward(self, x: Tensor) -> Tensor:
         """The equations of :mod:`.dora`, around the fused product."""
+        if is_shard(self.weight):
+            raise ValueError(
+                "expected a whole weight for DoRA, got a sharded one, where the norm of a row of"
+                " W + s·B A would be that of a part: under tensor parallelism use_dora=False"
+            )
         matrix, bias = self._matrix(), self.bias
         drops = self.dropout > 0 and self.training
         dropped = F.dropout(x, self.dropout) if drops else x

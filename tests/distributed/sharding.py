@@ -1,11 +1,13 @@
-"""Sharded models in two processes: merging, switching, saving and the patch, right or refused."""
+"""Sharded models in two processes: merging, switching and the patch, right or refused."""
+
+from __future__ import annotations
 
 import copy
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
+from common import whole as _whole
 from models import stack, train_like
 from torch import nn
 
@@ -17,7 +19,6 @@ from fused_lora import (
     load_adapter,
     merge_lora,
     patch_peft,
-    save_adapter,
     set_adapter,
     unload_lora,
     unmerge_lora,
@@ -25,7 +26,6 @@ from fused_lora import (
 from support import UNIT_ROUNDOFF, relative_rms, watch_patch
 
 PROCESSES = 2
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 
 def two_models(**arguments) -> tuple[nn.Module, nn.Module]:
@@ -41,7 +41,19 @@ def two_models(**arguments) -> tuple[nn.Module, nn.Module]:
     return whole, fully_shard(sharded)
 
 
-def check_merging(arguments, keep_base):
+def check_merge():
+    merge({}, True)
+
+
+def check_final_merge():
+    merge({}, False)
+
+
+def check_merge_dora():
+    merge({"use_dora": True}, True)
+
+
+def merge(arguments: dict, keep_base: bool):
     whole, sharded = two_models(**arguments)
     x = torch.randn(4, 8)
     with torch.no_grad():
@@ -83,6 +95,31 @@ def check_switching():
     torch.testing.assert_close(_whole(sharded[0].lora_A.grad), whole[0].lora_A.grad)
 
 
+def check_switching_keeps_what_mixed_precision_rounds():
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    whole, _ = two_models()
+    expected = whole[0].lora_A.detach().clone()
+    sharded = fully_shard(whole, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with torch.no_grad():
+        sharded(torch.randn(4, 8))
+        assert sharded[0].lora_A.dtype == torch.bfloat16  # gathered, for the forward
+        set_adapter(sharded, "second")
+        set_adapter(sharded, "default")
+    assert torch.equal(_whole(sharded[0].lora_A), expected)
+
+
+def check_switching_to_other_shapes_is_refused():
+    from torch.distributed.fsdp import fully_shard
+
+    whole, _ = two_models()
+    add_adapter(whole, "wide", rank=3)
+    for wrapped in (nn.parallel.DistributedDataParallel(whole), fully_shard(whole)):
+        with pytest.raises(ValueError, match="to switch to an adapter of other shapes, got"):
+            set_adapter(wrapped, "wide")
+        assert wrapped.get_submodule("module.0" if wrapped is not whole else "0").rank == 2
+
+
 def peft_model() -> nn.Module:
     import peft
 
@@ -116,7 +153,15 @@ def check_patched_peft():
             assert error <= 8 * UNIT_ROUNDOFF[torch.float32], name
 
 
-def check_patched_fsdp1(wrap_parts):
+def check_patched_fsdp1():
+    patched_fsdp1(False)
+
+
+def check_patched_fsdp1_of_parts():
+    patched_fsdp1(True)
+
+
+def patched_fsdp1(wrap_parts: bool):
     """The whole model in one flat parameter, or PEFT's policy: each trainable part by itself.
 
     Either way PEFT's own forward: the parameters are views of the flat one, or in other modules.
@@ -187,7 +232,7 @@ def check_patched_tensor_parallel():
             assert error <= 8 * UNIT_ROUNDOFF[torch.float32], name
 
 
-def check_refusals(folder):
+def check_refusals():
     from torch.distributed.fsdp import fully_shard
 
     _, sharded = two_models()
@@ -196,58 +241,13 @@ def check_refusals(folder):
         lambda: unload_lora(sharded),
         lambda: add_adapter(sharded, "third"),
         lambda: add_weighted_adapter(sharded, "third", {"second": 1.0}),
-        lambda: load_adapter(sharded, folder),
+        lambda: load_adapter(sharded, "adapter"),
         lambda: apply_lora(fully_shard(stack())),
     ):
         with pytest.raises(ValueError, match=r"expected a whole model to .* before fully_shard"):
             call()
-    with pytest.raises(ValueError, match="got a sharded or meta one at 0"):
-        save_adapter(sharded, folder)
+    with pytest.raises(ValueError, match="without wrapper to adapt, got one in Distributed"):
+        apply_lora(nn.parallel.DistributedDataParallel(stack()))
     after = {name: _whole(tensor) for name, tensor in sharded.state_dict().items()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def _whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def process(rank, folder, check, arguments):
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
-    try:
-        check(*arguments)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("check", "arguments"),
-    [
-        (check_merging, ({}, True)),
-        (check_merging, ({}, False)),
-        (check_merging, ({"use_dora": True}, True)),
-        (check_switching, ()),
-        (check_patched_peft, ()),
-        (check_patched_fsdp1, (False,)),
-        (check_patched_fsdp1, (True,)),
-        (check_patched_tensor_parallel, ()),
-        (check_refusals, ("adapter",)),
-    ],
-    ids=[
-        "merge",
-        "final merge",
-        "merge dora",
-        "switch",
-        "patched peft",
-        "patched peft, fsdp1",
-        "patched peft, fsdp1 of parts",
-        "patched peft, tensor parallel",
-        "refusals",
-    ],
-)
-def test_two_processes(check, arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.multiprocessing.spawn(process, (str(tmp_path), check, arguments), PROCESSES)

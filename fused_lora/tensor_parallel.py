@@ -1,0 +1,100 @@
+"""Styles for ``parallelize_module``: an adapted linear layer over the ranks of a mesh.
+
+    apply_lora(model, rank=16)
+    plan = {"up": LoRAColwiseParallel(), "down": LoRARowwiseParallel()}
+    parallelize_module(model, mesh, plan)
+
+PyTorch's own ``ColwiseParallel`` and ``RowwiseParallel`` give the same numbers. They shard the
+column-wise layer's ``lora_A`` by rank, so that every forward gathers it, and keep the row-wise
+layer's whole, so that backward does. These place the adapter where :mod:`.placements` wants it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+from .layer import LoRALayer
+from .linear import FusedLoRALinear
+from .sharding import is_shard
+
+__all__ = ["LoRAColwiseParallel", "LoRARowwiseParallel"]
+
+
+class _LoRAStyle:
+    """Comes before PyTorch's style, which treats the layers that are not adapted."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, LoRALayer):
+            _check(module)
+        return super()._apply(module, device_mesh)
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        if not isinstance(module, LoRALayer):
+            return super()._partition_linear_fn(name, module, device_mesh)
+        for key, placement in self.lora_placements.items():
+            parameter = module._parameters[key]
+            if parameter is not None:
+                tensor = distribute_tensor(
+                    parameter, device_mesh, [placement], src_data_rank=self.src_data_rank
+                )
+                tensor = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                module.register_parameter(key, tensor)
+
+
+class LoRAColwiseParallel(_LoRAStyle, ColwiseParallel):
+    """``weight``, ``bias`` and ``lora_B`` sharded by outputs, ``lora_A`` on every rank.
+
+    Nothing is sent forward; backward reduces ``dx`` and the gradient of ``lora_A``. Arguments as
+    ``ColwiseParallel``; for a layer that is not adapted it is that style.
+
+    Raises (in ``parallelize_module``):
+        TypeError: an adapted layer that is not a :class:`FusedLoRALinear`.
+        ValueError: DoRA, or a layer that is merged or sharded already.
+    """
+
+    lora_placements: ClassVar[dict[str, Placement]] = {
+        "weight": Shard(0),
+        "bias": Shard(0),
+        "lora_A": Replicate(),
+        "lora_B": Shard(0),
+    }
+
+
+class LoRARowwiseParallel(_LoRAStyle, RowwiseParallel):
+    """``weight`` and ``lora_A`` sharded by inputs, ``bias`` and ``lora_B`` on every rank.
+
+    Forward reduces base and adapter in one sum; backward reduces the gradient of ``lora_B``.
+    Arguments as ``RowwiseParallel``; errors as :class:`LoRAColwiseParallel`.
+    """
+
+    lora_placements: ClassVar[dict[str, Placement]] = {
+        "weight": Shard(1),
+        "bias": Replicate(),
+        "lora_A": Shard(1),
+        "lora_B": Replicate(),
+    }
+
+
+def _check(layer: LoRALayer) -> None:
+    if not isinstance(layer, FusedLoRALinear):
+        raise TypeError(
+            f"expected a FusedLoRALinear, got {type(layer).__name__}: PyTorch's styles take"
+            " embeddings, and none other kinds"
+        )
+    if layer.use_dora:
+        raise ValueError(
+            "expected a layer without DoRA, got one with it, whose norms are of whole rows of"
+            " W + s·B A: use_dora=False works"
+        )
+    if layer.merged:
+        raise ValueError("expected an unmerged layer, got a merged one: parallelize, then merge")
+    if any(is_shard(parameter) for parameter in layer.parameters()):
+        raise ValueError(
+            "expected a whole layer, got a sharded one: call parallelize_module once, and before"
+            " fully_shard"
+        )

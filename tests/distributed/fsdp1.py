@@ -1,0 +1,100 @@
+"""FSDP1: right with ``use_orig_params`` in one dtype, else refused."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from common import adapted, adapters_of, assert_trains_alike, network
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from fused_lora import (
+    add_adapter,
+    apply_lora,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+    set_adapter,
+    unload_lora,
+    unmerge_lora,
+)
+
+BF16 = torch.bfloat16
+gathered = FullyShardedDataParallel.summon_full_params
+X = torch.linspace(-1, 1, 96).view(4, 24)
+
+
+def sharded(model: nn.Sequential, use_orig_params: bool = True) -> FullyShardedDataParallel:
+    """In two flat parameters, each of frozen weights and adapters."""
+    wrap = partial(
+        FullyShardedDataParallel, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    model[2] = wrap(model[2])
+    return wrap(model)
+
+
+def check_training():
+    assert_trains_alike(sharded, adapted(), gathered=gathered)
+
+
+def check_training_in_bfloat16():
+    assert_trains_alike(sharded, adapted(BF16, adapter_dtype=BF16), gathered=gathered)
+
+
+def check_what_torch_refuses():
+    """Its own messages; ``adapter_dtype`` and ``use_orig_params=True`` are the cures."""
+    with pytest.raises(ValueError, match="tensors with uniform dtype but got"):
+        sharded(adapted(BF16))
+    with pytest.raises(ValueError, match="requires_grad` when `use_orig_params=False`"):
+        sharded(adapted(), use_orig_params=False)
+
+
+def check_refusals():
+    for plain in (sharded(network()), sharded(network().requires_grad_(False), False)):
+        for model in (plain, plain.module):
+            with pytest.raises(ValueError, match=r"to adapt, .* FullyShardedDataParallel"):
+                apply_lora(model)
+    start = adapted()
+    add_adapter(start, "second", rank=3)
+    model = sharded(start)
+    for call in (
+        lambda: add_adapter(model, "third"),
+        lambda: load_adapter(model, "nowhere"),
+        lambda: unload_lora(model),
+    ):
+        with pytest.raises(ValueError, match=r"expected a whole model to .* FullyShardedData"):
+            call()
+    for call in (
+        lambda: merge_lora(model),
+        lambda: set_adapter(model, "second"),
+        lambda: save_adapter(model, "nowhere"),
+    ):
+        with pytest.raises(RuntimeError, match=r"FSDP1's .* within .*summon_full_params\(model\)"):
+            call()
+
+
+def check_gathered():
+    """Within ``summon_full_params`` adapters are merged, switched and saved."""
+    start = adapted()
+    add_adapter(start, "second", rank=3)
+    model = sharded(copy.deepcopy(start))
+    on = model(X)
+    with gathered(model):
+        merge_lora(model)
+    torch.testing.assert_close(model(X), on)
+    with pytest.raises(RuntimeError, match=r"summon_full_params\(model\)"):
+        unmerge_lora(model)
+    with gathered(model):
+        unmerge_lora(model)
+    assert torch.equal(model(X), on)
+    with gathered(model):
+        save_adapter(model, "default")
+        set_adapter(model, "second")
+    loaded = network()
+    load_adapter(loaded, "default")
+    assert torch.equal(adapters_of(loaded), adapters_of(start))
+    set_adapter(start, "second")
+    torch.testing.assert_close(model(X), start(X))

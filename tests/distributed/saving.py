@@ -1,0 +1,164 @@
+"""Adapters saved from shards: PEFT's files, whole, for other models and other world sizes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import adapted, adapters_of, backward, batches, network, whole
+from models import train_like
+from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import fused_lora
+from fused_lora import add_adapter, load_adapter, save_adapter, set_adapter
+
+X = torch.linspace(-1, 1, 96).view(4, 24)
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def two_adapters(**arguments) -> nn.Sequential:
+    """One, "default", that is active, and "second" aside."""
+    model = adapted(**arguments)
+    add_adapter(model, "second", rank=3, use_dora=arguments.get("use_dora", False))
+    set_adapter(model, "second")
+    train_like(model)
+    set_adapter(model, "default")
+    return model
+
+
+def saved_as(model: nn.Module, folder: str, expected: nn.Module) -> None:
+    """The files of ``folder`` are written, and hold the active adapter of ``expected``."""
+    save_adapter(model, folder, expected[0].adapter_name)
+    loaded = network()
+    load_adapter(loaded, folder)
+    assert torch.equal(adapters_of(loaded), adapters_of(expected))
+
+
+def check_saving():
+    """Both adapters: gathered after a forward, as shards, and whole as they were put aside."""
+    for arguments in ({}, {"use_dora": True}):
+        model = two_adapters(**arguments)
+        second = copy.deepcopy(model)
+        set_adapter(second, "second")
+        sharded = copy.deepcopy(model)
+        for group in (sharded[2], sharded):
+            fully_shard(group, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        saved_as(sharded, "aside", second)
+        sharded(X)
+        saved_as(sharded, "gathered", model)
+        set_adapter(sharded, "second")
+        saved_as(sharded, "second", second)
+        saved_as(sharded, "default", model)
+
+
+def check_saving_on_a_mesh_of_two_dimensions():
+    model = adapted()
+    replicas = 2 if dist.get_world_size() == 4 else 1
+    mesh = init_device_mesh("cpu", (replicas, 2), mesh_dim_names=("replicas", "shards"))
+    sharded = fully_shard(copy.deepcopy(model), mesh=mesh)
+    saved_as(sharded, "hybrid", model)
+
+
+def check_the_files_are_pefts():
+    model = adapted()
+    expected = model(X)
+    save_adapter(fully_shard(model), "adapter")
+    if dist.get_rank() == 0:
+        import peft
+
+        torch.manual_seed(1)
+        base = network()  # with the base weights of ``model``
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(base, "adapter")(X), expected)
+
+
+def check_loading_before_sharding():
+    model = adapted()
+    expected = model(X)
+    save_adapter(fully_shard(model), "adapter")
+    torch.manual_seed(1)
+    loaded = network()
+    load_adapter(loaded, "adapter")
+    torch.testing.assert_close(fully_shard(loaded)(X), expected)
+
+
+def check_a_failed_write_fails_everywhere():
+    sharded = fully_shard(adapted())
+    first = dist.get_rank() == 0
+    if first:
+        Path("occupied").touch()
+    dist.barrier()
+    kind, text = (FileExistsError, "occupied") if first else (RuntimeError, "it failed: FileExists")
+    with pytest.raises(kind, match=text):
+        save_adapter(sharded, "occupied")
+
+
+def check_one_process_writes():
+    writes = []
+    with mock.patch.object(fused_lora.checkpoint, "write_adapter", lambda *a: writes.append(a)):
+        save_adapter(fully_shard(adapted()), "adapter")
+    assert len(writes) == (dist.get_rank() == 0)
+
+
+def trainer(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model, sharded if there are several processes, and its optimizer."""
+    model = adapted()
+    torch.manual_seed(seed)
+    train_like(model)
+    if dist.is_initialized():
+        fully_shard(model)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """What trains, and the moments: no frozen weight among it."""
+    return {
+        "model": get_model_state_dict(model, options=TRAINED),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=TRAINED),
+    }
+
+
+def flat(state: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a state by name, gathered."""
+    moments = state["optimizer"]["state"]
+    found = {f"{name}.{key}": t for name, its in moments.items() for key, t in its.items()}
+    return {name: whole(tensor) for name, tensor in (found | state["model"]).items()}
+
+
+def save_state():
+    model, optimizer = trainer(seed=5)
+    for x, classes in batches(split=True)[:3]:
+        optimizer.zero_grad()
+        backward(model, x, classes)
+        optimizer.step()
+    state = state_of(model, optimizer)
+    checkpoint.save(state, checkpoint_id="state")
+    expected = flat(state)
+    if dist.get_rank() == 0:
+        torch.save(expected, "expected.pt")
+
+
+def load_state():
+    """In another number of processes, into other adapters: bit for bit."""
+    model, optimizer = trainer(seed=6)
+    state = state_of(model, optimizer)
+    checkpoint.load(state, checkpoint_id="state")
+    set_model_state_dict(model, state["model"], options=TRAINED)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=TRAINED)
+    expected, loaded = torch.load("expected.pt"), flat(state_of(model, optimizer))
+    assert loaded.keys() == expected.keys()
+    assert len(loaded) == 6 * 4  # each factor, its two moments and its number of steps
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)

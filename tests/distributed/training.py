@@ -1,0 +1,90 @@
+"""DDP and FSDP2 train as one process does; accumulation, clipping, checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from common import adapted, assert_trains_alike, backward, batches, whole
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_lora import lora_parameters
+
+BF16 = torch.bfloat16
+CLIPPED = 0.05  # below every gradient's norm
+
+
+def sharded(model: nn.Sequential, **arguments) -> nn.Module:
+    """In two groups, each of frozen weights and adapters."""
+    fully_shard(model[2], **arguments)
+    return fully_shard(model, **arguments)
+
+
+def in_two(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+    """Two micro-batches, of which the second alone communicates."""
+    first, second = zip(x.chunk(2), classes.chunk(2), strict=True)
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            loss = backward(model, *first)
+    else:
+        model.set_requires_gradient_sync(False)
+        loss = backward(model, *first)
+        model.set_requires_gradient_sync(True)
+    loss = loss + backward(model, *second)
+    for parameter in lora_parameters(model):
+        parameter.grad /= 2
+    return loss / 2
+
+
+def check_ddp():
+    assert_trains_alike(DistributedDataParallel, adapted())
+
+
+def check_ddp_bfloat16_base():
+    assert_trains_alike(DistributedDataParallel, adapted(BF16), in_two, CLIPPED)
+
+
+def check_fsdp2():
+    assert_trains_alike(sharded, adapted(), in_two, CLIPPED)
+
+
+def check_fsdp2_bfloat16_base():
+    assert_trains_alike(sharded, adapted(BF16))
+
+
+def check_fsdp2_mixed_precision():
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
+    assert_trains_alike(partial(sharded, mp_policy=policy), adapted(BF16), in_two, CLIPPED)
+
+
+def check_fsdp2_bfloat16_reduction():
+    """Beside one process whose gradients are as the policy makes them, bfloat16."""
+    policy = MixedPrecisionPolicy(param_dtype=BF16)
+    assert_trains_alike(partial(sharded, mp_policy=policy), adapted(BF16))
+
+
+def check_checkpointing():
+    """Recomputed layers drop what they dropped: the very gradients, in other memory."""
+    for wrap in (DistributedDataParallel, sharded):
+        kept = gradients(wrap, lambda layer: layer, seed=3)
+        recomputed = gradients(wrap, checkpoint_wrapper, seed=3)
+        other = gradients(wrap, checkpoint_wrapper, seed=4)
+        assert len(kept) == 6
+        for one, two, three in zip(kept, recomputed, other, strict=True):
+            assert torch.equal(one, two)
+            assert not torch.equal(one, three)
+
+
+def gradients(wrap: Callable, wrap_layer: Callable, seed: int) -> list[Tensor]:
+    """Of the adapters, after one step with dropout, other masks in every process."""
+    model = adapted(dropout=0.3)
+    model[0], model[2] = wrap_layer(model[0]), wrap_layer(model[2])
+    model = wrap(model)
+    torch.manual_seed(10 * seed + dist.get_rank())
+    backward(model, *batches(split=True)[0])
+    return [whole(parameter.grad) for parameter in lora_parameters(model)]

@@ -1,0 +1,69 @@
+"""Several processes on one machine, started by torchrun: the checks are in ``distributed/``."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+TESTS = Path(__file__).parent
+CHECKS = TESTS / "distributed"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+def launch(folder: Path, processes: int, module: str, checks: list[str] | None = None) -> None:
+    """Run checks of a module, by default every one, in ``folder``."""
+    if checks is None:
+        body = ast.parse((CHECKS / f"{module}.py").read_text()).body
+        names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+        checks = [name for name in names if name.startswith("check_")]
+    start = (*TORCHRUN, str(processes)) if processes > 1 else ()
+    result = subprocess.run(
+        [sys.executable, *start, CHECKS / "worker.py", module, *checks],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.removeprefix("passed ") for line in lines if line.startswith("passed ")] == checks
+
+
+@pytest.mark.parametrize(
+    ("module", "processes"),
+    [
+        ("training", 2),
+        ("training", 4),
+        ("sharding", 2),
+        ("fsdp1", 2),
+        ("saving", 2),
+        ("saving", 4),
+        ("trainers", 1),
+        ("trainers", 2),
+        ("tensor_products", 2),
+        ("tensor_products", 4),
+        ("tensor_models", 2),
+        ("tensor_models", 4),
+        ("tensor_slow", 2),
+    ],
+)
+def test_every_check(module, processes, tmp_path):
+    if module == "trainers":
+        pytest.importorskip("accelerate")
+        pytest.importorskip("transformers")
+    launch(tmp_path, processes, module)
+
+
+def test_resharding(tmp_path):
+    """What two processes save, four and one load, by PyTorch's distributed checkpoints."""
+    launch(tmp_path, 2, "saving", ["save_state"])
+    launch(tmp_path, 4, "saving", ["load_state"])
+    launch(tmp_path, 1, "saving", ["load_state"])
