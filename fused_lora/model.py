@@ -11,7 +11,7 @@ from torch import nn
 from .config import AdapterConfig
 from .embedding import LoRAEmbedding
 from .layer import LoRALayer
-from .sharding import check_replaceable
+from .sharding import check_original_parameters, check_replaceable
 from .targets import ALL_LINEAR, adapter_configs, find_targets, layer_class
 from .validation import check_dtype, check_impl, listed
 
@@ -178,9 +178,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The adapted layers of ``model``, by the first of their names.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or FSDP1 has them with ``use_orig_params=False``.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+    for name, layer in layers.items():
+        check_original_parameters(name, layer)
     if not layers:
         raise ValueError(
             f"expected a model with adapters, got a {type(model).__name__} without: apply_lora or"

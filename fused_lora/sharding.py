@@ -71,6 +71,19 @@ def check_replaceable(model: nn.Module, doing: str) -> None:
         )
 
 
+def check_original_parameters(place: str, layer: nn.Module) -> None:
+    """Check that FSDP1 has left a layer its Parameters, which are found by name and identity.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if not getattr(layer, "_fsdp_use_orig_params", True):
+        raise ValueError(
+            "expected FullyShardedDataParallel(..., use_orig_params=True), got False, which leaves"
+            f" {place} no lora_A and lora_B of its own"
+        )
+
+
 def check_gathered(*matrices: Tensor) -> None:
     """Check that FSDP1 shows weights and factors as they are, not as pieces of a flat Parameter.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -60,6 +61,16 @@ def test_every_check(module, processes, tmp_path):
         pytest.importorskip("accelerate")
         pytest.importorskip("transformers")
     launch(tmp_path, processes, module)
+
+
+def test_the_wire_model_counts_real_shapes(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(TESTS.parent / "benchmarks"))
+    wire = importlib.import_module("wire")
+    base, adapters = wire.count(wire.SHAPES["8B"])
+    assert base == 8_030_261_248  # the published checkpoint's
+    square, grouped, mlp = 4096 + 4096, 4096 + 1024, 4096 + 14336
+    assert adapters == 32 * 16 * (2 * square + 2 * grouped + 3 * mlp)
 
 
 def test_resharding(tmp_path):

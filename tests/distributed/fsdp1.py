@@ -15,6 +15,8 @@ from fused_lora import (
     add_adapter,
     apply_lora,
     load_adapter,
+    lora_param_groups,
+    lora_parameters,
     merge_lora,
     save_adapter,
     set_adapter,
@@ -50,6 +52,24 @@ def check_what_torch_refuses():
         sharded(adapted(BF16))
     with pytest.raises(ValueError, match="requires_grad` when `use_orig_params=False`"):
         sharded(adapted(), use_orig_params=False)
+
+
+def check_adapters_in_a_flat_parameter_are_refused():
+    """Which torch makes where everything frozen is left out of it."""
+    start = adapted()
+    frozen = [p for p in start.parameters() if not p.requires_grad]
+    cpu = torch.device("cpu")
+    model = FullyShardedDataParallel(
+        start, use_orig_params=False, ignored_states=frozen, device_id=cpu
+    )
+    for call in (
+        lambda: list(lora_parameters(model)),
+        lambda: lora_param_groups(model, lr=1e-3),
+        lambda: merge_lora(model),
+        lambda: save_adapter(model, "nowhere"),
+    ):
+        with pytest.raises(ValueError, match=r"use_orig_params=True.*, got False"):
+            call()
 
 
 def check_refusals():

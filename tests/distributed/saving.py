@@ -65,12 +65,16 @@ def check_saving():
         saved_as(sharded, "default", model)
 
 
+def hybrid(model: nn.Module) -> nn.Module:
+    """Sharded over pairs of processes, replicated over the pairs."""
+    shape = (dist.get_world_size() // 2, 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+    return fully_shard(model, mesh=mesh)
+
+
 def check_saving_on_a_mesh_of_two_dimensions():
     model = adapted()
-    replicas = 2 if dist.get_world_size() == 4 else 1
-    mesh = init_device_mesh("cpu", (replicas, 2), mesh_dim_names=("replicas", "shards"))
-    sharded = fully_shard(copy.deepcopy(model), mesh=mesh)
-    saved_as(sharded, "hybrid", model)
+    saved_as(hybrid(copy.deepcopy(model)), "hybrid", model)
 
 
 def check_the_files_are_pefts():
@@ -96,7 +100,7 @@ def check_loading_before_sharding():
 
 
 def check_a_failed_write_fails_everywhere():
-    sharded = fully_shard(adapted())
+    sharded = hybrid(adapted())
     first = dist.get_rank() == 0
     if first:
         Path("occupied").touch()

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from common import whole as _whole
 from models import stack, train_like
 from torch import nn
@@ -19,6 +20,7 @@ from fused_lora import (
     load_adapter,
     merge_lora,
     patch_peft,
+    save_adapter,
     set_adapter,
     unload_lora,
     unmerge_lora,
@@ -93,6 +95,31 @@ def check_switching():
     whole(x).sum().backward()
     sharded(x).sum().backward()
     torch.testing.assert_close(_whole(sharded[0].lora_A.grad), whole[0].lora_A.grad)
+
+
+def check_life_cycle_under_ddp():
+    whole, _ = two_models()
+    x = torch.randn(4, 8)
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(whole))
+    if dist.get_rank() == 0:
+        save_adapter(wrapped, "adapter")
+    dist.barrier()
+    for model in (whole, wrapped):
+        set_adapter(model, "second")
+        add_adapter(model, "third", rank=2)
+        load_adapter(model, "adapter", "fourth")
+        set_adapter(model, "fourth")
+        model(x).sum().backward()
+    torch.testing.assert_close(wrapped.module[0].lora_A.grad, whole[0].lora_A.grad)
+    with torch.no_grad():
+        on = whole(x)
+        merge_lora(wrapped)
+        torch.testing.assert_close(wrapped(x), on)
+        unmerge_lora(wrapped)
+        assert torch.equal(wrapped(x), on)
+        torch.testing.assert_close(unload_lora(wrapped)(x), on)
+    with pytest.raises(ValueError, match="to adapt, got one in DistributedDataParallel"):
+        load_adapter(nn.parallel.DistributedDataParallel(stack()), "adapter")
 
 
 def check_switching_keeps_what_mixed_precision_rounds():

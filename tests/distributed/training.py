@@ -10,8 +10,10 @@ import torch.distributed as dist
 from common import adapted, assert_trains_alike, backward, batches, whole
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import lora_parameters
 
@@ -66,6 +68,34 @@ def check_fsdp2_bfloat16_reduction():
     """Beside one process whose gradients are as the policy makes them, bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=BF16)
     assert_trains_alike(partial(sharded, mp_policy=policy), adapted(BF16))
+
+
+def check_hsdp():
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("outer", "in"))
+    assert_trains_alike(partial(sharded, mesh=mesh), adapted(BF16), in_two, CLIPPED)
+
+
+class Reductions(TorchDispatchMode):
+    """The bytes handed to every reduce-scatter."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if "reduce_scatter" in op.name():
+            self.sizes.append(args[1].nbytes)
+        return op(*args, **(kwargs or {}))
+
+
+def check_fsdp2_reduces_adapters_alone():
+    """In float32, every factor's rows filled up to equal shares; nothing of frozen weights."""
+    model, processes = sharded(adapted(BF16)), dist.get_world_size()
+    with Reductions() as reductions:
+        backward(model, *batches(split=True)[0])
+    rows = [-(-p.shape[0] // processes) * processes for p in lora_parameters(model)]
+    widths = [p.shape[1] for p in lora_parameters(model)]
+    assert sum(reductions.sizes) == 4 * sum(r * w for r, w in zip(rows, widths, strict=True))
 
 
 def check_checkpointing():
