@@ -51,7 +51,7 @@ class Setting:
 
 
 def gpt2(tiny: bool) -> transformers.GPT2LMHeadModel:
-    """124 million parameters; no dropout of its own, which would differ from provider to provider."""
+    """124 million parameters; without dropout of its own, which would blur the curves."""
     sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 512} if tiny else {}
     quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **quiet, use_cache=False))
