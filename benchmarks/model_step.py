@@ -47,7 +47,8 @@ class Result:
         held_bytes: weights, adapters and the optimizer's state.
         step_bytes: the most that a step has allocated at once beside them, gradients included; see
             :func:`memory.peak_of`.
-        process: on a CPU under Linux, what a process of its own takes.
+        process: on a CPU under Linux, what a process of its own takes; of tiny models, which that
+            would not show, None.
     """
 
     seconds: Quartiles
@@ -87,7 +88,7 @@ def measure(base: nn.Module, setting: Setting, names: list[str], rounds: int) ->
             None,
         )
     del trainers, steps
-    if setting.device == "cpu":
+    if setting.device == "cpu" and not setting.tiny:
         results = {
             name: replace(result, process=resident(setting, name))
             for name, result in results.items()

@@ -111,8 +111,7 @@ def test_a_process_holds_the_model_it_trains():
     assert 50e6 < found.built < found.peak
 
 
-def test_model_step(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(model_step, "resident", lambda *_: process_memory.Resident(1, 2))
+def test_model_step(tmp_path, capsys):
     assert model_step.main(["--quick", "--rounds", "2", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "gpt2 (tiny), bfloat16, dropout 0.1: 4 x 32 tokens, rank 16, 2 rounds" in out
@@ -132,8 +131,22 @@ def test_model_step(tmp_path, capsys, monkeypatch):
     assert [len(found["errors"]) for found in data["checks"]] == [4, 4]
 
 
-def test_model_step_in_float32_has_one_kind_of_peft(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_step, "resident", lambda *_: None)
+def test_a_process_is_measured_for_every_provider_of_a_whole_model(monkeypatch):
+    asked = []
+
+    def resident(setting, provider):
+        asked.append(provider)
+        return process_memory.Resident(500_000_000, 700_000_000)
+
+    monkeypatch.setattr(model_step, "resident", resident)
+    base = whole_models.base_model(Setting("gpt2", tiny=True))
+    row = model_step.measure(base, Setting("gpt2"), ["peft", "fused"], rounds=1)
+    assert asked == ["peft", "fused"]
+    about = model_step.machine.describe("cpu")
+    assert model_step.render([], [row], about, 1).count("700 (200)") == 2
+
+
+def test_model_step_in_float32_has_one_kind_of_peft(tmp_path):
     options = ["--quick", "--models", "gpt2", "--rounds", "1", "--dtype", "float32"]
     assert model_step.main([*options, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
