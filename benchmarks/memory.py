@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -30,24 +31,28 @@ def saved_bytes(layer: Layer) -> int:
 
 
 def peak_bytes(layer: Layer) -> int | None:
-    """The most bytes that one step has allocated at once beside its inputs, results included.
+    """The most bytes that one step of a layer holds at once beside its inputs, results included."""
+    return peak_of(layer.step, layer.x.device)
+
+
+def peak_of(step: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that ``step`` has allocated at once beside what was there, results included.
 
     On CUDA by the caching allocator's own count. On a CPU by the profiler's record of torch's
     allocator, which does not see what a vendor's GEMM allocates by itself. None elsewhere.
     """
-    device = layer.x.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        results = layer.step()
+        results = step()
         torch.cuda.synchronize(device)
         del results
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        results = layer.step()
+        results = step()
         del results
     return _peak(profiled)
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import common
 import text
 import torch
+from bottleneck import BOTTLENECK, insert_bottlenecks
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -40,24 +41,10 @@ from fused_lora import (
     unmerge_lora,
 )
 
-RANK, BOTTLENECK, PREFIX = 8, 32, 10
+RANK, PREFIX = 8, 10
 RATE = 5e-4
 TOKENS = 32  # of the text whose latency is taken
 TASKS = ("first", "second")
-
-
-class Bottleneck(nn.Module):
-    """``x + up(gelu(down(x)))``: 2md + d + m parameters, almost the identity at first."""
-
-    def __init__(self, width: int, size: int = BOTTLENECK):
-        super().__init__()
-        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
-        for linear in (self.down, self.up):
-            nn.init.trunc_normal_(linear.weight, std=1e-2, a=-2e-2, b=2e-2)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(nn.functional.gelu(self.down(x)))
 
 
 class GatedPrefix(nn.Module):
@@ -97,9 +84,7 @@ def with_lora(model: text.Classifier, impl: str, embedding: bool = False) -> Non
 
 def with_bottlenecks(model: text.Classifier) -> None:
     model.requires_grad_(False)
-    for layer in model.backbone.encoder.layer:
-        for part in (layer.attention.output, layer.output):
-            part.dense = nn.Sequential(part.dense, Bottleneck(part.dense.out_features))
+    insert_bottlenecks(model.backbone.encoder.layer)
 
 
 def with_prefixes(model: text.Classifier) -> None:

@@ -36,8 +36,8 @@ def example(monkeypatch, tmp_path):
         return importlib.import_module(name)
 
     yield load
-    for name in ("common", "text", "mnist", "cifar10", "sms_spam", "adapters", "peft_one_liner"):
-        sys.modules.pop(name, None)
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def main(module, *options: str) -> int:

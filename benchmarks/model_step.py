@@ -1,0 +1,191 @@
+"""A training step of a whole model with LoRA on every linear layer: PEFT, and ours.
+
+    python benchmarks/model_step.py
+
+GPT-2's 124M and SmolLM2's 135M parameters, random, on batches of 4 texts of 128 tokens. First every
+provider must learn what PEFT learns (loss_curves.py); then they take turns, step by step, on the
+same batches. A table is printed; it, JSON and a picture are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+
+os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers of milliseconds
+
+import torch
+from torch import nn
+
+import command
+import machine
+import memory
+import timing
+import whole_models
+from loss_curves import Check, check
+from problem import WrongResultError
+from process_memory import Resident, resident
+from records import label
+from timing import Quartiles
+from whole_models import PARTS, Setting, Trainer
+
+DROPOUTS = (0.0, 0.1)
+ROUNDS, QUICK_ROUNDS = 10, 5
+BASE = "peft"  # whose step is 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """One provider's step, in one setting.
+
+    Attributes:
+        seconds, parts: of a whole step, and of its forward, backward and optimizer.
+        ratio: to PEFT's step on the same batch.
+        held_bytes: weights, adapters and the optimizer's state.
+        step_bytes: the most that a step has allocated at once beside them, gradients included; see
+            :func:`memory.peak_of`.
+        process: on a CPU under Linux, what a process of its own takes; of tiny models, which that
+            would not show, None.
+    """
+
+    seconds: Quartiles
+    parts: dict[str, Quartiles]
+    ratio: Quartiles
+    tokens_per_second: float
+    held_bytes: int
+    step_bytes: int
+    process: Resident | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Every provider in one setting."""
+
+    setting: Setting
+    results: dict[str, Result]
+
+
+def measure(base: nn.Module, setting: Setting, names: list[str], rounds: int) -> Row:
+    """Train copies of ``base`` in turn, each on the same batches."""
+    trainers = {name: Trainer(copy.deepcopy(base), name, setting) for name in names}
+    steps = {name: trainer.step for name, trainer in trainers.items()}
+    times = timing.interleaved(steps, device=setting.device, seconds=0, min_rounds=rounds)
+    ratios = timing.ratios(times, BASE)
+    results = {}
+    for name, trainer in trainers.items():
+        seconds = timing.quartiles(times[name])
+        parts = trainer.part_seconds()
+        results[name] = Result(
+            seconds,
+            {part: timing.quartiles(parts[part][timing.WARM_UPS :]) for part in PARTS},
+            ratios[name],
+            setting.tokens / seconds.median,
+            trainer.held_bytes,
+            memory.peak_of(trainer.step, trainer.device),
+            None,
+        )
+    del trainers, steps
+    if setting.device == "cpu" and not setting.tiny:
+        results = {
+            name: replace(result, process=resident(setting, name))
+            for name, result in results.items()
+        }
+    return Row(setting, results)
+
+
+def run(args: argparse.Namespace) -> tuple[list[Check], list[Row]]:
+    """Check, then measure; every model without and with dropout."""
+    names = whole_models.providers(args.dtype)
+    checks, rows = [], []
+    for model in args.models:
+        setting = Setting(model, args.dtype, device=args.device, tiny=args.quick)
+        base = whole_models.base_model(setting)
+        print(f"{model}: what everyone learns", file=sys.stderr, flush=True)
+        checks.append(check(base, setting, names))
+        for p in DROPOUTS:
+            print(f"{model}: steps with dropout {p:g}", file=sys.stderr, flush=True)
+            rows.append(measure(base, replace(setting, dropout=p), names, args.rounds))
+    return checks, rows
+
+
+def render(checks: list[Check], rows: list[Row], about: dict, rounds: int) -> str:
+    """The table, and under it what was checked and what is counted."""
+    lines = [label(about)]
+    head = ("ms [quartiles]", "of peft", *PARTS, "tokens/s", "held MB", "step MB", "process MB")
+    for row in rows:
+        s = row.setting
+        texts, tokens = s.batch_shape
+        tiny = " (tiny)" if s.tiny else ""
+        lines += [
+            f"\n{s.model}{tiny}, {s.dtype}, dropout {s.dropout:g}: {texts} x {tokens} tokens,"
+            f" rank {whole_models.RANK}, {rounds} rounds",
+            f"{'':<13}{head[0]:>22}{head[1]:>8}" + "".join(f"{h:>11}" for h in head[2:]),
+        ]
+        lines += [f"{name:<13}{_cells(result)}" for name, result in row.results.items()]
+    lines.append("")
+    for found in checks:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in found.errors.items())
+        lines.append(
+            f"{found.model}: {len(found.wider)} losses from {found.wider[0]:.3f} to"
+            f" {found.wider[-1]:.3f}, off those of a wider dtype by {errors}; allowed"
+            f" {found.tolerance:.1e}"
+        )
+    lines += [
+        "held: weights, adapters, optimizer; step: the most allocated at once beside them;",
+        "process: the most resident of a process of its own, in brackets its rise by the steps",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(result: Result) -> str:
+    ms = [1e3 * t for t in asdict(result.seconds).values()]
+    times = f"{ms[0]:.1f} [{ms[1]:.1f}, {ms[2]:.1f}]"
+    parts = "".join(f"{1e3 * result.parts[part].median:>11.1f}" for part in PARTS)
+    held, step = result.held_bytes / 1e6, result.step_bytes / 1e6
+    process = "-"
+    if result.process:
+        peak, built = result.process.peak / 1e6, result.process.built / 1e6
+        process = f"{peak:.0f} ({peak - built:.0f})"
+    return (
+        f"{times:>22}{result.ratio.median:>8.2f}{parts}{result.tokens_per_second:>11.0f}"
+        f"{held:>11.1f}{step:>11.1f}{process:>13}"
+    )
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; ends with status 2 and one line for those that do not hold."""
+    parser = command.options(__doc__, "model-step")
+    known = whole_models.MODELS
+    add = parser.add_argument
+    add("--models", type=command.names(known), default=list(known), metavar="NAME,…")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
+    add("--rounds", type=command.positive, help=f"{ROUNDS}, with --quick {QUICK_ROUNDS}")
+    args = parser.parse_args(argv)
+    args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when measured; 2 with one line when that could not be."""
+    args = parse(argv)
+    with command.imports():
+        from model_plot import draw
+    try:
+        checks, rows = run(args)
+        about = machine.describe(args.device)
+        data = {"machine": about, "rounds": args.rounds}
+        data |= {"checks": [asdict(c) | {"errors": c.errors} for c in checks]}
+        data |= {"rows": [asdict(row) for row in rows]}
+        text = render(checks, rows, about, args.rounds)
+        command.write(args, data, text, draw(checks, rows, label(about)))
+    except (OSError, WrongResultError, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
