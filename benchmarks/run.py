@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers of milliseconds
 
@@ -24,6 +23,7 @@ import compare
 import machine
 import records
 import table
+from command import Parser, names, positive
 from measure import measure
 from problem import WrongResultError
 from providers import PROVIDERS
@@ -34,14 +34,9 @@ SECONDS = {"quick": 150.0, "full": 1080.0}
 MODEL_TOKENS = {"cuda": 8192, "mps": 1024, "cpu": 512}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; ends with status 2 and one line for those that do not hold."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="size", action="store_const", const="quick")
@@ -50,10 +45,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=devices(), default=devices()[0])
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     add("--dropout", nargs="+", type=_probability, default=[0.0, 0.1], metavar="P")
-    add("--models", type=_models, metavar="NAME,…", help=f"of {', '.join(MODELS)}; rank 16")
-    add("--tokens", type=_positive, metavar="M", help="of a model's rows")
+    add("--models", type=names(MODELS), metavar="NAME,…", help=f"of {', '.join(MODELS)}; rank 16")
+    add("--tokens", type=positive, metavar="M", help="of a model's rows")
     add("--shapes", nargs="+", type=_shape, metavar="M,K,N,R", help="instead of a set")
-    add("--providers", type=_providers, default=list(PROVIDERS), metavar="NAME,…")
+    add("--providers", type=names(PROVIDERS), default=list(PROVIDERS), metavar="NAME,…")
     add("--seconds", type=_seconds, metavar="S", help="for all rows; by default 150, full 1080")
     add("--out", type=Path, default=Path("results"), metavar="DIR")
     add("--compare", type=Path, metavar="OLD.json", help="show what became slower or faster")
@@ -139,13 +134,6 @@ def _probability(text: str) -> float:
     return p
 
 
-def _positive(text: str) -> int:
-    number = _number(text)
-    if number < 1 or number != int(number):
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")
-    return int(number)
-
-
 def _seconds(text: str) -> float:
     seconds = _number(text)
     if not seconds > 0:
@@ -158,23 +146,6 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text}") from None
-
-
-def _models(text: str) -> list[str]:
-    return _names(text, "models", MODELS)
-
-
-def _providers(text: str) -> list[str]:
-    return _names(text, "providers", PROVIDERS)
-
-
-def _names(text: str, kind: str, known) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in known]:
-        raise argparse.ArgumentTypeError(
-            f"expected {kind} of {', '.join(known)}, got {', '.join(unknown)}"
-        )
-    return names
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def test_run(runner, tmp_path, capsys):
     [
         (["--shapes", "1,2,3"], "expected M,K,N,R as four positive numbers, got 1,2,3"),
         (["--shapes", "1,2,0,4"], "expected M,K,N,R as four positive numbers"),
-        (["--models", "gpt9"], "expected models of gpt2, "),
+        (["--models", "gpt9"], "expected names of gpt2, "),
         (["--providers", "eager,nobody"], "got nobody"),
         (["--dropout", "1"], "expected a probability in [0, 1), got 1"),
         (["--dtype", "int8"], "invalid choice"),

@@ -26,7 +26,9 @@ from fused_lora import (
     disable_lora,
     fused_lora_add,
     fused_lora_linear,
+    merge_lora,
     patch_peft,
+    unmerge_lora,
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -247,7 +249,7 @@ def test_new_scales_of_a_patched_layer_are_one_more_graph():
     assert graphs.frame_count == 2
 
 
-def test_switched_off_adapters_are_another_graph():
+def test_every_state_of_the_adapters_has_its_graph():
     model, ids = every_kind()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     on = compiled(ids)
@@ -255,7 +257,10 @@ def test_switched_off_adapters_are_another_graph():
         off = compiled(ids)
         torch.testing.assert_close(off, model(ids))
     assert not torch.allclose(on, off)
+    merge_lora(model)
     torch.testing.assert_close(compiled(ids), on)
+    unmerge_lora(model)
+    torch.testing.assert_close(compiled(ids), on, rtol=0, atol=0)
 
 
 def plain(layer, *tensors):
