@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from . import aten, cost, devices, dropout
+from . import aten, cost, devices, dropout, tuned
+from .runner import TritonRunner, described, forget_failures
 from .sharding import is_shard
 from .validation import check_dropout, check_impl, check_tensors
-
-_failed: set[tuple] = set()
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,9 @@ def choose(
         return aten
     aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     (M, K), (N, R) = x.shape, lora_B.shape
-    dtype = x.dtype if base is None else torch.promote_types(x.dtype, base.dtype)
+    dtype = x.dtype
+    if base is not None:  # beside which there is one way only
+        dtype, impl = torch.promote_types(dtype, base.dtype), impl.partition(":")[0]
     return _runner(impl, x.device, dtype, M, N, K, R, dropped, aligned)
 
 
@@ -146,6 +146,8 @@ def choose_backward(
     ):
         return aten
     (M, N), (R, K) = dy.shape, lora_A.shape
+    if weight is None:
+        impl = impl.partition(":")[0]
     return _runner(impl, dy.device, dy.dtype, M, N, K, R, dropped, True)
 
 
@@ -160,7 +162,7 @@ def _runner(impl: str, device, dtype, M, N, K, R, dropped: bool, aligned: bool):
     if decision.impl == "torch":
         return aten
     key = (device, dtype, N, K, R, dropped)
-    return _Triton(decision, device, key if impl == "auto" else None)
+    return TritonRunner(decision, device, key if impl == "auto" else None)
 
 
 @lru_cache(maxsize=4096)
@@ -168,10 +170,10 @@ def _decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
     if impl == "torch":
         return Decision("torch", None, None, "asked for")
     problem = _not_worth_it(device) if impl == "auto" else None
-    problem = problem or _triton_problem(device) or _dtype_problem(dtype)
+    problem = problem or triton_problem(device) or _dtype_problem(dtype)
     if problem is not None:
-        if impl == "triton":
-            raise ValueError(f"impl='triton' cannot run here: {problem}")
+        if impl != "auto":
+            raise ValueError(f"impl={impl!r} cannot run here: {problem}")
         if device.type == "cuda" and dtype != torch.float64:
             _warn_once(
                 f"fused_lora: PyTorch's products are used on {device}: {problem}. impl='torch' asks"
@@ -180,28 +182,52 @@ def _decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
         return Decision("torch", None, None, problem)
     if 0 in (M, N, K):
         return Decision("torch", None, None, "an empty dimension: there is nothing to launch")
-    gpu = devices.device_of(device)
+    asked = impl.partition(":")[2]
 
-    def strategy(columns: int, inner: int, masked: bool, rows_aligned: bool):
-        aligned = rows_aligned and columns * dtype.itemsize % 16 == inner * dtype.itemsize % 16 == 0
-        return cost.choose_strategy(
-            gpu, dtype.itemsize, M, columns, inner, R, masked_operand=masked, aligned=aligned
-        )
+    def strategy(direction: str, rows_aligned: bool) -> tuple[str, str]:
+        aligned = rows_aligned and K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
+        call = tuned.Call(direction, dtype, M, K, N, R, dropped, aligned)
+        if asked:
+            if asked not in call.strategies:
+                able = " or ".join(call.strategies)
+                raise ValueError(f"impl={impl!r} cannot run here: expected {able} for {call.key}")
+            return asked, "asked for"
+        if entry := tuned.lookup(call, device):
+            return entry.strategy, f"tuned entry {call.key!r}: {entry}"
+        return modelled(call, device)
 
-    forward, reason = strategy(N, K, dropped, aligned)
-    backward, _ = strategy(K, N, False, True)
+    forward, reason = strategy("forward", aligned)
+    backward, backward_reason = strategy("backward", True)
+    if backward_reason != reason:
+        reason = f"forward: {reason}; backward: {backward_reason}"
     return Decision("triton", forward, backward, reason)
 
 
+def modelled(call: tuned.Call, device: torch.device) -> tuple[str, str]:
+    """The strategy that the cost model takes for ``call``, and its reason."""
+    forward = call.direction == "forward"
+    columns, inner = (call.N, call.K) if forward else (call.K, call.N)
+    return cost.choose_strategy(
+        devices.device_of(device),
+        call.dtype.itemsize,
+        call.M,
+        columns,
+        inner,
+        call.R,
+        masked_operand=call.dropped and forward,
+        aligned=call.aligned,
+    )
+
+
 @lru_cache
-def _triton_problem(device: torch.device) -> str | None:
+def triton_problem(device: torch.device) -> str | None:
     """Why the kernels cannot run on ``device``, or None."""
     if device.type not in ("cuda", "cpu"):
         return f"the kernels run on CUDA and ROCm devices, got {device.type}"
     try:
         from .kernels import ops
     except Exception as error:  # an old Triton fails in other ways than ImportError
-        return f"Triton cannot be imported ({error}); pip install triton"
+        return f"Triton cannot be imported ({described(error)}); pip install triton, 3.7 or newer"
     if device.type == "cpu" and not ops.INTERPRETED:
         return (
             "the tensors are on a CPU, where Triton runs only interpreted; set TRITON_INTERPRET=1"
@@ -234,64 +260,7 @@ def clear_decisions() -> None:
     """Forget cached decisions and failures, as after a change of tuning."""
     _runner.cache_clear()
     _decide.cache_clear()
-    _triton_problem.cache_clear()
+    triton_problem.cache_clear()
     _warn_once.cache_clear()
-    _failed.clear()
-
-
-class _Triton:
-    """The kernels with a decision taken; under "auto" with PyTorch behind them."""
-
-    def __init__(self, decision: Decision, device: torch.device, fallback_key: tuple | None):
-        from .kernels import ops
-
-        self.ops = ops
-        self.decision = decision
-        self.device = device
-        self.key = fallback_key
-
-    def dropout_mask(self, seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
-        def kernel():
-            words = dropout.empty_words(rows, columns, seed.device)
-            self.ops.dropout_mask(words, seed, keep, dropout.DIGITS)
-            return words
-
-        return self._run(kernel, lambda: aten.dropout_mask(seed, rows, columns, keep))
-
-    def forward(self, *args, base):
-        return self._run(
-            lambda: self.ops.forward(*args, self.decision.forward, base),
-            lambda: aten.forward(*args, base),
-        )
-
-    def backward(self, *args):
-        return self._run(
-            lambda: self.ops.backward(*args, self.decision.backward),
-            lambda: aten.backward(*args),
-        )
-
-    def _run(self, kernels, instead):
-        if self.key in _failed:
-            return instead()
-        try:
-            # Triton launches on the current device, whatever the tensors' device is.
-            elsewhere = self.device.type == "cuda" and (
-                self.device.index != torch.cuda.current_device()
-            )
-            with torch.cuda.device(self.device) if elsewhere else nullcontext():
-                return kernels()
-        except Exception as error:
-            # An asynchronous error leaves the device unusable, and memory is missing either way.
-            if self.key is None or isinstance(
-                error, (torch.OutOfMemoryError, torch.AcceleratorError)
-            ):
-                raise
-            _failed.add(self.key)
-            first_line = str(error).strip().partition("\n")[0]
-            warnings.warn(
-                f"fused_lora: Triton failed ({type(error).__name__}: {first_line}); PyTorch's "
-                "products are used for this layer shape from now on. impl='torch' asks for them "
-                "without this warning; impl='triton' raises the error.",
-                stacklevel=2,
-            )
-            return instead()
+    tuned.forget()
+    forget_failures()

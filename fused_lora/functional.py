@@ -46,7 +46,8 @@ def fused_lora_linear(
             entries are divided by ``1 - dropout_p``. Rounded to a multiple of 2⁻¹⁶.
         training: ``D`` is the identity when False.
         impl: "auto" (Triton on a GPU that can run it, else PyTorch), "triton", "torch", or
-            "reference" (eager autograd). See :func:`fused_lora.explain`.
+            "reference" (eager autograd); "triton:split", "triton:addmm" and "triton:single_pass"
+            name the strategy too. See :func:`fused_lora.explain`.
 
     Returns:
         ``(..., out)`` in x's dtype; under autocast, in autocast's.

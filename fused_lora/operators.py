@@ -45,9 +45,9 @@ def lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base
     tensors = (x, weight, lora_A, lora_B, bias, base)
     if not all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
         # Subclasses such as DTensor need PyTorch's own operators.
-        if impl == "triton":
+        if impl.startswith("triton"):
             kinds = ", ".join(sorted({type(t).__name__ for t in tensors if t is not None}))
-            raise ValueError(f"impl='triton' cannot run here: expected plain tensors, got {kinds}")
+            raise ValueError(f"impl={impl!r} cannot run here: expected plain tensors, got {kinds}")
         return autograd.lora_linear(
             x, weight, lora_A, lora_B, bias, scaling, seed, keep, "torch", base
         )
@@ -151,7 +151,7 @@ def _on_host(scaling: Tensor) -> float | Tensor:
 
 def _rank_dtype(x: Tensor, impl: str) -> torch.dtype:
     """What S is stored in: float32 where kernels run, and there whoever computes it."""
-    return torch.float32 if impl == "triton" or x.is_cuda else x.dtype
+    return torch.float32 if impl.startswith("triton") or x.is_cuda else x.dtype
 
 
 def _no_words(x: Tensor) -> Tensor:

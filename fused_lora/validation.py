@@ -9,7 +9,15 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+IMPLEMENTATIONS = (
+    "auto",
+    "triton",
+    "triton:split",
+    "triton:addmm",
+    "triton:single_pass",
+    "torch",
+    "reference",
+)
 INITS = ("default", "gaussian", "orthogonal", "pissa")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

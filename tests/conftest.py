@@ -1,6 +1,7 @@
 """Kernels run under Triton's interpreter on CPU tensors, and fresh memory is NaN."""
 
 import os
+import tempfile
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 
@@ -46,6 +47,8 @@ def _mend_interpreter() -> None:
         setattr(builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
 
 
+_cache = tempfile.TemporaryDirectory()
+os.environ["FUSED_LORA_CACHE"] = _cache.name  # what the machine's user has tuned is no test's
 if interpreter is not None:
     _mend_interpreter()
 if "PYTEST_XDIST_WORKER" in os.environ:

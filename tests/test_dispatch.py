@@ -103,13 +103,13 @@ def test_auto_falls_back_with_one_warning(broken, monkeypatch):
     monkeypatch.setattr(dispatch, "_may_run_triton", lambda x, weight: True)
     monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
     kernels = BrokenKernels(ops, broken)
-    original = dispatch._Triton.__init__
+    original = dispatch.TritonRunner.__init__
 
     def with_broken_kernels(self, *args):
         original(self, *args)
         self.ops = kernels
 
-    monkeypatch.setattr(dispatch._Triton, "__init__", with_broken_kernels)
+    monkeypatch.setattr(dispatch.TritonRunner, "__init__", with_broken_kernels)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         results = [call("auto", dropout_p=0.3) for _ in range(2)]

@@ -1,0 +1,105 @@
+"""The kernels with a decision taken; under "auto" with PyTorch's products behind them."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from . import aten, dropout
+
+_failed: set[tuple] = set()
+
+# Part of the error's text or of its type's name, and what to do about it.
+_CURES = (
+    ("OutOfResources", "a smaller rank needs less"),
+    ("C compiler", "install gcc or clang, or set CC: Triton builds its launcher with it"),
+    ("libcuda.so", "make the GPU driver's libcuda.so.1 visible to ldconfig"),
+    ("active drivers", "install the GPU's driver and a torch build for it"),
+    ("Python.h", "install Python's headers (python3-dev): Triton builds its launcher with them"),
+)
+
+
+class TritonRunner:
+    """What :func:`.dispatch.choose` gives for the kernels.
+
+    Args:
+        decision: with a strategy each way.
+        device: of the tensors.
+        fallback_key: under "auto", what a failure is remembered by; None raises it.
+    """
+
+    def __init__(self, decision, device: torch.device, fallback_key: tuple | None):
+        from .kernels import ops
+
+        self.ops = ops
+        self.decision = decision
+        self.device = device
+        self.key = fallback_key
+
+    def dropout_mask(self, seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
+        """Keep bits ``int32 (rows, words)``; see :mod:`.dropout`."""
+
+        def kernel():
+            words = dropout.empty_words(rows, columns, seed.device)
+            self.ops.dropout_mask(words, seed, keep, dropout.DIGITS)
+            return words
+
+        return self._run(kernel, lambda: aten.dropout_mask(seed, rows, columns, keep))
+
+    def forward(self, *args, base):
+        """As :func:`.aten.forward`."""
+        return self._run(
+            lambda: self.ops.forward(*args, self.decision.forward, base),
+            lambda: aten.forward(*args, base),
+        )
+
+    def backward(self, *args):
+        """As :func:`.aten.backward`."""
+        return self._run(
+            lambda: self.ops.backward(*args, self.decision.backward),
+            lambda: aten.backward(*args),
+        )
+
+    def _run(self, kernels, instead):
+        if self.key in _failed:
+            return instead()
+        try:
+            # Triton launches on the current device, whatever the tensors' device is.
+            elsewhere = self.device.type == "cuda" and (
+                self.device.index != torch.cuda.current_device()
+            )
+            with torch.cuda.device(self.device) if elsewhere else nullcontext():
+                return kernels()
+        except Exception as error:
+            # An asynchronous error leaves the device unusable, and memory is missing either way.
+            if self.key is None or isinstance(
+                error, (torch.OutOfMemoryError, torch.AcceleratorError)
+            ):
+                raise
+            _failed.add(self.key)
+            warnings.warn(
+                f"fused_lora: Triton failed ({described(error)}); PyTorch's products are used for"
+                " this layer shape from now on. impl='torch' asks for them without this warning;"
+                " impl='triton' raises the error.",
+                stacklevel=2,
+            )
+            return instead()
+
+
+def forget_failures() -> None:
+    """Let every shape try the kernels again."""
+    _failed.clear()
+
+
+def described(error: Exception) -> str:
+    """Type and first line of an error, and what to do about it where that is known."""
+    kind = type(error).__name__
+    first_line = str(error).strip().partition("\n")[0]
+    text = f"{kind}: {first_line}"
+    for part, cure in _CURES:
+        if part == kind or part in str(error):
+            return f"{text}; {cure}"
+    return text

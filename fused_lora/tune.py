@@ -1,0 +1,286 @@
+"""Time the strategies on the GPU at hand and keep the winners for ``impl="auto"``.
+
+    python -m fused_lora.tune 8192x4096x4096x16 llama3-8b --dropout 0 0.1
+
+A shape is ``MxKxNxR`` (tokens, inputs, outputs, rank); a model's name stands for its projections.
+:func:`tune_model` takes the shapes from a live model. Strategies are tuned, not tiles: these are
+``kernels/configs.py``'s, alike for every candidate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, dropout, tuned
+from .layer import LoRALayer
+from .timing import device_seconds
+from .tuned import Call, Entry
+
+# Published configurations; (K, N) of q and o, of k and v, of gate and up, of down.
+MODELS = {
+    "llama3.2-1b": ((2048, 2048), (2048, 512), (2048, 8192), (8192, 2048)),
+    "llama3-8b": ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
+    "qwen2.5-7b": ((3584, 3584), (3584, 512), (3584, 18944), (18944, 3584)),
+    "qwen2.5-32b": ((5120, 5120), (5120, 1024), (5120, 27648), (27648, 5120)),
+    "llama3-70b": ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CHECKED_ROWS = 256  # of the output, in float64: all of them would take longer than the timing
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, list[float]]]
+
+
+class Layer(NamedTuple):
+    """What is tuned: one layer's sizes, dtype and dropout, both directions of it."""
+
+    M: int
+    K: int
+    N: int
+    R: int
+    dtype: torch.dtype = torch.bfloat16
+    p: float = 0.0
+
+
+def tune(
+    layers: Iterable[Layer],
+    device: torch.device | str = "cuda",
+    *,
+    timer: Timer | None = None,
+    report: Callable[[str], object] = lambda line: None,
+) -> dict[Call, Entry]:
+    """Time every strategy of every layer, and keep the winners in :func:`.tuned.cache_path`.
+
+    A candidate is checked first: its output errs at most twice as much as eager PyTorch's in that
+    dtype, plus one unit round-off. It then takes the place of what would have run without tuning
+    only if it was faster in three of four rounds.
+
+    Args:
+        device: a GPU that the kernels run on.
+        timer: seconds by name of the callables that it is given, round by round; the device's own
+            clock by default, see :mod:`.timing`.
+        report: takes a line of text a direction.
+
+    Returns:
+        The entries that were kept, by call.
+
+    Raises:
+        ValueError: the kernels cannot run on ``device``.
+    """
+    device = _checked_device(torch.device(device))
+    timer = partial(device_seconds, device=device) if timer is None else timer
+    entries = {}
+    for layer in dict.fromkeys(layers):
+        for call, candidates, problem in _directions(layer, device):
+            modelled, _ = dispatch.modelled(call, device)
+            entry, line = _winner(call, candidates, problem, modelled, timer)
+            report(f"{call.key}: {line}")
+            if entry is not None:
+                entries[call] = entry
+    if entries:
+        tuned.store(entries, device)
+        dispatch.clear_decisions()
+    return entries
+
+
+def tune_model(model: nn.Module, tokens: int = 8192, **options) -> dict[Call, Entry]:
+    """Tune for the linear LoRA layers of ``model``, its own or PEFT's, at ``tokens`` rows.
+
+    Each layer's dtype, rank and dropout are those of its active adapter; options and result are
+    :func:`tune`'s.
+
+    Raises:
+        ValueError: no such layer, several devices, or the kernels cannot run there.
+    """
+    found = [(weight.device, Layer(tokens, *rest)) for weight, *rest in _adapted(model)]
+    devices = {device for device, _ in found}
+    if len(devices) != 1:
+        raise ValueError(f"expected LoRA layers on one device, got {len(devices)} devices")
+    return tune([layer for _, layer in found], devices.pop(), **options)
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple]:
+    """``(weight, K, N, R, dtype, p)`` of each linear layer with an adapter."""
+    for module in model.modules():
+        if isinstance(module, LoRALayer):
+            if module.no_kernel is None and not module.use_dora:
+                weight = module.to_matrix(module.weight)
+                N, K = weight.shape
+                yield weight, K, N, module.rank, weight.dtype, module.dropout
+        elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # PEFT's
+            weight = module.get_base_layer().weight
+            for name, lora_A in module.lora_A.items():
+                if isinstance(lora_A, nn.Linear) and weight.is_floating_point():
+                    K, N, p = module.in_features, module.out_features, module.lora_dropout[name]
+                    yield weight, K, N, lora_A.out_features, weight.dtype, getattr(p, "p", 0.0)
+
+
+def _checked_device(device: torch.device) -> torch.device:
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("expected a GPU to tune for, got a machine without one")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    if problem := dispatch.triton_problem(device):
+        raise ValueError(f"expected a device for the kernels, got {device}: {problem}")
+    return device
+
+
+def _directions(layer: Layer, device: torch.device):
+    """``(call, candidates, problem)`` each way; ``problem`` says why a candidate's output is wrong.
+
+    The backward is timed for ``dx``: the gradients of A and B are the same in every strategy.
+    """
+    from .kernels import ops
+
+    M, K, N, R, dtype, p = layer
+    scale = 2.0
+    make = partial(torch.randn, device=device)
+    x, dy = make(M, K).to(dtype), make(M, N).to(dtype)
+    weight, bias = (make(N, K) / K**0.5).to(dtype), make(N).to(dtype)
+    A, B = (make(R, K) / K**0.5).to(dtype), (make(N, R) / R**0.5).to(dtype)
+    keep = dropout.keep_count(p)
+    words, inv_keep = None, dropout.KEEP_ALL / keep
+    if keep < dropout.KEEP_ALL:
+        seed = torch.zeros((), dtype=torch.int64, device=device)
+        words = dropout.keep_words(seed, M, K, keep)
+    rows = torch.arange(0, M, max(1, M // CHECKED_ROWS), device=device)
+    mask = None if words is None else dropout.keep_matrix(words[rows], K, torch.float64) * inv_keep
+
+    def y(wide):
+        low = _masked(x[rows].to(wide), mask) @ A.to(wide).t() @ B.to(wide).t()
+        return x[rows].to(wide) @ weight.to(wide).t() + bias.to(wide) + scale * low
+
+    def dx(wide):
+        low = _masked(scale * (dy[rows].to(wide) @ B.to(wide)) @ A.to(wide), mask)
+        return dy[rows].to(wide) @ weight.to(wide) + low
+
+    saved = x, weight, A, B
+
+    def forward(strategy):
+        return ops.forward(*saved, bias, scale, words, inv_keep, strategy)[0]
+
+    def backward(strategy):
+        needs = True, False, False
+        return ops.backward(dy, *saved, None, scale, words, inv_keep, needs, strategy)[0]
+
+    aligned = K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
+    for name, run, exact in (("forward", forward, y), ("backward", backward, dx)):
+        call = Call(name, dtype, M, K, N, R, words is not None, aligned)
+        candidates = {strategy: partial(run, strategy) for strategy in call.strategies}
+        yield call, candidates, _yardstick(exact, rows, dtype)
+
+
+def _masked(t: Tensor, mask: Tensor | None) -> Tensor:
+    return t if mask is None else t * mask.to(t.dtype)
+
+
+def _yardstick(exact: Callable, rows: Tensor, dtype: torch.dtype) -> Callable[[Tensor], str | None]:
+    expected = exact(torch.float64)
+    bound = 2 * _error(exact(dtype), expected) + UNIT_ROUNDOFF[dtype]
+
+    def problem(output: Tensor) -> str | None:
+        error = _error(output[rows], expected)
+        if error <= bound:  # false for NaN
+            return None
+        return f"relative RMS error {error:.1e}, expected at most {bound:.1e}"
+
+    return problem
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the error over that of what is expected."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def _winner(call, candidates, problem, modelled: str, timer: Timer) -> tuple[Entry | None, str]:
+    """The entry for ``call``, or None; and a line that says how it came about."""
+    failed = {}
+    for name, run in candidates.items():
+        try:
+            reason = problem(run())
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # does not compile or launch here
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if reason is not None:
+            failed[name] = reason
+    able = {name: run for name, run in candidates.items() if name not in failed}
+    said = "".join(f"; {name} left out ({reason})" for name, reason in failed.items())
+    if not able:
+        return None, f"nothing to keep{said}"
+    times = timer(able)
+    medians = {name: 1e6 * statistics.median(values) for name, values in times.items()}
+    base = modelled if modelled in able else min(medians, key=medians.get)
+    better = [name for name in able if _faster(times[name], times[base])]
+    strategy = min(better, key=medians.get) if better else base
+    entry = Entry(strategy, medians)
+    kept = "as modelled" if strategy == modelled else f"in place of the model's {modelled}"
+    return entry, f"{entry}, {kept}{said}"
+
+
+def _faster(times: list[float], base: list[float]) -> bool:
+    """Whether ``times`` beat ``base`` in three of four rounds: chance does that less
+    than once in 300 times thirty rounds, by the binomial distribution.
+    """
+    wins = sum(time < other for time, other in zip(times, base, strict=True))
+    return 4 * wins >= 3 * len(base)
+
+
+def parse(text: str, tokens: int, rank: int) -> list[tuple[int, int, int, int]]:
+    """``(M, K, N, R)`` of each shape that ``text`` names.
+
+    Raises:
+        ValueError: neither four positive integers joined by x nor a model of :data:`MODELS`.
+    """
+    if text in MODELS:
+        return [(tokens, K, N, rank) for K, N in MODELS[text]]
+    parts = text.split("x")
+    if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        names = ", ".join(MODELS)
+        raise ValueError(f"expected MxKxNxR, as 8192x4096x4096x16, or one of {names}; got {text!r}")
+    return [tuple(map(int, parts))]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 2 if there is no GPU to tune for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_lora.tune",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("shapes", nargs="+", metavar="SHAPE", help="MxKxNxR, or a model's name")
+    parser.add_argument("--tokens", type=int, default=8192, help="M of a model's shapes")
+    parser.add_argument("--rank", type=int, default=16, help="R of a model's shapes")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
+    parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs")
+    options = parser.parse_args(arguments)
+    try:
+        shapes = [s for text in options.shapes for s in parse(text, options.tokens, options.rank)]
+    except ValueError as error:
+        parser.error(str(error))
+    dtypes = [DTYPES[name] for name in options.dtype]
+    layers = [Layer(*s, dtype, p) for s, dtype, p in product(shapes, dtypes, options.dropout)]
+    try:
+        device = _checked_device(torch.device("cuda"))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    timer = partial(device_seconds, device=device, graphs=options.graphs)
+    kept = tune(layers, device, timer=timer, report=partial(print, flush=True))
+    print(f"{len(kept)} entries in {tuned.cache_path()}")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Under "auto" training goes on where Triton cannot: each way to fail, raised by Triton itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_lora import dispatch
+from fused_lora.runner import described
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("force_failure.py")
+
+
+def run(*command, path: Path = SCRIPT.parent) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
+# what is missing, the cause as Triton puts it, the cure
+FAILURES = [
+    ("no_driver", "active drivers", "install the GPU's driver"),
+    ("no_compiler", "C compiler", "install gcc or clang"),
+    ("no_room", "OutOfResources: out of resource: shared memory", "a smaller rank"),
+    ("too_old", "PTXASError", "impl='torch'"),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a driver is there")
+@pytest.mark.parametrize("case", FAILURES, ids=lambda case: case[0])
+def test_training_goes_on(case):
+    kind, cause, cure = case
+    result = json.loads(run(SCRIPT, kind))
+    (warning,) = result["warnings"]
+    assert cause in warning
+    assert cure in warning
+    assert "impl='torch'" in warning
+    assert result["difference"] == 0.0
+
+
+def test_an_old_triton_is_a_reason_and_not_an_error(tmp_path):
+    """One without what the kernels import; it may be there for another library's sake."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("__version__ = '2.0.0'\n")
+    script = (
+        "import torch, warnings\n"
+        "from fused_lora import dispatch, fused_lora_linear\n"
+        "dispatch._may_run_triton = lambda x, weight: True\n"
+        "dispatch._not_worth_it = lambda device: None\n"
+        "x, A, B = (torch.ones(s, requires_grad=True) for s in ((5, 8), (2, 8), (6, 2)))\n"
+        "fused_lora_linear(x, torch.ones(6, 8), A, B).sum().backward()\n"
+        "print(dispatch.triton_problem(torch.device('cpu')))\n"
+    )
+    said = run("-c", script, path=tmp_path)
+    assert "Triton cannot be imported" in said
+    assert "pip install triton, 3.7 or newer" in said
+
+
+def test_float64_needs_no_warning(recwarn, monkeypatch):
+    monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
+    dispatch.clear_decisions()
+    gpu = torch.device("cuda", 0)
+    decision = dispatch._decide("auto", gpu, torch.float64, 8, 8, 8, 2, False)
+    assert (decision.impl, "float64" in decision.reason) == ("torch", True)
+    assert not recwarn.list
+
+
+def test_an_error_is_described_by_its_first_line():
+    assert described(ValueError("one\ntwo")) == "ValueError: one"
+    assert described(ValueError("")) == "ValueError: "

@@ -1,0 +1,166 @@
+"""Tuning, on interpreted kernels with a clock that the tests set."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_lora import FusedLoRALinear, apply_lora, dispatch, explain, tuned
+from fused_lora.tune import Layer, main, parse, tune, tune_model
+
+pytest.importorskip("triton")
+
+from fused_lora.kernels import ops
+
+FP32, FP16 = torch.float32, torch.float16
+SMALL = Layer(80, 32, 48, 4, FP32)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_CACHE", str(tmp_path))
+    dispatch.clear_decisions()
+    yield
+    monkeypatch.undo()
+    dispatch.clear_decisions()
+
+
+class Clock:
+    """Seconds by strategy: ``base`` of a round, and a share of the rounds in which it is half."""
+
+    def __init__(self, **won):
+        self.won, self.asked = won, []
+
+    def __call__(self, calls):
+        self.asked.append(set(calls))
+        shares = {name: self.won.get(name, 0.0) for name in calls}
+        return {
+            name: [1.0 if round_ < 20 * share else 2.0 + round_ for round_ in range(20)]
+            for name, share in shares.items()
+        }
+
+
+# share of rounds in which addmm beats split, the modelled choice; the strategy kept
+NOISE = [(0.0, "split"), (0.5, "split"), (0.7, "split"), (0.75, "addmm"), (1.0, "addmm")]
+
+
+@pytest.mark.parametrize("case", NOISE, ids=str)
+def test_a_winner_is_faster_in_three_of_four_rounds(case):
+    share, expected = case
+    entries = tune([SMALL], "cpu", timer=Clock(addmm=share))
+    assert {call.direction: e.strategy for call, e in entries.items()} == {
+        "forward": expected,
+        "backward": expected,
+    }
+
+
+def test_the_winner_runs_from_then_on():
+    layer = FusedLoRALinear(32, 48, rank=4, impl="triton")
+    assert explain(layer, tokens=80).forward == "split"
+    tune([SMALL], "cpu", timer=Clock(addmm=1.0))
+    decision = explain(layer, tokens=80)
+    assert (decision.forward, decision.backward) == ("addmm", "addmm")
+    assert "tuned entry" in decision.reason
+
+
+def test_candidates_are_those_that_can_run():
+    clock = Clock()
+    tune([Layer(16, 32, 48, 4, FP32, 0.1), SMALL], "cpu", timer=clock)
+    every = set(tuned.STRATEGIES)
+    thick = every - {"single_pass"}
+    assert clock.asked == [thick, every, thick, thick]
+
+
+# how a candidate goes wrong, and what is said of it
+WRONG = [
+    ("raises", "RuntimeError: no"),
+    ("errs", "relative RMS error"),
+    ("nan", "relative RMS error nan"),
+]
+
+
+@pytest.mark.parametrize("case", WRONG, ids=str)
+def test_a_wrong_candidate_is_not_timed(case, monkeypatch):
+    how, expected = case
+    forward = ops.forward
+
+    def broken(*args):
+        if args[-1] != "split":
+            return forward(*args)
+        if how == "raises":
+            raise RuntimeError("no\ndetails")
+        y, S = forward(*args)
+        return (y * 1.001 if how == "errs" else y * float("nan")), S
+
+    monkeypatch.setattr(ops, "forward", broken)
+    lines, clock = [], Clock()
+    entries = tune([SMALL], "cpu", timer=clock, report=lines.append)
+    assert clock.asked == [{"addmm"}, {"split", "addmm"}]
+    assert [entry.strategy for entry in entries.values()] == ["addmm", "split"]
+    assert f"split left out ({expected}" in lines[0]
+    assert "details" not in lines[0]
+
+
+def test_nothing_is_kept_where_nothing_is_right(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(ops, "forward", fail)
+    monkeypatch.setattr(ops, "backward", fail)
+    assert tune([SMALL], "cpu", timer=Clock()) == {}
+    assert not tuned.cache_path().exists()
+
+
+@pytest.mark.parametrize(
+    "layer", [Layer(70, 40, 24, 5, FP16, 0.3), Layer(300, 17, 33, 1, FP32, 0.1)], ids=str
+)
+def test_every_candidate_is_right_under_the_interpreter(layer):
+    lines = []
+    tune([layer], "cpu", timer=Clock(), report=lines.append)
+    assert len(lines) == 2
+    assert not any("left out" in line for line in lines)
+
+
+def test_a_live_model_is_tuned_by_its_layers():
+    model = torch.nn.Sequential(*(torch.nn.Linear(32, 48), torch.nn.Linear(48, 32)))
+    apply_lora(model, rank=4, dropout=0.1)
+    calls = tune_model(model, 80, timer=Clock())
+    expected = {(80, 32, 48, 4, FP32, True), (80, 48, 32, 4, FP32, True)}
+    assert {(c.M, c.K, c.N, c.R, c.dtype, c.dropped) for c in calls} == expected
+
+
+def test_a_peft_model_is_tuned_by_its_layers():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["0", "1"], r=4)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.Linear(48, 32))
+    calls = tune_model(peft.get_peft_model(model, config), 80, timer=Clock())
+    assert {(c.K, c.N, c.R, c.dropped) for c in calls} == {(32, 48, 4, False), (48, 32, 4, False)}
+
+
+def test_a_model_without_adapters_is_refused():
+    with pytest.raises(ValueError, match="expected LoRA layers on one device, got 0"):
+        tune_model(torch.nn.Linear(8, 8))
+
+
+def test_shapes_by_size_and_by_model():
+    assert parse("8192x4096x1024x16", 1, 1) == [(8192, 4096, 1024, 16)]
+    assert (512, 14336, 4096, 8) in parse("llama3-8b", 512, 8)
+    for text in ("8192x4096x1024", "8192x4096x1024x0", "8192x4096x1024x-1", "llama"):
+        with pytest.raises(ValueError, match=r"expected MxKxNxR.*got"):
+            parse(text, 1, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
+def test_the_command_without_a_gpu_says_so(capsys):
+    assert main(["64x64x64x8"]) == 2
+    assert "expected a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
+def test_the_command_is_a_module():
+    command = [sys.executable, "-m", "fused_lora.tune", "llama3-8b"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected a GPU" in done.stderr

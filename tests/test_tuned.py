@@ -1,0 +1,222 @@
+"""The file of tuned entries: where it is, what it takes, and what dispatch makes of it."""
+
+import json
+import multiprocessing
+import os
+import warnings
+
+import pytest
+import torch
+
+from fused_lora import FusedLoRALinear, dispatch, explain, fused_lora_linear, tuned
+from fused_lora.tuned import Call, Entry
+from support import make_inputs
+
+pytest.importorskip("triton")
+
+CPU = torch.device("cpu")
+BF16, FP32 = torch.bfloat16, torch.float32
+CALL = Call("forward", FP32, 1000, 64, 48, 4, False)
+ENTRY = Entry("addmm", {"split": 12.5, "addmm": 10.0})
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_CACHE", str(tmp_path))
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    dispatch.clear_decisions()
+    tuned._warn.cache_clear()
+
+
+def warnings_of(function):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function()
+    return result, [str(w.message) for w in caught]
+
+
+def test_the_file_is_where_the_environment_says(monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_CACHE", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert tuned.cache_path().as_posix() == "/a/tuned.json"
+    monkeypatch.delenv("FUSED_LORA_CACHE")
+    assert tuned.cache_path().as_posix() == "/b/fused_lora/tuned.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/c")
+    assert tuned.cache_path().as_posix() == "/c/.cache/fused_lora/tuned.json"
+
+
+def test_what_was_stored_is_found():
+    assert tuned.lookup(CALL, CPU) is None
+    path = tuned.store({CALL: ENTRY}, CPU)
+    assert path == tuned.cache_path()
+    assert tuned.lookup(CALL, CPU) == ENTRY
+    assert [p.name for p in path.parent.iterdir() if p.suffix == ".json"] == ["tuned.json"]
+    other = Call("backward", FP32, 1000, 64, 48, 4, False)
+    tuned.store({other: ENTRY}, CPU)
+    assert tuned.lookup(CALL, CPU) == tuned.lookup(other, CPU) == ENTRY
+
+
+# what differs, and whether the entry still holds
+RELATED = [
+    ({"M": 513}, True),
+    ({"M": 1024}, True),
+    ({"M": 512}, False),
+    ({"M": 1025}, False),
+    ({"direction": "backward"}, False),
+    ({"dtype": BF16}, False),
+    ({"K": 65}, False),
+    ({"N": 49}, False),
+    ({"R": 5}, False),
+    ({"dropped": True}, False),
+    ({"aligned": False}, False),
+]
+
+
+@pytest.mark.parametrize("case", RELATED, ids=str)
+def test_an_entry_holds_for_its_key_alone(case):
+    changes, holds = case
+    tuned.store({CALL: ENTRY}, CPU)
+    call = Call(**{**vars(CALL), **changes})
+    assert (tuned.lookup(call, CPU) == ENTRY) == holds
+
+
+def test_a_strategy_that_cannot_run_the_call_is_not_taken():
+    """A file may name one for any key."""
+    entry = Entry("single_pass", {"single_pass": 1.0})
+    few, many = Call("forward", FP32, 64, 64, 48, 4, False), CALL
+    tuned.store({few: entry, many: entry}, CPU)
+    assert tuned.lookup(few, CPU) == entry
+    assert tuned.lookup(many, CPU) is None
+
+
+def file_with(entry) -> str:
+    environments = {tuned.environment(CPU): {CALL.key: entry}}
+    return json.dumps({"format": tuned.FORMAT, "environments": environments})
+
+
+GOOD = {"strategy": "addmm", "microseconds": {"addmm": 1.0}}
+# name, the file
+DAMAGED = [
+    ("empty", ""),
+    ("cut off", file_with(GOOD)[:-3]),
+    ("a list", "[]"),
+    ("no format", '{"environments": {}}'),
+    ("another format", '{"format": 2, "environments": {}}'),
+    ("no environments", '{"format": 1}'),
+    ("environments of another type", '{"format": 1, "environments": [1]}'),
+    ("an environment of another type", '{"format": 1, "environments": {"a": "b"}}'),
+    ("an entry of another type", file_with("addmm")),
+    ("an unknown strategy", file_with(GOOD | {"strategy": "os.system"})),
+    ("a list for a strategy", file_with(GOOD | {"strategy": ["addmm"]})),
+    ("no times", file_with({"strategy": "addmm"})),
+    ("a text for a time", file_with(GOOD | {"microseconds": {"addmm": "1"}})),
+    ("an infinite time", file_with(GOOD | {"microseconds": {"addmm": float("inf")}})),
+    ("deep", "[" * 100_000),
+    ("a huge number", '{"format": 1' + "0" * 10_000 + "}"),
+    ("huge", " " * (tuned._MOST_BYTES + 1)),
+    ("no text", b"\xff\xfe\x00\x01"),
+]
+
+
+@pytest.mark.parametrize("case", DAMAGED, ids=lambda case: case[0])
+def test_a_damaged_file_is_ignored_with_one_warning(case):
+    content = case[1] if isinstance(case[1], bytes) else case[1].encode()
+    tuned.cache_path().write_bytes(content)
+
+    def decide():
+        dispatch.clear_decisions()
+        return [fused_lora_linear(**make_inputs(M, 64, 48, 4, FP32), impl="triton") for M in (2, 3)]
+
+    _, said = warnings_of(lambda: [decide(), decide()])
+    assert len(said) == 1
+    assert str(tuned.cache_path()) in said[0]
+    assert len(said[0]) < 400
+    tuned.store({CALL: ENTRY}, CPU)  # written anew
+    assert tuned.lookup(CALL, CPU) == ENTRY
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_its_place_blocks_nobody():
+    os.mkfifo(tuned.cache_path())
+    entry, said = warnings_of(lambda: tuned.lookup(CALL, CPU))
+    assert entry is None
+    assert "regular file" in said[0]
+
+
+def test_entries_of_other_versions_are_ignored_with_one_warning():
+    ours = tuned.environment(CPU)
+    older = ours.replace("torch ", "torch 1.")
+    content = {"format": 1, "environments": {older: {CALL.key: GOOD}, "another GPU": {}}}
+    tuned.cache_path().write_text(json.dumps(content))
+    found, said = warnings_of(lambda: [tuned.lookup(CALL, CPU) for _ in range(2)])
+    assert found == [None, None]
+    assert len(said) == 1
+    assert ours in said[0]
+    assert older in said[0]
+    tuned.store({CALL: ENTRY}, CPU)
+    kept = json.loads(tuned.cache_path().read_text())["environments"]
+    assert set(kept) == {ours, older, "another GPU"}
+
+
+def _store(n: int) -> None:
+    for M in (8, 16, 32):
+        tuned.store({Call("forward", FP32, M, 64, 48, n, False): ENTRY}, CPU)
+
+
+def test_writers_at_one_time_lose_nothing():
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_store, args=(n,)) for n in range(1, 5)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    (entries,) = json.loads(tuned.cache_path().read_text())["environments"].values()
+    assert len(entries) == 12
+
+
+def test_dispatch_asks_the_tuned_entry_before_the_model():
+    layer = FusedLoRALinear(64, 48, rank=4, impl="triton")
+    assert explain(layer, tokens=1000).forward == "split"
+    tuned.store({CALL: ENTRY}, CPU)
+    dispatch.clear_decisions()
+    decision = explain(layer, tokens=1000)
+    assert (decision.forward, decision.backward) == ("addmm", "split")
+    assert f"tuned entry {CALL.key!r}: addmm of split 12.5 µs, addmm 10.0 µs" in decision.reason
+    explicit = explain(layer, tokens=1000, impl="triton:split")
+    assert (explicit.forward, explicit.reason) == ("split", "asked for")
+
+
+def test_the_file_is_read_once(monkeypatch):
+    tuned.store({CALL: ENTRY}, CPU)
+    reads, read = [], tuned._read
+    monkeypatch.setattr(tuned, "_read", lambda path: reads.append(path) or read(path))
+    for M in (5, 6, 7):
+        fused_lora_linear(**make_inputs(M, 64, 48, 4, FP32), impl="triton")
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("strategy", tuned.STRATEGIES)
+def test_a_strategy_asked_for_is_the_one_that_runs(strategy, monkeypatch):
+    from fused_lora.kernels import ops
+
+    ran, forward, backward = [], ops.forward, ops.backward
+    monkeypatch.setattr(ops, "forward", lambda *a: ran.append(a[-2]) or forward(*a))
+    monkeypatch.setattr(ops, "backward", lambda *a: ran.append(a[-1]) or backward(*a))
+    inputs = make_inputs(5, 64, 48, 4, FP32)
+    inputs["x"].requires_grad_()
+    fused_lora_linear(**inputs, impl=f"triton:{strategy}").sum().backward()
+    assert ran == [strategy, strategy]
+
+
+def test_a_strategy_that_cannot_run_is_an_error():
+    inputs = make_inputs(65, 64, 48, 4, FP32)
+    with pytest.raises(ValueError, match="expected split or addmm for forward float32 M128"):
+        fused_lora_linear(**inputs, impl="triton:single_pass")
