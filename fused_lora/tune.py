@@ -229,8 +229,9 @@ def _winner(call, candidates, problem, modelled: str, timer: Timer) -> tuple[Ent
 
 
 def _faster(times: list[float], base: list[float]) -> bool:
-    """Whether ``times`` beat ``base`` in three of four rounds: chance does that less
-    than once in 300 times thirty rounds, by the binomial distribution.
+    """Whether ``times`` beat ``base`` in three of four rounds.
+
+    Of thirty, chance alone does that once in 380 times (binomial distribution).
     """
     wins = sum(time < other for time, other in zip(times, base, strict=True))
     return 4 * wins >= 3 * len(base)

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import cdiv
+from .configs import Config, cdiv
+from .launch import Arguments, Tile, launch
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -14,6 +15,11 @@ def in_vectors(t: torch.Tensor, n: int = 8) -> bool:
     if t.stride(1) == 1:
         return t.stride(0) % n == 0 and t.shape[1] % n == 0
     return t.stride(0) == 1 and t.stride(1) % n == 0 and t.shape[0] % n == 0
+
+
+def operand(config: Config, t: torch.Tensor, block: tuple[int, int], transposed: bool = False):
+    """``t`` as the kernel takes it: itself, or a descriptor of ``block`` in it or its transpose."""
+    return Tile(t, block, transposed) if config.descriptors else t
 
 
 @triton.jit
@@ -174,22 +180,16 @@ def sum_partials(
         factor: a host-side constant.
         scale: 0-d tensor read on the device, or None.
     """
+    launch(_sum_partials, _arguments, None, (out, partials, scale), (float(factor),))
+
+
+def _arguments(_, out, partials, scale) -> Arguments:
     splits, rows, cols = partials.shape
     block_m, block_n = (4, 128) if cols >= 128 else (8, 64)
-    _sum_partials[(cdiv(rows, block_m), cdiv(cols, block_n))](
-        out,
-        partials,
-        out if scale is None else scale,
-        factor,
-        rows,
-        cols,
-        splits,
-        out.stride(0),
-        out.stride(1),
-        partials.stride(0),
-        partials.stride(1),
-        HAS_SCALE=scale is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=4,
+    return Arguments(
+        grid=(cdiv(rows, block_m), cdiv(cols, block_n)),
+        operands=(out, partials, out if scale is None else scale),
+        numbers=(rows, cols, splits, *out.stride(), *partials.stride()[:2]),
+        constants={"HAS_SCALE": scale is not None, "BLOCK_M": block_m, "BLOCK_N": block_n},
+        options={"num_warps": 4},
     )

@@ -43,13 +43,10 @@ class Config:
     num_stages: int
     descriptors: bool = False
 
-    def operand(self, tensor: torch.Tensor, block: tuple[int, int]):
-        """``tensor`` as the kernel takes it: itself, or a tensor descriptor of ``block``."""
-        if not self.descriptors:
-            return tensor
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block))
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is given beside the kernel's arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)

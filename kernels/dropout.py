@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .configs import cdiv
+from .launch import Arguments, launch
 
 
 @triton.jit
@@ -56,20 +57,19 @@ def _dropout_mask(
 
 def dropout_mask(words: torch.Tensor, seed: torch.Tensor, keep: int, digits: int) -> None:
     """Fill ``words`` ``(M, words)`` int32 from ``seed`` (0-d int64), ``0 < keep < 2**digits``."""
-    lanes = words.view(torch.int64)
+    first_digit = (keep & -keep).bit_length() - 1
+    tensors = words.view(torch.int64), seed
+    launch(_dropout_mask, _arguments, None, tensors, (keep, first_digit), digits)
+
+
+def _arguments(_, lanes, seed, digits: int) -> Arguments:
     M, width = lanes.shape
     block_l = min(32, triton.next_power_of_2(max(1, width)))
     block_m = 1024 // block_l
-    _dropout_mask[(cdiv(M, block_m), cdiv(width, block_l))](
-        lanes,
-        seed,
-        keep,
-        (keep & -keep).bit_length() - 1,
-        M,
-        width,
-        lanes.stride(0),
-        DIGITS=digits,
-        BLOCK_M=block_m,
-        BLOCK_L=block_l,
-        num_warps=4,
+    return Arguments(
+        grid=(cdiv(M, block_m), cdiv(width, block_l)),
+        operands=(lanes, seed),
+        numbers=(M, width, lanes.stride(0)),
+        constants={"DIGITS": digits, "BLOCK_M": block_m, "BLOCK_L": block_l},
+        options={"num_warps": 4},
     )

@@ -19,8 +19,10 @@ from .common import (
     in_vectors,
     load_keep,
     multiple,
+    operand,
 )
 from .configs import AddConfig, GemmConfig, cdiv
+from .launch import Arguments, launch
 
 
 @triton.jit
@@ -223,60 +225,63 @@ def lora_gemm(
         words: keep bits of ``o``'s columns, or None.
         inv_keep: what kept entries of ``u v`` are multiplied by.
     """
-    M, L = p.shape
-    N, R = q.shape[1], u.shape[1]
-    q_transposed = q.stride(0) == 1 and q.stride(1) != 1
+    tensors = o, p, q, u, v, words, bias
+    launch(_lora_gemm, _gemm_arguments, config, tensors, (float(inv_keep),), input_precision)
+
+
+def _gemm_arguments(config, o, p, q, u, v, words, bias, input_precision: str) -> Arguments:
+    (M, L), N, R = p.shape, q.shape[1], u.shape[1]
+    transposed = q.stride(0) == 1 and q.stride(1) != 1
     block_m, block_n, block_l = config.block_m, config.block_n, config.block_l
+    block_q = (block_n, block_l) if transposed else (block_l, block_n)
     block_r, chunks = config.rank_blocks(R)
     tiles = cdiv(M, block_m) * cdiv(N, block_n)
-    q_operand = (
-        config.operand(q.t(), (block_n, block_l))
-        if q_transposed
-        else config.operand(q, (block_l, block_n))
-    )
-    _lora_gemm[(min(tiles, config.programs) if config.programs else tiles,)](
-        config.operand(o, (block_m, block_n)),
-        config.operand(p, (block_m, block_l)),
-        q_operand,
-        u,
-        v,
-        u if words is None else words,
-        u if bias is None else bias,
-        inv_keep,
-        M,
-        N,
-        L,
-        R,
-        o.stride(0),
-        p.stride(0),
-        q.stride(0),
-        q.stride(1),
-        u.stride(0),
-        v.stride(0),
-        v.stride(1),
-        0 if words is None else words.stride(0),
-        DTYPE=TL_DTYPE[p.dtype],
-        HAS_BIAS=bias is not None,
-        HAS_DROPOUT=words is not None,
-        EVEN_L=L % block_l == 0,
-        ALIGN_O=in_vectors(o),
-        ALIGN_P=in_vectors(p),
-        ALIGN_Q=in_vectors(q),
-        USE_DESC=config.descriptors,
-        Q_TRANSPOSED=q_transposed,
-        INPUT_PRECISION=input_precision,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_L=block_l,
-        BLOCK_R=block_r,
-        CHUNKS=chunks,
-        GROUP_M=config.group_m,
-        ALIGN_U=in_vectors(u, 4),
-        ALIGN_V=in_vectors(v),
-        V_TRANSPOSED=v.stride(1) != 1,
-        PERSISTENT=config.programs > 0,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    return Arguments(
+        grid=(min(tiles, config.programs) if config.programs else tiles,),
+        operands=(
+            operand(config, o, (block_m, block_n)),
+            operand(config, p, (block_m, block_l)),
+            operand(config, q, block_q, transposed),
+            u,
+            v,
+            u if words is None else words,
+            u if bias is None else bias,
+        ),
+        numbers=(
+            M,
+            N,
+            L,
+            R,
+            o.stride(0),
+            p.stride(0),
+            *q.stride(),
+            u.stride(0),
+            *v.stride(),
+            0 if words is None else words.stride(0),
+        ),
+        constants={
+            "DTYPE": TL_DTYPE[p.dtype],
+            "HAS_BIAS": bias is not None,
+            "HAS_DROPOUT": words is not None,
+            "EVEN_L": L % block_l == 0,
+            "ALIGN_O": in_vectors(o),
+            "ALIGN_P": in_vectors(p),
+            "ALIGN_Q": in_vectors(q),
+            "USE_DESC": config.descriptors,
+            "Q_TRANSPOSED": transposed,
+            "INPUT_PRECISION": input_precision,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_L": block_l,
+            "BLOCK_R": block_r,
+            "CHUNKS": chunks,
+            "GROUP_M": config.group_m,
+            "ALIGN_U": in_vectors(u, 4),
+            "ALIGN_V": in_vectors(v),
+            "V_TRANSPOSED": v.stride(1) != 1,
+            "PERSISTENT": config.programs > 0,
+        },
+        options=config.options,
     )
 
 
@@ -361,40 +366,51 @@ def lora_add(
         base: ``(M, N)``, inner stride 1, any floating dtype; ``o`` itself, or None for zeros.
         dot_dtype: what ``u`` and ``v`` are cast to; o's dtype by default.
     """
-    M, N = o.shape
-    R = u.shape[1]
+    tensors = o, base, u, v, words, bias
+    flags = dot_dtype or o.dtype, input_precision
+    launch(_lora_add, _add_arguments, config, tensors, (float(inv_keep),), *flags)
+
+
+def _add_arguments(
+    config, o, base, u, v, words, bias, dot_dtype: torch.dtype, input_precision: str
+) -> Arguments:
+    (M, N), R = o.shape, u.shape[1]
     block_r, chunks = config.rank_blocks(R)
-    _lora_add[(cdiv(M, config.block_m), cdiv(N, config.block_n))](
-        o,
-        o if base is None else base,
-        u,
-        v,
-        u if words is None else words,
-        u if bias is None else bias,
-        inv_keep,
-        M,
-        N,
-        R,
-        o.stride(0),
-        0 if base is None else base.stride(0),
-        u.stride(0),
-        v.stride(0),
-        v.stride(1),
-        0 if words is None else words.stride(0),
-        DTYPE=TL_DTYPE[dot_dtype or o.dtype],
-        HAS_BASE=base is not None,
-        HAS_BIAS=bias is not None,
-        HAS_DROPOUT=words is not None,
-        ALIGN_O=in_vectors(o),
-        ALIGN_BASE=base is not None and in_vectors(base),
-        ALIGN_U=in_vectors(u, 4),
-        ALIGN_V=in_vectors(v),
-        V_TRANSPOSED=v.stride(1) != 1,
-        INPUT_PRECISION=input_precision,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=block_r,
-        CHUNKS=chunks,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    return Arguments(
+        grid=(cdiv(M, config.block_m), cdiv(N, config.block_n)),
+        operands=(
+            o,
+            o if base is None else base,
+            u,
+            v,
+            u if words is None else words,
+            u if bias is None else bias,
+        ),
+        numbers=(
+            M,
+            N,
+            R,
+            o.stride(0),
+            0 if base is None else base.stride(0),
+            u.stride(0),
+            *v.stride(),
+            0 if words is None else words.stride(0),
+        ),
+        constants={
+            "DTYPE": TL_DTYPE[dot_dtype],
+            "HAS_BASE": base is not None,
+            "HAS_BIAS": bias is not None,
+            "HAS_DROPOUT": words is not None,
+            "ALIGN_O": in_vectors(o),
+            "ALIGN_BASE": base is not None and in_vectors(base),
+            "ALIGN_U": in_vectors(u, 4),
+            "ALIGN_V": in_vectors(v),
+            "V_TRANSPOSED": v.stride(1) != 1,
+            "INPUT_PRECISION": input_precision,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_R": block_r,
+            "CHUNKS": chunks,
+        },
+        options=config.options,
     )

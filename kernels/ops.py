@@ -6,6 +6,8 @@ GEMM, ``shrink`` and ``lora_add``). All three save and read one state: ``x``, ``
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -117,7 +119,9 @@ def _shrink(p, q, scale, target, words=None, inv_keep=1.0) -> Tensor:
     M, L = p.shape
     R = q.shape[1]
     u = _rank_matrix(M, R, p.device)
-    config = configs.shrink_config(target, p.element_size(), M, L, R, describable=_describable(p))
+    config = _config(
+        configs.shrink_config, target, p.element_size(), M, L, R, describable=_describable(p)
+    )
     shrink(
         u, p, q.to(p.dtype), scale, config,
         words=words, inv_keep=inv_keep, input_precision=_precision(p),
@@ -129,7 +133,9 @@ def _gemm(p, q, u, v, target, bias=None, words=None, inv_keep=1.0) -> Tensor:
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
     aligned = _describable(p) and _describable(q) and _describable(o)
-    config = configs.gemm_config(target, p.element_size(), *o.shape, u.shape[1], aligned=aligned)
+    config = _config(
+        configs.gemm_config, target, p.element_size(), *o.shape, u.shape[1], aligned=aligned
+    )
     lora_gemm(
         o, p, q, u, v, config,
         bias=bias, words=words, inv_keep=inv_keep, input_precision=_precision(p),
@@ -140,7 +146,7 @@ def _gemm(p, q, u, v, target, bias=None, words=None, inv_keep=1.0) -> Tensor:
 def _add(o, u, v, target, words=None, inv_keep=1.0, base=None, like=None) -> None:
     """``like`` has the dtype of the product, o's by default."""
     like = o if like is None else like
-    config = configs.add_config(target, like.element_size())
+    config = _config(configs.add_config, target, like.element_size())
     lora_add(
         o, u, v, config,
         base=base, dot_dtype=like.dtype,
@@ -152,7 +158,8 @@ def _single_pass(p, q, z, v, scale, target, bias=None, words=None, inv_keep=1.0)
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
     u = _rank_matrix(p.shape[0], z.shape[1], p.device)
-    config = configs.single_pass_config(
+    config = _config(
+        configs.single_pass_config,
         target,
         p.element_size(),
         p.shape[0],
@@ -171,10 +178,16 @@ def _rank_grad(o, u, p, target, words=None, inv_keep=1.0) -> None:
     if words is None and M < configs.MIN_ROWS_PER_RANK * R:
         o.copy_(torch.mm(u.to(p.dtype).t(), p))
         return
-    config = configs.rank_grad_config(
-        target, p.element_size(), M, L, R, describable=_describable(p)
+    config = _config(
+        configs.rank_grad_config, target, p.element_size(), M, L, R, describable=_describable(p)
     )
     rank_grad(o, u, p, config, words=words, inv_keep=inv_keep, input_precision=_precision(p))
+
+
+@lru_cache(maxsize=4096)
+def _config(choose, *args, **kwargs) -> configs.Config:
+    """``choose(*args, **kwargs)``, the same object each time: launches are kept by it."""
+    return choose(*args, **kwargs)
 
 
 def _rank_matrix(M: int, R: int, device: torch.device) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple, sum_partials
+from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple, operand, sum_partials
 from .configs import RankGradConfig, cdiv, split_evenly
+from .launch import Arguments, launch
 
 
 @triton.jit(do_not_specialize=["M", "m_per_split"])
@@ -22,9 +23,9 @@ def _rank_grad(
     words_ptr,
     inv_keep,
     M,
+    m_per_split,
     L,
     R,
-    m_per_split,
     stride_os,
     stride_or,
     stride_ol,
@@ -108,41 +109,50 @@ def rank_grad(
         inv_keep: what kept entries are multiplied by.
     """
     M, L = p.shape
-    R = u.shape[1]
-    block_r = config.block_r(R)
-    m_per_split, splits = split_evenly(M, config.splits, config.block_m)
-    if splits == 1:
-        out, stride_os = o, 0
-    else:
-        out = torch.empty((splits, R, L), dtype=torch.float32, device=o.device)
-        stride_os = out.stride(0)
-    _rank_grad[(cdiv(L, config.block_l), splits, cdiv(R, block_r))](
-        out,
-        u,
-        config.operand(p, (config.block_m, config.block_l)),
-        u if words is None else words,
-        inv_keep,
-        M,
-        L,
-        R,
-        m_per_split,
-        stride_os,
-        out.stride(-2),
-        out.stride(-1),
-        u.stride(0),
-        p.stride(0),
-        0 if words is None else words.stride(0),
-        DTYPE=TL_DTYPE[p.dtype],
-        HAS_DROPOUT=words is not None,
-        ALIGN_P=in_vectors(p),
-        ALIGN_U=in_vectors(u, 4),
-        USE_DESC=config.descriptors,
-        INPUT_PRECISION=input_precision,
-        BLOCK_M=config.block_m,
-        BLOCK_L=config.block_l,
-        BLOCK_R=block_r,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    _, splits = split_evenly(M, config.splits, config.block_m)
+    out = o
+    if splits > 1:
+        out = torch.empty((splits, u.shape[1], L), dtype=torch.float32, device=o.device)
+    tensors = out, u, p, words
+    launch(_rank_grad, _arguments, config, tensors, (float(inv_keep),), input_precision)
     if splits > 1:
         sum_partials(o, out, 1.0)
+
+
+def _arguments(config, out, u, p, words, input_precision: str) -> Arguments:
+    (M, L), R = p.shape, u.shape[1]
+    block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
+    m_per_split, splits = split_evenly(M, config.splits, block_m)
+    return Arguments(
+        grid=(cdiv(L, block_l), splits, cdiv(R, block_r)),
+        operands=(
+            out,
+            u,
+            operand(config, p, (block_m, block_l)),
+            u if words is None else words,
+        ),
+        numbers=(
+            M,
+            m_per_split,
+            L,
+            R,
+            out.stride(0) if splits > 1 else 0,
+            out.stride(-2),
+            out.stride(-1),
+            u.stride(0),
+            p.stride(0),
+            0 if words is None else words.stride(0),
+        ),
+        constants={
+            "DTYPE": TL_DTYPE[p.dtype],
+            "HAS_DROPOUT": words is not None,
+            "ALIGN_P": in_vectors(p),
+            "ALIGN_U": in_vectors(u, 4),
+            "USE_DESC": config.descriptors,
+            "INPUT_PRECISION": input_precision,
+            "BLOCK_M": block_m,
+            "BLOCK_L": block_l,
+            "BLOCK_R": block_r,
+        },
+        options=config.options,
+    )

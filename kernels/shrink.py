@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import advance, in_vectors, load_keep, multiple, sum_partials
+from .common import advance, in_vectors, load_keep, multiple, operand, sum_partials
 from .configs import ShrinkConfig, cdiv, split_evenly
+from .launch import Arguments, launch
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -122,44 +123,52 @@ def shrink(
         inv_keep: what kept entries are multiplied by.
     """
     M, L = p.shape
-    R = q.shape[1]
-    block_r = config.block_r(R)
-    l_per_split, splits = split_evenly(L, config.splits, config.block_l)
-    if splits == 1:
-        out, stride_us = u, 0
-    else:
-        out = torch.empty((splits, M, R), dtype=torch.float32, device=u.device)
-        stride_us = out.stride(0)
-    _shrink[(cdiv(M, config.block_m), splits, cdiv(R, block_r))](
-        out,
-        config.operand(p, (config.block_m, config.block_l)),
-        q,
-        p if words is None else words,
-        scale,
-        inv_keep,
-        M,
-        L,
-        R,
-        l_per_split,
-        stride_us,
-        out.stride(-2),
-        p.stride(0),
-        q.stride(0),
-        q.stride(1),
-        0 if words is None else words.stride(0),
-        HAS_DROPOUT=words is not None,
-        HAS_SCALE=splits == 1,
-        EVEN_L=L % config.block_l == 0,
-        ALIGN_P=in_vectors(p),
-        ALIGN_Q=in_vectors(q),
-        Q_TRANSPOSED=q.stride(1) != 1,
-        USE_DESC=config.descriptors,
-        INPUT_PRECISION=input_precision,
-        BLOCK_M=config.block_m,
-        BLOCK_L=config.block_l,
-        BLOCK_R=block_r,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    _, splits = split_evenly(L, config.splits, config.block_l)
+    out = u
+    if splits > 1:
+        out = torch.empty((splits, M, q.shape[1]), dtype=torch.float32, device=u.device)
+    tensors = out, p, q, words, scale
+    launch(_shrink, _arguments, config, tensors, (float(inv_keep),), input_precision)
     if splits > 1:
         sum_partials(u, out, inv_keep, scale)
+
+
+def _arguments(config, out, p, q, words, scale, input_precision: str) -> Arguments:
+    (M, L), R = p.shape, q.shape[1]
+    block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
+    l_per_split, splits = split_evenly(L, config.splits, block_l)
+    return Arguments(
+        grid=(cdiv(M, block_m), splits, cdiv(R, block_r)),
+        operands=(
+            out,
+            operand(config, p, (block_m, block_l)),
+            q,
+            p if words is None else words,
+            scale,
+        ),
+        numbers=(
+            M,
+            L,
+            R,
+            l_per_split,
+            out.stride(0) if splits > 1 else 0,
+            out.stride(-2),
+            p.stride(0),
+            *q.stride(),
+            0 if words is None else words.stride(0),
+        ),
+        constants={
+            "HAS_DROPOUT": words is not None,
+            "HAS_SCALE": splits == 1,
+            "EVEN_L": L % block_l == 0,
+            "ALIGN_P": in_vectors(p),
+            "ALIGN_Q": in_vectors(q),
+            "Q_TRANSPOSED": q.stride(1) != 1,
+            "USE_DESC": config.descriptors,
+            "INPUT_PRECISION": input_precision,
+            "BLOCK_M": block_m,
+            "BLOCK_L": block_l,
+            "BLOCK_R": block_r,
+        },
+        options=config.options,
+    )

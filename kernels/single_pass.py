@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple
+from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple, operand
 from .configs import SinglePassConfig, cdiv
+from .launch import Arguments, launch
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -184,58 +185,60 @@ def single_pass(
         words: keep bits of ``o``'s columns, or None.
         inv_keep: what kept entries of ``u v`` are multiplied by.
     """
-    M, L = p.shape
-    N, R = q.shape[1], u.shape[1]
-    q_transposed = q.stride(0) == 1 and q.stride(1) != 1
+    tensors = o, u, p, q, z, v, words, bias, scale
+    launch(_single_pass, _arguments, config, tensors, (float(inv_keep),), input_precision)
+
+
+def _arguments(config, o, u, p, q, z, v, words, bias, scale, input_precision: str) -> Arguments:
+    (M, L), N, R = p.shape, q.shape[1], u.shape[1]
+    transposed = q.stride(0) == 1 and q.stride(1) != 1
     block_m, block_n, block_l = config.block_m, config.block_n, config.block_l
-    q_operand = (
-        config.operand(q.t(), (block_n, block_l))
-        if q_transposed
-        else config.operand(q, (block_l, block_n))
-    )
-    _single_pass[(cdiv(M, block_m), cdiv(N, block_n))](
-        o,
-        u,
-        config.operand(p, (block_m, block_l)),
-        q_operand,
-        z,
-        v,
-        u if words is None else words,
-        u if bias is None else bias,
-        scale,
-        inv_keep,
-        M,
-        N,
-        L,
-        R,
-        o.stride(0),
-        u.stride(0),
-        p.stride(0),
-        q.stride(0),
-        q.stride(1),
-        z.stride(0),
-        z.stride(1),
-        v.stride(0),
-        v.stride(1),
-        0 if words is None else words.stride(0),
-        DTYPE=TL_DTYPE[p.dtype],
-        HAS_BIAS=bias is not None,
-        HAS_DROPOUT=words is not None,
-        EVEN_L=L % block_l == 0,
-        ALIGN_O=in_vectors(o),
-        ALIGN_P=in_vectors(p),
-        ALIGN_Q=in_vectors(q),
-        ALIGN_Z=in_vectors(z),
-        ALIGN_V=in_vectors(v),
-        USE_DESC=config.descriptors,
-        Q_TRANSPOSED=q_transposed,
-        Z_TRANSPOSED=z.stride(1) != 1,
-        V_TRANSPOSED=v.stride(1) != 1,
-        INPUT_PRECISION=input_precision,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_L=block_l,
-        BLOCK_R=config.block_r(R),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    block_q = (block_n, block_l) if transposed else (block_l, block_n)
+    return Arguments(
+        grid=(cdiv(M, block_m), cdiv(N, block_n)),
+        operands=(
+            o,
+            u,
+            operand(config, p, (block_m, block_l)),
+            operand(config, q, block_q, transposed),
+            z,
+            v,
+            u if words is None else words,
+            u if bias is None else bias,
+            scale,
+        ),
+        numbers=(
+            M,
+            N,
+            L,
+            R,
+            o.stride(0),
+            u.stride(0),
+            p.stride(0),
+            *q.stride(),
+            *z.stride(),
+            *v.stride(),
+            0 if words is None else words.stride(0),
+        ),
+        constants={
+            "DTYPE": TL_DTYPE[p.dtype],
+            "HAS_BIAS": bias is not None,
+            "HAS_DROPOUT": words is not None,
+            "EVEN_L": L % block_l == 0,
+            "ALIGN_O": in_vectors(o),
+            "ALIGN_P": in_vectors(p),
+            "ALIGN_Q": in_vectors(q),
+            "ALIGN_Z": in_vectors(z),
+            "ALIGN_V": in_vectors(v),
+            "USE_DESC": config.descriptors,
+            "Q_TRANSPOSED": transposed,
+            "Z_TRANSPOSED": z.stride(1) != 1,
+            "V_TRANSPOSED": v.stride(1) != 1,
+            "INPUT_PRECISION": input_precision,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_L": block_l,
+            "BLOCK_R": config.block_r(R),
+        },
+        options=config.options,
     )

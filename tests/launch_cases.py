@@ -1,0 +1,267 @@
+"""What reaches the driver by repeated launches and by Triton's own: ``launch_cases.py ARCH``.
+
+Nothing is compiled: a binary is an object that Triton makes anew for every specialisation. Each
+case is launched plainly, then twice through ``kernels/launch.py``; the second time must give the
+driver the same binary, grid and arguments, and not pass through Triton. Needs TRITON_INTERPRET to
+be unset. Prints the cases that differ, as JSON.
+"""
+
+import json
+import random
+import sys
+import tempfile
+from functools import lru_cache
+from types import SimpleNamespace
+
+import torch
+import triton.compiler
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_lora.kernels import dropout, launch
+from fused_lora.kernels.common import sum_partials
+from fused_lora.kernels.configs import (
+    AddConfig,
+    GemmConfig,
+    RankGradConfig,
+    ShrinkConfig,
+    SinglePassConfig,
+)
+from fused_lora.kernels.lora_gemm import lora_add, lora_gemm
+from fused_lora.kernels.rank_grad import rank_grad
+from fused_lora.kernels.shrink import shrink
+from fused_lora.kernels.single_pass import single_pass
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+launched: list[tuple] = []  # (binary, grid, stream, metadata, arguments)
+
+
+class Binary(triton.compiler.CompiledKernel):
+    """Stands for a compiled kernel; records its launches."""
+
+    recorded = True
+
+    def __init__(self, src):
+        self.src, self.name, self.module, self.function = src, src.fn.__name__, object(), object()
+        self.packed_metadata = object()
+        self._run = self._record if self.recorded else lambda *arguments: None
+
+    def _record(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+        assert (function, packed) == (self.function, self.packed_metadata)
+        launched.append((self, (x, y, z), stream, tuple(map(described, arguments))))
+
+    def __del__(self):
+        self.module = None
+
+
+def described(argument):
+    """An argument as the driver sees it, of whatever object it comes."""
+    if isinstance(argument, torch.Tensor):
+        return "tensor", argument.data_ptr(), argument.dtype
+    if isinstance(argument, TensorDescriptor):
+        base, shape, strides = argument.base, tuple(argument.shape), tuple(argument.strides)
+        place = base.data_ptr(), base.dtype, shape, strides, tuple(argument.block_shape)
+        return "descriptor", *place, argument.padding, argument.round_f32_to_tf32
+    return type(argument), argument
+
+
+def make_driver(arch: str):
+    """A driver for that stub, on device 0 unless told."""
+    from compile_kernels import FakeDriver
+
+    made = FakeDriver(arch)
+    made.device = 0
+    made.get_current_device = lambda: made.device
+    made.get_current_stream = lambda device: 100 + device
+    made.utils = SimpleNamespace(unload_module=lambda module: None)
+    triton.compiler.compile = lambda src, **options: Binary(src)
+    triton.runtime.driver.set_active(made)
+    return made
+
+
+@lru_cache
+def the(kind, *args, **kwargs):
+    """A config, the same object in every case that has it."""
+    return kind(*args, **kwargs)
+
+
+_buffers = {}
+_empty = torch.empty
+
+
+def same_buffer(*shape, **kwargs):
+    """``torch.empty`` with the same memory for the same request."""
+    return _buffers.setdefault((shape, *kwargs.items()), _empty(*shape, **kwargs))
+
+
+def view(rows, columns, dtype=BF16, *, offset=0, pitch=None):
+    """A matrix whose start and row pitch are chosen, in elements."""
+    pitch = pitch or columns
+    flat = torch.zeros(offset + rows * pitch + 64, dtype=dtype)
+    return flat[offset : offset + rows * pitch].view(rows, pitch)[:, :columns]
+
+
+def gemm(M=64, K=64, N=128, R=16, dtype=BF16, *, adapter=BF16, bias=True, words=False, tensors=(),
+         inv_keep=1.0, descriptors=False, warps=4, stages=3, transposed=True):  # fmt: skip
+    """A launch of ``lora_gemm``; ``tensors`` replaces operands by name."""
+    q = view(N, K, dtype).t() if transposed else view(K, N, dtype)
+    operands = {"o": view(M, N, dtype), "p": view(M, K, dtype), "q": q, "u": view(M, R, FP32),
+                "v": view(N, R, adapter).t()} | dict(tensors)  # fmt: skip
+    config = the(GemmConfig, warps, stages, descriptors, block_m=32, block_n=64, block_l=32)
+    options = {"bias": view(1, N, FP32)[0] if bias else None, "inv_keep": inv_keep}
+    if words:
+        options["words"] = view(M, 4 * (-(-N // 128)), torch.int32)
+    return lambda: lora_gemm(*operands.values(), config, **options)
+
+
+def add(M=64, N=128, R=16, *, base="in place", dot_dtype=None):
+    """A launch of ``lora_add``; ``base`` is o itself, another tensor or None."""
+    o = view(M, N)
+    given = {"in place": o, "beside": view(M, N), "none": None}[base]
+    u, v, config = view(M, R, FP32), view(R, N), the(AddConfig, 4, 1)
+    return lambda: lora_add(o, u, v, config, base=given, dot_dtype=dot_dtype)
+
+
+def thin(M=64, K=64, R=16, splits=1, *, p=None):
+    """Launches of ``shrink`` and ``rank_grad``, and of their sums."""
+    p = view(M, K) if p is None else p
+    u, q, o, scale = view(M, R, FP32), view(K, R), view(R, K), torch.ones(())
+    shrink_config = the(ShrinkConfig, 4, 2, block_m=16, block_l=32, splits=splits)
+    grad_config = the(RankGradConfig, 4, 2, block_m=16, block_l=32, splits=splits)
+
+    def both():
+        shrink(u, p, q, scale, shrink_config)
+        rank_grad(o, u, p, grad_config)
+
+    return both
+
+
+def single(M=16, K=64, N=64, R=16, descriptors=False):
+    """A launch of ``single_pass``."""
+    tensors = view(M, N), view(M, R, FP32), view(M, K), view(N, K).t(), view(K, R), view(R, N)
+    config, scale = the(SinglePassConfig, 4, 2, descriptors), torch.ones(())
+    return lambda: single_pass(*tensors, scale, config)
+
+
+def mask(keep, M=64):
+    """A launch of ``dropout_mask``."""
+    words, seed = view(M, 8, torch.int32), torch.zeros((), dtype=torch.int64)
+    return lambda: dropout.dropout_mask(words, seed, keep, 16)
+
+
+def sums(rows=16, columns=64, factor=1.0, scale=True):
+    """A launch of ``sum_partials``."""
+    out, parts = view(rows, columns), torch.zeros(3, rows, columns)
+    given = torch.ones(()) if scale else None
+    return lambda: sum_partials(out, parts, factor, given)
+
+
+def cases(arch: str, folder: str) -> dict[str, object]:
+    """Launches whose neighbours differ in one thing that the binary, or only a value, hangs on."""
+    made = {
+        "gemm": gemm(),
+        "p starts off 16 bytes": gemm(tensors={"p": view(64, 64, offset=1)}),
+        "p starts on 16 bytes again": gemm(tensors={"p": view(64, 64, offset=8)}),
+        "v starts off 16 bytes": gemm(tensors={"v": view(128, 16, offset=4).t()}),
+        "pitch of p divisible by 8": gemm(tensors={"p": view(64, 64, pitch=72)}),
+        "pitch of p odd": gemm(tensors={"p": view(64, 64, pitch=65)}),
+        "rows": gemm(M=63),
+        "one row": gemm(M=1),
+        "N divisible by 8": gemm(N=136),
+        "one column": gemm(N=1),
+        "rank 1": gemm(R=1),
+        "rank 8": gemm(R=8),
+        "K ragged": gemm(K=60),
+        "fp16": gemm(dtype=FP16),
+        "fp32 adapter": gemm(adapter=FP32),
+        "no bias": gemm(bias=False),
+        "words": gemm(words=True),
+        "another keep": gemm(words=True, inv_keep=1.25),
+        "an integer for a float": gemm(words=True, inv_keep=1),
+        "weight not transposed": gemm(transposed=False),
+        "warps": gemm(warps=8),
+        "stages": gemm(stages=2),
+        "in place": add(),
+        "beside": add(base="beside"),
+        "no base": add(base="none"),
+        "dot dtype": add(dot_dtype=FP16),
+        "thin": thin(),
+        "thin, split": thin(M=300, K=256, splits=2),
+        "thin, off 16 bytes": thin(p=view(64, 64, offset=1)),
+        "single pass": single(),
+        "mask": mask(32_768),
+        "another keep count": mask(1),
+        "sums": sums(),
+        "sums by another factor": sums(factor=2.0),
+        "sums unscaled": sums(scale=False),
+        "one sum": sums(rows=1, columns=1),
+    }
+    if arch.startswith("sm_"):
+        made |= {
+            "descriptors": gemm(descriptors=True),
+            "descriptors elsewhere": gemm(descriptors=True),
+            "descriptors of the weight": gemm(descriptors=True, transposed=False),
+            "descriptors of fp16": gemm(descriptors=True, dtype=FP16),
+            "descriptors of wide rows": gemm(
+                descriptors=True, tensors={"p": view(64, 64, pitch=128)}
+            ),
+            "single pass with descriptors": single(descriptors=True),
+        }
+    else:  # Triton specialises on whether a buffer passes 2 GiB
+        size = 1 << 30  # elements of 2 bytes
+        flat = torch.from_file(f"{folder}/big", shared=True, size=size + 64, dtype=BF16)
+        made["in a large buffer"] = gemm(tensors={"p": flat[: 64 * 64].view(64, 64)})
+    return made
+
+
+def plainly(run) -> list[tuple]:
+    """What ``run`` launches by Triton alone."""
+    launch._IS_KNOWN = False
+    try:
+        return caught(run)
+    finally:
+        launch._IS_KNOWN = True
+
+
+def caught(run) -> list[tuple]:
+    """What reaches the driver during ``run``."""
+    launched.clear()
+    run()
+    return list(launched)
+
+
+def main(arch: str) -> None:
+    """Print the names of the cases that differ, and of those that passed through Triton again."""
+    active = make_driver(arch)
+    torch.empty = same_buffer
+    launch._BUFFERS_HAVE_SIZES = arch.startswith("gfx")
+    counted, run = [], JITFunction.run
+
+    def counting(self, *args, **kwargs):
+        counted.append(self)
+        return run(self, *args, **kwargs)
+
+    JITFunction.run = counting
+    with tempfile.TemporaryDirectory() as folder:
+        made = cases(arch, folder)
+        result = {"cases": len(made), "different": [], "not repeated": []}
+        binaries = set()
+        for device in (0, 1):
+            active.device = device
+            expected = {name: plainly(case) for name, case in made.items()}
+            binaries |= {binary for records in expected.values() for binary, *_ in records}
+            for case in made.values():
+                case()
+            order = list(made)
+            random.Random(0).shuffle(order)
+            for name in order:
+                counted.clear()
+                if caught(made[name]) != expected[name]:
+                    result["different"].append(name)
+                if counted:
+                    result["not repeated"].append(name)
+    print(json.dumps(result | {"binaries": len(binaries)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

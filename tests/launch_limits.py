@@ -1,0 +1,100 @@
+"""When a launch is not repeated, and what repeating keeps; see ``launch_cases.py``.
+
+Prints, as JSON, whether Triton was passed through by name of what was set.
+"""
+
+import gc
+import json
+import weakref
+
+import torch
+from launch_cases import add, caught, gemm, launched, make_driver
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+from fused_lora.kernels import launch
+from fused_lora.kernels.lora_gemm import _lora_add
+
+
+def passed_through(run) -> int:
+    """Calls of Triton's own launch during ``run``."""
+    count, original = [], JITFunction.run
+
+    def counting(self, *args, **kwargs):
+        count.append(self)
+        return original(self, *args, **kwargs)
+
+    JITFunction.run = counting
+    try:
+        run()
+    finally:
+        JITFunction.run = original
+    return len(count)
+
+
+def while_watched() -> dict[str, int]:
+    """Passes of a launch that was made before, while something is set and after."""
+    run, seen = add(), []
+
+    def hook(*args, **kwargs):
+        seen.append(args)
+
+    def enter(on):
+        (knobs.runtime.launch_enter_hook.add if on else knobs.runtime.launch_enter_hook.remove)(
+            hook
+        )
+
+    def leave(on):
+        (knobs.runtime.launch_exit_hook.add if on else knobs.runtime.launch_exit_hook.remove)(hook)
+
+    def debug(on):
+        knobs.runtime.debug = on
+
+    def before(on):
+        _lora_add.pre_run_hooks[:] = [hook] if on else []
+
+    def instrumented(on):
+        knobs.compilation.instrumentation_mode = "consan" if on else ""
+
+    def stages(on):
+        knobs.runtime.add_stages_inspection_hook = (lambda *args: ("a", "b")) if on else None
+
+    def unknown(on):
+        launch._IS_KNOWN = not on
+
+    run()
+    result = {"nothing": passed_through(run)}
+    for switch in (enter, leave, debug, before, instrumented, stages, unknown):
+        switch(True)
+        result[switch.__name__] = passed_through(run)
+        switch(False)
+        result[f"after {switch.__name__}"] = passed_through(run)
+    return result
+
+
+def what_is_kept() -> dict[str, bool]:
+    """Whether tensors of repeated launches are freed, and the tables bounded."""
+    p = torch.zeros(64, 64, dtype=torch.bfloat16)
+    run = gemm(descriptors=True, tensors={"p": p})
+    run()
+    run()
+    alive = weakref.ref(p)
+    launched.clear()
+    del p, run
+    gc.collect()
+    freed = alive() is None
+    launch._MOST_PLANS, launch._MOST_ADDRESSES = 8, 8
+    runs = [gemm(M=M) for M in range(1, 30)] + [gemm(descriptors=True) for _ in range(30)]
+    for run in runs:
+        caught(run)
+    descriptors = [d for plan in launch._plans.values() for _, d in plan.operands if d is not None]
+    return {
+        "freed": freed,
+        "plans bounded": len(launch._plans) <= 8,
+        "addresses bounded": bool(descriptors) and all(len(d) <= 8 for d in descriptors),
+    }
+
+
+if __name__ == "__main__":
+    make_driver("sm_90")
+    print(json.dumps({"watched": while_watched(), "kept": what_is_kept()}))

@@ -1,0 +1,47 @@
+"""Repeated launches give the driver what Triton would, and nothing that watches them is missed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+
+
+def run(*command) -> dict:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_the_driver_gets_the_same_binary_and_arguments(arch):
+    result = run(HERE / "launch_cases.py", arch)
+    assert result["different"] == []
+    assert result["not repeated"] == []
+    # Two devices, and most cases differ from all others in their binary: else they prove little.
+    assert result["binaries"] > result["cases"]
+
+
+@pytest.fixture(scope="module")
+def limits():
+    return run(HERE / "launch_limits.py")
+
+
+def test_a_watched_launch_is_plain(limits):
+    watched = limits["watched"]
+    for name, passes in watched.items():
+        assert passes == (0 if name == "nothing" or name.startswith("after ") else 1), name
+    assert len(watched) == 15
+
+
+def test_nothing_is_kept_alive_and_tables_are_bounded(limits):
+    assert limits["kept"] == {"freed": True, "plans bounded": True, "addresses bounded": True}
