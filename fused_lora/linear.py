@@ -38,8 +38,8 @@ class _LinearForward(LoRALayer):
 
     def _matrix(self) -> Tensor:
         # A view of a sharded parameter requires grad although the parameter is frozen.
-        weight = self.weight if isinstance(self.weight, nn.Parameter) else self.weight.detach()
-        return self.to_matrix(weight)
+        weight = self.weight
+        return self.to_matrix(weight if isinstance(weight, nn.Parameter) else weight.detach())
 
     def _fused(self, x: Tensor, matrix: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         return fused_lora_linear(

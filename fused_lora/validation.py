@@ -67,7 +67,8 @@ def check_scaling(value: float) -> None:
 
 def check_dropout(p: float) -> None:
     """Check a dropout probability: a number in [0, 1)."""
-    if not isinstance(p, Real) or isinstance(p, bool):
+    # An abstract base class costs more to ask than the rest of a call's checks.
+    if type(p) is not float and (not isinstance(p, Real) or isinstance(p, bool)):
         raise TypeError(f"expected dropout to be a number, got {p!r} ({type(p).__name__})")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"expected dropout in [0, 1), got {p}")
@@ -144,30 +145,32 @@ def check_base(
 
 def _check_kinds(x: Tensor, tensors: tuple[tuple[str, Tensor], ...]) -> None:
     """Every one a floating tensor on x's device."""
+    device = getattr(x, "device", None)
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected {name} to be a Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"expected {name} in one of {_names(FLOATS)}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"expected {name} on x's device {x.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}")
 
 
 def _check_adapter(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, N: int, K: int, scaling: float | Tensor
 ) -> None:
-    if x.dim() < 1 or x.shape[-1] != K:
+    if x.shape[-1:] != (K,):
         raise ValueError(f"expected x of shape (..., {K}), got {_shape(x)}")
-    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+    shape = lora_A.shape
+    if shape[1:] != (K,):
         raise ValueError(f"expected lora_A of shape (rank, {K}), got {_shape(lora_A)}")
-    R = lora_A.shape[0]
+    R = shape[0]
     if R < 1:
         raise ValueError(f"expected lora_A of rank >= 1, got {_shape(lora_A)}")
     if lora_B.shape != (N, R):
         raise ValueError(f"expected lora_B of shape ({N}, {R}), got {_shape(lora_B)}")
     if isinstance(scaling, Tensor):
         _check_scaling_tensor(scaling, x)
-    elif not isinstance(scaling, Real):
+    elif type(scaling) is not float and not isinstance(scaling, Real):
         raise TypeError(
             f"expected scaling to be a float or a 0-d Tensor, got {type(scaling).__name__}"
         )
