@@ -1,5 +1,6 @@
 """Kernels run under Triton's interpreter on CPU tensors, and fresh memory is NaN."""
 
+import contextlib
 import os
 import tempfile
 
@@ -62,6 +63,14 @@ def _nan_filled_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    """Tensors are made where ``benchmarks/gpu_acceptance.py`` says, on a GPU that is at hand."""
+    device = os.environ.get("FUSED_LORA_TEST_DEVICE")
+    with torch.device(device) if device else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

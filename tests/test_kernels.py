@@ -176,7 +176,7 @@ def test_sum_partials(shape):
 @pytest.mark.parametrize("case", [(37, 100, 58_982), (1, 1, 1), (8, 65, 32_768), (3, 300, 65_535)])
 def test_dropout_mask_equals_pytorchs(case):
     rows, columns, keep = case
-    seed = dropout.draw_seed(torch.device("cpu"))
+    seed = dropout.draw_seed(torch.get_default_device())
     words = dropout.empty_words(rows, columns, seed.device)
     ops.dropout_mask(words, seed, keep, dropout.DIGITS)
     assert torch.equal(words, dropout.keep_words(seed, rows, columns, keep))

@@ -99,11 +99,12 @@ def draw(case, impl) -> tuple[dict, dict, dict]:
         dy = torch.ones((), dtype=dtype).expand(M, N)
     mask = None
     if p:
-        state = torch.get_rng_state()
+        seed = torch.initial_seed() + 1  # of every device's generator
+        torch.manual_seed(seed)
         keep = dropout.keep_count(p)
         words = dropout.keep_words(dropout.draw_seed(dy.device), M, K, keep)
         mask = dropout.keep_matrix(words, K, torch.float64) * (dropout.KEEP_ALL / keep)
-        torch.set_rng_state(state)
+        torch.manual_seed(seed)
     x = arrange(inputs["x"], layout)
     shaped_dy = dy if x.dim() == 2 else dy.reshape(*x.shape[:-1], N)
     ours = run(
