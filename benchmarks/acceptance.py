@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,9 +21,14 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from fused_lora import dropout, fused_lora_linear, tuned
+import machine
+from fused_lora import cost, devices, dropout, fused_lora_linear, traffic, tuned
+from fused_lora.kernels import configs
 from fused_lora.timing import device_seconds
 from fused_lora.tune import Layer, tune
+from measure import measure
+from providers import PROVIDERS
+from shapes import Shape
 from support import (
     assert_as_good_as_eager,
     in_eager,
@@ -68,15 +72,13 @@ class Gpu:
     def environment(self) -> dict:
         """What the results hold for."""
         properties = torch.cuda.get_device_properties(self.device)
-        return {
-            "gpu": properties.name,
-            "arch": f"{properties.major}.{properties.minor}",
+        return machine.describe(self.device) | {
+            "arch": configs.target_of(self.device).arch,
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "l2_bytes": getattr(properties, "L2_cache_size", None),
             "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
             "tuned_for": tuned.environment(self.device),
-            "python": platform.python_version(),
         }
 
     def capture(self, step: Callable[[], tuple[Tensor, ...]]):
@@ -256,8 +258,6 @@ def tuning(gpu: Gpu, layers: Iterable[Layer]) -> Step:
 
 def comparison(gpu: Gpu, layers: Iterable[Layer]) -> Step:
     """What tuning measured over what the model expected; nothing to pass or fail."""
-    from fused_lora import cost, devices, traffic
-
     device, details = devices.device_of(gpu.device), []
     for layer in dict.fromkeys(layers):
         M, K, N, R, dtype, p = layer
@@ -284,11 +284,6 @@ def comparison(gpu: Gpu, layers: Iterable[Layer]) -> Step:
 
 def benchmark(gpu: Gpu, layers: Iterable[Layer], seconds: float) -> Step:
     """Everyone who computes the layer, verified, then timed; over the frozen layer's time."""
-    sys.path.append(str(Path(__file__).parent))
-    from measure import measure
-    from providers import PROVIDERS
-    from shapes import Shape
-
     details = []
     for layer in layers:
         dtype = str(layer.dtype).removeprefix("torch.")

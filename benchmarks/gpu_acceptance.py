@@ -17,31 +17,21 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import acceptance
 import torch
-from acceptance import Gpu, Step
 
-from fused_lora.tune import MODELS, Layer
+import acceptance
+from acceptance import Gpu, Step
+from fused_lora.tune import Layer
+from shapes import GPU_QUICK, GPU_TARGETS
 
 RESULTS = Path(__file__).with_name("results")
 SMALL = [(63, 300, 123, 8), (48, 1024, 2048, 16), (512, 1024, 1024, 64), (2048, 2048, 512, 128)]
-QUICK = [(8192, 4096, 4096, 16), (8192, 4096, 1024, 16), (16, 4096, 4096, 16)]
 
 
 def layers(quick: bool) -> list[Layer]:
     """What is tuned and timed."""
-    shapes = (
-        QUICK
-        if quick
-        else QUICK
-        + [
-            (M, K, N, 16)
-            for name in ("llama3-8b", "qwen2.5-32b")
-            for K, N in MODELS[name]
-            for M in (512, 8192)
-        ]
-    )
-    return [Layer(*shape, p=p) for shape in dict.fromkeys(shapes) for p in (0.0, 0.1)]
+    shapes = GPU_QUICK if quick else GPU_TARGETS
+    return [Layer(*shape, p=p) for shape in shapes for p in (0.0, 0.1)]
 
 
 def steps(gpu: Gpu, quick: bool, seconds: float) -> dict[str, Callable[[], Step]]:
@@ -81,7 +71,7 @@ def verdict(done: dict[str, Step]) -> str:
 def write(folder: Path, environment: dict, done: dict[str, Step]) -> Path:
     """Both files, named after the GPU; returns the JSON one."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", environment["gpu"].lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", environment["device_name"].lower()).strip("-")
     found = {
         step: {"passed": s.passed, "summary": s.summary, "failures": s.failures}
         | ({} if s.details is None else {"details": s.details})
@@ -96,7 +86,7 @@ def write(folder: Path, environment: dict, done: dict[str, Step]) -> Path:
 
 def markdown(environment: dict, done: dict[str, Step]) -> str:
     """The summary; every time in it was measured on the GPU that it names."""
-    lines = [f"# {environment['gpu']}", "", f"**{verdict(done)}**", ""]
+    lines = [f"# {environment['device_name']}", "", f"**{verdict(done)}**", ""]
     lines += [f"- {key}: {value}" for key, value in environment.items()]
     lines += ["", "| step | | |", "|---|---|---|"]
     lines += [
@@ -134,7 +124,7 @@ def _cell(value: object) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--quick", action="store_true", help="tune and time three shapes only")
+    parser.add_argument("--quick", action="store_true", help="tune and time four shapes only")
     parser.add_argument("--seconds", type=float, default=10.0, help="of benchmark, a layer")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
     options = parser.parse_args(arguments)

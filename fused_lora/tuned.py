@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import filelock
 import torch
 
 from .kernels.configs import SINGLE_PASS_MAX_RANK, SINGLE_PASS_MAX_ROWS
@@ -115,6 +114,8 @@ def store(entries: Mapping[Call, Entry], device: torch.device) -> Path:
         OSError: the folder cannot be written.
         filelock.Timeout: another writer holds the lock.
     """
+    import filelock  # which reading does without
+
     path = cache_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):

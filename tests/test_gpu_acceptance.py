@@ -1,19 +1,14 @@
 """The steps of benchmarks/gpu_acceptance.py on a CPU, where kernels are interpreted."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import acceptance
 import gpu_acceptance
 from acceptance import Gpu, Step
-
 from fused_lora import dispatch, dropout, tuned
 from fused_lora.kernels import ops
 from fused_lora.tune import Layer
@@ -28,7 +23,7 @@ class Cpu(Gpu):
         super().__init__(torch.device("cpu"))
 
     def environment(self):
-        return {"gpu": "Interpreted (CPU)", "python": "3"}
+        return {"device_name": "Interpreted (CPU)", "versions": {"torch": "2"}}
 
     def capture(self, step):
         results = step()
@@ -128,6 +123,24 @@ def test_a_wrong_candidate_fails_tuning(monkeypatch):
     step = acceptance.tuning(Cpu(), [Layer(80, 32, 48, 4, torch.float32)])
     assert not step.passed
     assert "split left out" in step.failures[0]
+
+
+def test_what_was_measured_is_set_beside_what_was_modelled():
+    layers = [Layer(80, 32, 48, 4, torch.float32, p) for p in (0.0, 0.1)]
+    acceptance.tuning(Cpu(), layers)
+    details = acceptance.comparison(Cpu(), layers).details
+    assert len(details) == 4
+    for row in details:
+        for name, ratio in row["measured / modelled"].items():
+            assert ratio * row["modelled µs"][name] == pytest.approx(1e6)
+
+
+def test_the_benchmark_is_over_the_frozen_layer(monkeypatch):
+    monkeypatch.setattr(acceptance, "PROVIDERS", ["eager", "fused", "fused-split"])
+    (row,) = acceptance.benchmark(Cpu(), [Layer(16, 32, 48, 4, torch.float32, 0.1)], 0.1).details
+    assert set(row["ratios"]) == {"frozen", "eager", "fused"}
+    assert row["ratios"]["frozen"] == 1.0
+    assert "fused-split" in row["left out"]
 
 
 def test_everything_runs_and_the_verdict_names_what_failed(tmp_path):

@@ -1,13 +1,17 @@
 """Tuning, on interpreted kernels with a clock that the tests set."""
 
+import contextlib
+import functools
 import os
 import subprocess
 import sys
+import types
+from typing import ClassVar
 
 import pytest
 import torch
 
-from fused_lora import FusedLoRALinear, apply_lora, dispatch, explain, tuned
+from fused_lora import FusedLoRALinear, apply_lora, dispatch, explain, timing, tuned
 from fused_lora.tune import Layer, main, parse, tune, tune_model
 
 pytest.importorskip("triton")
@@ -164,3 +168,49 @@ def test_the_command_is_a_module():
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "expected a GPU" in done.stderr
+
+
+class FakeEvent:
+    """An event of a clock that ticks once a call."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = len(self.log)
+        self.log.append("event")
+
+    def elapsed_time(self, end):
+        return float(end.at - self.at)
+
+
+def test_the_devices_clock_is_asked_in_interleaved_rounds(monkeypatch):
+    """On a fake device: the cache is overwritten before each call, and only the call is timed."""
+    log, empty = FakeEvent.log, torch.empty
+    log.clear()
+
+    class Flush(torch.Tensor):
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(timing, "torch", types.SimpleNamespace(**vars(torch)))
+    monkeypatch.setattr(timing.torch, "empty", lambda n, **kw: empty(1).as_subclass(Flush))
+    cuda = types.SimpleNamespace(
+        Event=FakeEvent,
+        device=contextlib.nullcontext,
+        synchronize=lambda device: log.append("wait"),
+        get_device_properties=lambda device: types.SimpleNamespace(L2_cache_size=50 << 20),
+    )
+    monkeypatch.setattr(timing.torch, "cuda", cuda)
+    calls = {name: functools.partial(log.append, name) for name in ("split", "addmm")}
+    times = timing.device_seconds(calls, device=torch.device("cpu"), rounds=4)
+    assert times == {"split": [2e-3] * 4, "addmm": [2e-3] * 4}  # two ticks: itself and its start
+    warm_up, rounds = log[:6], log[6:-1]
+    assert set(warm_up) == {"split", "addmm"}
+    assert log[-1] == "wait"
+    for first in range(0, len(rounds), 8):
+        both = [rounds[first : first + 4], rounds[first + 4 : first + 8]]
+        assert all(part[:2] == ["flush", "event"] and part[3] == "event" for part in both)
+        assert {part[2] for part in both} == {"split", "addmm"}
