@@ -132,9 +132,9 @@ def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
 def _products(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base) -> Tensor:
     """``y`` from plain tensors; the only random number is the seed."""
     if is_transformed():
-        if impl == "triton":
+        if impl.startswith("triton"):
             raise ValueError(
-                "impl='triton' cannot run here: expected no torch.func transform or forward-mode"
+                f"impl={impl!r} cannot run here: expected no torch.func transform or forward-mode"
                 " differentiation, which take impl='auto', 'torch' or 'reference'"
             )
         impl = "reference"

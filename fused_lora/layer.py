@@ -201,7 +201,8 @@ class LoRALayer(MergeableLayer):
     def _scale(self) -> float | Tensor:
         """``s`` in a forward; a tensor for compilers, whose graph then holds for every value."""
         compiling = torch.compiler.is_compiling() and not is_exporting()
-        return self._scaling_tensor if compiling or self._scaling_tensor.is_cuda else self._scaling
+        tensor = self._buffers["_scaling_tensor"]
+        return tensor if compiling or tensor.is_cuda else self._scaling
 
     def _renew_scaling_tensor(self) -> None:
         """The scale where kernels read it: fp32 at least, in place as long as the place serves."""

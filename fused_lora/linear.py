@@ -34,19 +34,24 @@ class _LinearForward(LoRALayer):
             return self._plain_forward(x)
         if self.use_dora:
             return self._dora_forward(x)
-        return self._fused(x, self._matrix(), self.bias, self.dropout)
+        return self._fused(x, self._matrix(), self._parameter("bias"), self.dropout)
 
     def _matrix(self) -> Tensor:
         # A view of a sharded parameter requires grad although the parameter is frozen.
-        weight = self.weight
+        weight = self._parameter("weight")
         return self.to_matrix(weight if isinstance(weight, nn.Parameter) else weight.detach())
+
+    def _parameter(self, name: str) -> Tensor | None:
+        """The attribute ``name``; ``nn.Module.__getattr__`` costs ten times a look at its table."""
+        found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
 
     def _fused(self, x: Tensor, matrix: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         return fused_lora_linear(
             x,
             matrix,
-            self.lora_A,
-            self.lora_B,
+            self._parameter("lora_A"),
+            self._parameter("lora_B"),
             bias,
             scaling=self._scale(),
             dropout_p=dropout,
