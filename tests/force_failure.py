@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from compile_kernels import FakeDriver
+from fake_driver import FakeDriver
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
@@ -36,9 +36,7 @@ def no_compiler() -> None:
 
 def no_room() -> None:
     """A GPU with one kilobyte of shared memory."""
-    small = FakeDriver("sm_90")
-    small.utils.get_device_properties = lambda device: {"max_shared_mem": 1024}
-    driver.set_active(small)
+    driver.set_active(FakeDriver("sm_90", shared_bytes=1024))
 
 
 def too_old() -> None:

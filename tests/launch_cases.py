@@ -11,10 +11,10 @@ import random
 import sys
 import tempfile
 from functools import lru_cache
-from types import SimpleNamespace
 
 import torch
 import triton.compiler
+from fake_driver import FakeDriver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -65,15 +65,9 @@ def described(argument):
     return type(argument), argument
 
 
-def make_driver(arch: str):
-    """A driver for that stub, on device 0 unless told."""
-    from compile_kernels import FakeDriver
-
+def make_driver(arch: str) -> FakeDriver:
+    """The active driver, for which nothing is compiled."""
     made = FakeDriver(arch)
-    made.device = 0
-    made.get_current_device = lambda: made.device
-    made.get_current_stream = lambda device: 100 + device
-    made.utils = SimpleNamespace(unload_module=lambda module: None)
     triton.compiler.compile = lambda src, **options: Binary(src)
     triton.runtime.driver.set_active(made)
     return made
