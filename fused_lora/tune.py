@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import dispatch, dropout, tuned
 from .layer import LoRALayer
+from .sharding import is_shard
 from .timing import device_seconds
 from .tuned import Call, Entry
 
@@ -113,8 +114,8 @@ def _adapted(model: nn.Module) -> Iterator[tuple]:
     for module in model.modules():
         if isinstance(module, LoRALayer):
             if module.no_kernel is None and not module.use_dora:
-                weight = module.to_matrix(module.weight)
-                N, K = weight.shape
+                weight = module.weight.to_local() if is_shard(module.weight) else module.weight
+                N, K = module.to_matrix(weight).shape
                 yield weight, K, N, module.rank, weight.dtype, module.dropout
         elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # PEFT's
             weight = module.get_base_layer().weight
