@@ -25,6 +25,7 @@ from .layer import LoRALayer
 from .sharding import is_shard
 from .timing import device_seconds
 from .tuned import Call, Entry
+from .validation import check_dropout
 
 # Published configurations; (K, N) of q and o, of k and v, of gate and up, of down.
 MODELS = {
@@ -34,6 +35,7 @@ MODELS = {
     "qwen2.5-32b": ((5120, 5120), (5120, 1024), (5120, 27648), (27648, 5120)),
     "llama3-70b": ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)),
 }
+_SHAPES = f"MxKxNxR, as 8192x4096x4096x16, or one of {', '.join(MODELS)}"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHECKED_ROWS = 256  # of the output, in float64: all of them would take longer than the timing
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -76,6 +78,7 @@ def tune(
 
     Raises:
         ValueError: the kernels cannot run on ``device``.
+        OSError: the file cannot be written.
     """
     device = _checked_device(torch.device(device))
     timer = partial(device_seconds, device=device) if timer is None else timer
@@ -242,25 +245,25 @@ def parse(text: str, tokens: int, rank: int) -> list[tuple[int, int, int, int]]:
     """``(M, K, N, R)`` of each shape that ``text`` names.
 
     Raises:
-        ValueError: neither four positive integers joined by x nor a model of :data:`MODELS`.
+        ValueError: neither four positive integers joined by x nor a model of :data:`MODELS`;
+            ``tokens`` or ``rank`` under 1.
     """
     if text in MODELS:
+        if tokens < 1 or rank < 1:
+            raise ValueError(f"expected tokens >= 1 and rank >= 1, got {tokens} and {rank}")
         return [(tokens, K, N, rank) for K, N in MODELS[text]]
     parts = text.split("x")
     if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        names = ", ".join(MODELS)
-        raise ValueError(f"expected MxKxNxR, as 8192x4096x4096x16, or one of {names}; got {text!r}")
+        raise ValueError(f"expected {_SHAPES}; got {text!r}")
     return [tuple(map(int, parts))]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 2 if there is no GPU to tune for."""
+    """The command; 1 if nothing could be kept, 2 if there is no GPU to tune for."""
     parser = argparse.ArgumentParser(
-        prog="python -m fused_lora.tune",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        prog="python -m fused_lora.tune", description=__doc__.partition(" and keep")[0]
     )
-    parser.add_argument("shapes", nargs="+", metavar="SHAPE", help="MxKxNxR, or a model's name")
+    parser.add_argument("shapes", nargs="+", metavar="SHAPE", help=_SHAPES)
     parser.add_argument("--tokens", type=int, default=8192, help="M of a model's shapes")
     parser.add_argument("--rank", type=int, default=16, help="R of a model's shapes")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
@@ -268,6 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs")
     options = parser.parse_args(arguments)
     try:
+        for p in options.dropout:
+            check_dropout(p)
         shapes = [s for text in options.shapes for s in parse(text, options.tokens, options.rank)]
     except ValueError as error:
         parser.error(str(error))
@@ -279,7 +284,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     timer = partial(device_seconds, device=device, graphs=options.graphs)
-    kept = tune(layers, device, timer=timer, report=partial(print, flush=True))
+    try:
+        kept = tune(layers, device, timer=timer, report=partial(print, flush=True))
+    except OSError as error:
+        print(f"nothing was kept: {error}; FUSED_LORA_CACHE names another folder", file=sys.stderr)
+        return 1
     print(f"{len(kept)} entries in {tuned.cache_path()}")
     return 0 if kept else 1
 

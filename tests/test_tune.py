@@ -162,6 +162,24 @@ def test_the_command_without_a_gpu_says_so(capsys):
     assert "expected a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments", [["foo"], ["llama3-8b", "--rank", "0"], ["9x9x9x9", "--dropout", "1"]], ids=str
+)
+def test_the_command_refuses_what_it_cannot_tune(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "error: expected" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FUSED_LORA_CACHE", str(tmp_path / "file" / "folder"))
+    monkeypatch.setattr("fused_lora.tune._checked_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr("fused_lora.tune.device_seconds", lambda calls, **options: Clock()(calls))
+    assert main(["80x32x48x4", "--dtype", "float32", "--dropout", "0"]) == 1
+    assert "FUSED_LORA_CACHE names another folder" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
 def test_the_command_is_a_module():
     command = [sys.executable, "-m", "fused_lora.tune", "llama3-8b"]

@@ -8,7 +8,14 @@ import warnings
 import pytest
 import torch
 
-from fused_lora import FusedLoRALinear, dispatch, explain, fused_lora_linear, tuned
+from fused_lora import (
+    FusedLoRALinear,
+    dispatch,
+    explain,
+    fused_lora_add,
+    fused_lora_linear,
+    tuned,
+)
 from fused_lora.tuned import Call, Entry
 from support import make_inputs
 
@@ -214,6 +221,14 @@ def test_a_strategy_asked_for_is_the_one_that_runs(strategy, monkeypatch):
     inputs["x"].requires_grad_()
     fused_lora_linear(**inputs, impl=f"triton:{strategy}").sum().backward()
     assert ran == [strategy, strategy]
+
+
+def test_beside_a_base_there_is_no_strategy_to_refuse():
+    inputs = make_inputs(65, 64, 48, 4, FP32)
+    base = torch.randn(65, 48)
+    x, A, B = (inputs[name] for name in ("x", "lora_A", "lora_B"))
+    got = fused_lora_add(base, x, A, B, impl="triton:single_pass")
+    torch.testing.assert_close(got, fused_lora_add(base, x, A, B, impl="triton"))
 
 
 def test_a_strategy_that_cannot_run_is_an_error():
