@@ -17,7 +17,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import autograd, dispatch, dropout
 from .aten import as_dtype
@@ -156,18 +155,3 @@ def _rank_dtype(x: Tensor, impl: str) -> torch.dtype:
 
 def _no_words(x: Tensor) -> Tensor:
     return x.new_empty((0,), dtype=torch.int32)
-
-
-@register_flop_formula(torch.ops.fused_lora.lora_linear)
-def _(x, weight, lora_A, lora_B, *args, out_shape=None, **kwargs) -> int:
-    M, K, (N, R) = math.prod(x[:-1]), x[-1], lora_B
-    return 2 * M * (R * (K + N) + (0 if weight is None else K * N))
-
-
-@register_flop_formula(torch.ops.fused_lora.lora_linear_backward)
-def _(dy, x, weight, lora_A, lora_B, S, scaling, words, inv_keep, impl, needs, **kwargs) -> int:
-    (M, N), (R, K) = dy, lora_A
-    need_x, need_A, need_B = needs
-    G = M * N * R if need_x or need_A else 0
-    dx = M * K * R + (0 if weight is None else M * N * K) if need_x else 0
-    return 2 * (G + dx + need_A * M * K * R + need_B * M * N * R)

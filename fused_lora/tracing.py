@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
+)
 
 
 def is_exporting() -> bool:
@@ -13,11 +16,16 @@ def is_exporting() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a compiler or a dispatch mode is given each operator.
+    """Whether a compiler or a dispatch mode is given each operator, and may keep what it returns.
 
-    Such modes may keep what an operator returns, as selective checkpointing does, or count it.
+    Selective checkpointing does; a FLOP counter does not, and knows PyTorch's operators only.
     """
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    if torch.compiler.is_compiling():
+        return True
+    if _get_current_dispatch_mode() is None:
+        return False
+    kinds = (type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
+    return any(kind != "_FlopCounterMode" for kind in kinds)
 
 
 def is_transformed() -> bool:
