@@ -1,18 +1,22 @@
 """Launch configurations: what they are, when one is valid, and which one a shape gets.
 
-Tile tables are policy, not kernels: a launcher takes an explicit config and asks nobody.
+The tiles stand in ``tables.py``. They are policy, not kernels: a launcher takes an explicit config
+and asks nobody.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
+from . import tables
+
 MIN_BLOCK_R = 16  # the smallest inner size of a matrix instruction for half precision
 MAX_BLOCK_R = 32  # larger ranks are chunked: at 64, U's fp32 tile spills on sm_80 and sm_90
-SHRINK_MAX_BLOCK_R = 256  # accumulators of one row block: 32 · 256 fp32 are 64 registers a thread
+MAX_THIN_BLOCK_R = 256  # of shrink and rank_grad: larger ranks are several programs
 SINGLE_PASS_MAX_ROWS = 64
 SINGLE_PASS_MAX_RANK = 64
 BARRIER_BYTES = 256  # of the pipelined copies
@@ -35,6 +39,16 @@ class Config:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    splits = 1  # of the contraction
+
+    @property
+    def buffers(self) -> int:
+        """Steps of the loop that lie in shared memory; a pointer's next one is still on its way."""
+        return self.num_stages if self.descriptors else max(1, self.num_stages - 1)
+
+    def tile(self, rank: int) -> tuple[int, int]:
+        """Rows and columns of the result that a program owns."""
+        raise NotImplementedError
 
     def operand(self, tensor: torch.Tensor, block: tuple[int, int]):
         """``tensor`` as the kernel takes it: itself, or a tensor descriptor of ``block``."""
@@ -60,10 +74,14 @@ class GemmConfig(Config):
         block = padded_rank(rank)
         return block, cdiv(rank, block)
 
+    def tile(self, rank: int) -> tuple[int, int]:
+        """As of :class:`Config`."""
+        return self.block_m, self.block_n
+
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound of the shared memory of a block."""
         block_r, chunks = self.rank_blocks(rank)
-        loop = self.num_stages * (self.block_m + self.block_n) * self.block_l * itemsize
+        loop = self.buffers * (self.block_m + self.block_n) * self.block_l * itemsize
         output = self.block_m * self.block_n * itemsize if self.descriptors else 0
         low_rank = (self.block_m + self.block_n) * block_r * (8 if chunks > 1 else itemsize)
         # A chunked U V is a loop of its own, double-buffered in fp32; it reuses the other's memory.
@@ -79,6 +97,7 @@ class AddConfig(Config):
     block_n: int = 64
 
     rank_blocks = GemmConfig.rank_blocks
+    tile = GemmConfig.tile
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound of the shared memory of a block."""
@@ -93,11 +112,15 @@ class ShrinkConfig(Config):
     block_m: int = 32
     block_l: int = 64
     splits: int = 1
-    max_block_r: int = SHRINK_MAX_BLOCK_R
+    max_block_r: int = MAX_THIN_BLOCK_R
 
     def block_r(self, rank: int) -> int:
         """Columns of U a program owns."""
         return padded_rank(rank, self.max_block_r)
+
+    def tile(self, rank: int) -> tuple[int, int]:
+        """As of :class:`Config`."""
+        return self.block_m, self.block_r(rank)
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound of the shared memory of a block."""
@@ -113,10 +136,15 @@ class RankGradConfig(Config):
     block_m: int = 32
     block_l: int = 64
     splits: int = 1
+    max_block_r: int = MAX_THIN_BLOCK_R
 
     def block_r(self, rank: int) -> int:
         """Rows of the output a program owns."""
-        return padded_rank(rank, SHRINK_MAX_BLOCK_R)
+        return padded_rank(rank, self.max_block_r)
+
+    def tile(self, rank: int) -> tuple[int, int]:
+        """As of :class:`Config`."""
+        return self.block_r(rank), self.block_l
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound of the shared memory of a block; U and the output are staged in fp32."""
@@ -137,6 +165,8 @@ class SinglePassConfig(Config):
     def block_r(self, rank: int) -> int:
         """The whole rank, in one block."""
         return padded_rank(rank, SINGLE_PASS_MAX_RANK)
+
+    tile = GemmConfig.tile
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound of the shared memory of a block."""
@@ -161,7 +191,7 @@ class Target:
 
 
 # The most shared memory a block may have (CUDA C programming guide, table of compute capabilities;
-# AMD: LDS of a workgroup).
+# AMD: LDS of a workgroup, CDNA 4 white paper).
 SHARED_BYTES = {
     "sm_80": 166_912,
     "sm_86": 101_376,
@@ -169,8 +199,9 @@ SHARED_BYTES = {
     "sm_90": 232_448,
     "sm_100": 232_448,
     "sm_120": 101_376,
+    "gfx950": 163_840,
 }
-DEFAULT_SHARED_BYTES = 65_536  # gfx9, and the least of any GPU that Triton supports
+DEFAULT_SHARED_BYTES = 65_536  # other gfx9, and the least of any GPU that Triton supports
 INTERPRETER = Target("interpreter", sms=4, shared_bytes=1 << 30)
 
 
@@ -198,50 +229,55 @@ def is_valid(config: Config, target: Target, itemsize: int, rank: int) -> bool:
     return config.shared_bytes(itemsize, rank) <= target.shared_bytes
 
 
-# From the largest tile to the smallest; the first that is valid and fills the GPU is taken.
-# Compiled without a spill for each architecture named, ranks 8 to 256, dropout on and off.
-_AMPERE = (
-    GemmConfig(8, 3, block_m=128, block_n=128, block_l=64),
-    GemmConfig(4, 4, block_m=64, block_n=128, block_l=32),
-    GemmConfig(4, 4, block_m=64, block_n=64, block_l=32),
-)
-_ADA = (
-    GemmConfig(8, 3, block_m=128, block_n=128, block_l=32),
-    GemmConfig(4, 3, block_m=64, block_n=128, block_l=32),
-    GemmConfig(4, 4, block_m=64, block_n=64, block_l=32),
-)
-_HOPPER = (
-    GemmConfig(8, 3, True, block_m=128, block_n=256, block_l=64, programs=1),
-    GemmConfig(8, 4, True, block_m=128, block_n=128, block_l=64, programs=1),
-    GemmConfig(4, 4, True, block_m=64, block_n=128, block_l=64, programs=1),
-)
-_BLACKWELL = (
-    *_HOPPER[:2],
-    GemmConfig(8, 4, True, block_m=64, block_n=128, block_l=64, programs=1),
-)
-_CDNA = (
-    GemmConfig(8, 2, block_m=128, block_n=128, block_l=32),
-    GemmConfig(4, 2, block_m=64, block_n=64, block_l=32),
-)
-# Clean on every architecture, aligned or not, any rank; fp32 too.
-_CONSERVATIVE = (GemmConfig(4, 2, block_m=64, block_n=64, block_l=32),)
-_FP32 = (
-    GemmConfig(8, 3, block_m=128, block_n=128, block_l=16),
-    GemmConfig(4, 2, block_m=64, block_n=64, block_l=16),
-)
-_INTERPRETER = (GemmConfig(4, 2, True, block_m=64, block_n=64, block_l=64, programs=1),)
-GEMM_TABLE = {
-    "sm_80": _AMPERE,
-    "sm_86": _ADA,
-    "sm_89": _ADA,
-    "sm_90": _HOPPER,
-    "sm_100": _BLACKWELL,
-    "sm_120": _ADA,
-    "gfx90a": _CDNA,
-    "gfx942": _CDNA,
-    "gfx950": _CDNA,
-    "interpreter": _INTERPRETER,
-}
+def fill(config: Config, target: Target, rows: int, columns: int, rank: int = 1) -> float:
+    """How evenly the tiles of a ``(rows, columns)`` result fill the GPU.
+
+    The share of the SMs' time slots that do useful work, were every tile to take one slot: the last
+    wave is rarely full, and tiles hang over the edges.
+    """
+    block_rows, block_columns = config.tile(rank)
+    tiles = cdiv(rows, block_rows) * cdiv(columns, block_columns) * config.splits
+    slots = cdiv(tiles, target.sms) * target.sms
+    return rows * columns * config.splits / (slots * block_rows * block_columns)
+
+
+def intensity(config: Config, rank: int) -> float:
+    """Share of a tile's time that is arithmetic: ``p / (p + 16)`` for ``p`` products a number.
+
+    An ``(a, b)`` tile makes ``a b`` products of the ``a + b`` numbers it loads. 16 stand for the
+    balance of a GPU's tensor cores and its L2 cache: a guess, to be replaced by measurement.
+    """
+    rows, columns = config.tile(rank)
+    per_load = rows * columns / (rows + columns)
+    return per_load / (per_load + 16)
+
+
+def _choose(candidates: list, target: Target, rows: int, columns: int, rank: int):
+    """The candidate with the best product of :func:`fill` and :func:`intensity`.
+
+    Ties go to the one that comes first in its table.
+    """
+    return max(candidates, key=lambda c: fill(c, target, rows, columns, rank) * intensity(c, rank))
+
+
+def _valid(configs: Iterable, target: Target, itemsize: int, rank: int) -> list:
+    return [config for config in configs if is_valid(config, target, itemsize, rank)]
+
+
+def gemm_candidates(target: Target, itemsize: int, rank: int, *, aligned: bool) -> list[GemmConfig]:
+    """What :func:`gemm_config` chooses from."""
+    by_arch = tables.GEMM[tables.kind(itemsize, aligned)]
+    rows = by_arch.get(target.arch, by_arch["any"])
+    described = aligned and itemsize == 2 and target.arch in tables.PERSISTENT
+    described = described or (aligned and target.arch == "interpreter")
+    programs = target.sms if described else 0
+    return _valid(
+        [
+            GemmConfig(warps, stages, described, rows, columns, step, programs=programs)
+            for warps, stages, rows, columns, step in rows
+        ],
+        target, itemsize, rank,
+    )  # fmt: skip
 
 
 def gemm_config(
@@ -250,113 +286,101 @@ def gemm_config(
     """The tile of ``lora_gemm`` for an ``(M, N)`` output.
 
     Args:
-        aligned: every row starts on 16 bytes, as vector loads and tensor descriptors need; else
-            only the conservative tile is clean.
+        aligned: every row starts on 16 bytes, as vector loads and tensor descriptors need.
     """
-    if target.arch == "interpreter":
-        candidates = _INTERPRETER
-    elif not aligned:
-        candidates = _CONSERVATIVE
-    elif itemsize == 4:
-        candidates = _FP32
-    else:
-        candidates = GEMM_TABLE.get(target.arch, _CONSERVATIVE)
-    valid = []
-    for config in candidates:
-        if config.descriptors and not aligned:
-            config = replace(config, descriptors=False, programs=0)
-        if is_valid(config, target, itemsize, rank):
-            valid.append(config)
-    # Ties go to the larger tile, which comes first.
-    chosen = max(valid or _CONSERVATIVE, key=lambda c: fill(c, target, M, N) * _intensity(c))
-    return replace(chosen, programs=target.sms) if chosen.programs else chosen
+    return _choose(gemm_candidates(target, itemsize, rank, aligned=aligned), target, M, N, rank)
 
 
-def fill(config: GemmConfig, target: Target, M: int, N: int) -> float:
-    """Share of the GPU's tile slots that do useful work over the waves of an ``(M, N)`` output."""
-    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
-    slots = cdiv(tiles, target.sms) * target.sms
-    return M * N / (slots * config.block_m * config.block_n)
+def add_candidates(target: Target, itemsize: int, rank: int) -> list[AddConfig]:
+    """What :func:`add_config` chooses from."""
+    rows = tables.ADD[tables.kind(itemsize, True)]
+    return _valid(
+        [AddConfig(warps, 1, False, *block) for warps, *block in rows], target, itemsize, rank
+    )
 
 
-def _intensity(config: GemmConfig) -> float:
-    """Share of a tile's time that is arithmetic, were 16 products a load the balance: a guess."""
-    per_load = config.block_m * config.block_n / (config.block_m + config.block_n)
-    return per_load / (per_load + 16)
+def add_config(target: Target, itemsize: int, M: int, N: int, rank: int) -> AddConfig:
+    """The tile of ``lora_add`` for an ``(M, N)`` output."""
+    return _choose(add_candidates(target, itemsize, rank), target, M, N, rank)
 
 
-def _fit(config, target: Target, itemsize: int, rank: int):
-    """``config`` with less in flight until it is valid; 32 columns are one word of keep bits."""
-    while not is_valid(config, target, itemsize, rank):
-        if config.num_stages > 2:
-            config = replace(config, num_stages=2)
-        elif config.block_l > 32:
-            config = replace(config, block_l=config.block_l // 2)
-        elif config.block_m > MIN_BLOCK_R:
-            config = replace(config, block_m=config.block_m // 2)
-        else:
-            return replace(config, num_stages=1)
-    return config
-
-
-def add_config(target: Target, itemsize: int) -> AddConfig:
-    """The tile of ``lora_add``; fp32 dots are FMA loops, and need a smaller one."""
-    if target.arch == "interpreter":
-        return AddConfig(4, 1, block_m=64, block_n=64)
-    if itemsize == 4:
-        return AddConfig(4, 1, block_m=32, block_n=32)
-    return AddConfig(4, 1, block_m=64, block_n=64)
+def shrink_candidates(
+    target: Target, itemsize: int, rank: int, *, describable: bool
+) -> list[ShrinkConfig]:
+    """What :func:`shrink_config` chooses from."""
+    rows = tables.band(tables.SHRINK[tables.kind(itemsize, describable)], rank)
+    described = describable and target.arch == "interpreter"
+    return _valid(
+        [
+            ShrinkConfig(warps, stages, described, rows, step, max_block_r=most)
+            for warps, stages, rows, step, most in rows
+        ],
+        target, itemsize, rank,
+    )  # fmt: skip
 
 
 def shrink_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> ShrinkConfig:
     """The tile and splits of ``shrink``: enough programs to fill the GPU, few partial bytes."""
-    if target.arch == "interpreter":
-        config = ShrinkConfig(4, 2, describable, block_m=64, block_l=64)
-    else:
-        block_m = 16 if 16 * target.sms >= M else 32
-        block_l = 128 if itemsize == 2 and rank <= 64 else 64
-        if not describable:
-            block_l = 32  # narrow loads need an address and a mask an element
-        config = ShrinkConfig(8 if rank > 64 else 4, 3, block_m=block_m, block_l=block_l)
-        if itemsize == 4:
-            config = replace(config, max_block_r=128)  # fp32 dots are FMA loops: 256 spills
-        config = _fit(config, target, itemsize, rank)
-    wanted = cdiv(2 * target.sms, cdiv(M, config.block_m))
-    wanted = min(wanted, cdiv(L, 4 * config.block_l))
-    # Partials are written and read in fp32: at most a quarter of the bytes of P.
-    return replace(config, splits=max(1, min(wanted, itemsize * L // (32 * rank))))
+
+    def split(config: ShrinkConfig) -> ShrinkConfig:
+        wanted = cdiv(2 * target.sms, cdiv(M, config.block_m))
+        wanted = min(wanted, cdiv(L, 4 * config.block_l))
+        return replace(config, splits=_capped(wanted, itemsize * L, rank))
+
+    candidates = shrink_candidates(target, itemsize, rank, describable=describable)
+    return _choose([split(config) for config in candidates], target, M, rank, rank)
+
+
+def rank_grad_candidates(
+    target: Target, itemsize: int, rank: int, *, describable: bool
+) -> list[RankGradConfig]:
+    """What :func:`rank_grad_config` chooses from."""
+    rows = tables.band(tables.RANK_GRAD[tables.kind(itemsize, describable)], rank)
+    described = describable and target.arch == "interpreter"
+    return _valid(
+        [
+            RankGradConfig(warps, stages, described, step, columns, max_block_r=most)
+            for warps, stages, step, columns, most in rows
+        ],
+        target, itemsize, rank,
+    )  # fmt: skip
 
 
 def rank_grad_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> RankGradConfig:
     """The tile and splits of ``rank_grad``, by the same two rules as :func:`shrink_config`."""
-    if target.arch == "interpreter":
-        config = RankGradConfig(4, 2, describable, block_m=64, block_l=64)
-    elif itemsize == 4:
-        config = RankGradConfig(8 if rank > 64 else 4, 2, block_m=16, block_l=32)
-    elif rank > 64:
-        # U is staged in fp32: more rows a step, or more columns at rank 256, spill.
-        config = RankGradConfig(8, 2, block_m=16, block_l=128 if rank <= 128 else 64)
-    elif rank > 32:
-        config = RankGradConfig(8, 2, block_m=32, block_l=128)
-    else:
-        config = RankGradConfig(4, 3, block_m=32, block_l=64)
-    config = _fit(config, target, itemsize, rank)
-    wanted = min(cdiv(2 * target.sms, cdiv(L, config.block_l)), cdiv(M, 256))
-    return replace(config, splits=max(1, min(wanted, itemsize * M // (32 * rank))))
+
+    def split(config: RankGradConfig) -> RankGradConfig:
+        wanted = min(cdiv(2 * target.sms, cdiv(L, config.block_l)), cdiv(M, 256))
+        return replace(config, splits=_capped(wanted, itemsize * M, rank))
+
+    candidates = rank_grad_candidates(target, itemsize, rank, describable=describable)
+    return _choose([split(config) for config in candidates], target, rank, L, rank)
+
+
+def _capped(wanted: int, bytes_per_row: int, rank: int) -> int:
+    """Splits whose partial sums, written and read in fp32, are at most a quarter of P's bytes."""
+    return max(1, min(wanted, bytes_per_row // (32 * rank)))
+
+
+def single_pass_candidates(
+    target: Target, itemsize: int, rank: int, *, describable: bool
+) -> list[SinglePassConfig]:
+    """What :func:`single_pass_config` chooses from."""
+    rows = tables.SINGLE_PASS[tables.kind(itemsize, describable)]
+    described = describable and target.arch == "interpreter"
+    return _valid(
+        [SinglePassConfig(warps, stages, described, *block) for warps, stages, *block in rows],
+        target, itemsize, rank,
+    )  # fmt: skip
 
 
 def single_pass_config(
-    target: Target, itemsize: int, M: int, rank: int, *, describable: bool
+    target: Target, itemsize: int, M: int, N: int, rank: int, *, describable: bool
 ) -> SinglePassConfig:
-    """The tile of ``single_pass`` for at most SINGLE_PASS_MAX_ROWS rows."""
-    if target.arch == "interpreter":
-        return SinglePassConfig(4, 2, describable, block_m=16, block_n=64, block_l=64)
-    if itemsize == 4:
-        return SinglePassConfig(4, 2, block_m=16, block_n=32, block_l=32)
-    block_m = 16 if M <= 16 else 32 if M <= 32 else 64
-    config = SinglePassConfig(4, 3, block_m=block_m, block_n=64, block_l=64)
-    return _fit(config, target, itemsize, rank)
+    """The tile of ``single_pass`` for an ``(M, N)`` output of few rows."""
+    candidates = single_pass_candidates(target, itemsize, rank, describable=describable)
+    return _choose(candidates, target, M, N, rank)

@@ -1,0 +1,1 @@
+"""What the kernels compile to, for GPUs that are not here: see ``benchmarks/compile_report.py``."""

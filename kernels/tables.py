@@ -1,0 +1,120 @@
+"""Tiles that compile clean: the rows ``configs.py`` chooses from.
+
+Found by ``python benchmarks/compile_report.py --search``; what was tried stands in
+``benchmarks/results/compiled/``. The kinds are "half" and "fp32", and "narrow" for rows that do not
+start on 16 bytes. "any" stands for every GPU not named. Of equals, the first is taken.
+"""
+
+from __future__ import annotations
+
+Rows = tuple[tuple[int, ...], ...]
+
+# The architectures whose lora_gemm is persistent, over tensor descriptors, for "half".
+PERSISTENT = ("sm_90", "sm_100")
+
+# warps, stages, rows, columns, step of the inner dimension
+_ADA = (
+    (8, 3, 128, 128, 32),
+    (4, 3, 64, 128, 32),
+    (4, 4, 64, 64, 32),
+)
+_CDNA = (
+    (8, 2, 128, 128, 32),
+    (4, 2, 64, 64, 32),
+)
+GEMM: dict[str, dict[str, Rows]] = {
+    "half": {
+        "sm_80": (
+            (8, 4, 128, 256, 64),
+            (8, 4, 128, 128, 64),
+            (4, 4, 64, 128, 64),
+            (4, 4, 64, 64, 64),
+        ),
+        "sm_86": _ADA,
+        "sm_89": _ADA,
+        "sm_90": (
+            (8, 3, 128, 256, 64),
+            (8, 4, 128, 128, 64),
+            (4, 4, 64, 128, 64),
+        ),
+        "sm_100": (
+            (8, 3, 128, 256, 64),
+            (8, 4, 128, 128, 64),
+            (8, 4, 64, 128, 64),
+        ),
+        "sm_120": _ADA,
+        "gfx90a": _CDNA,
+        "gfx942": _CDNA,
+        "gfx950": _CDNA,
+        "interpreter": ((4, 2, 64, 64, 64),),
+        "any": ((4, 2, 64, 64, 32),),
+    },
+    "half narrow": {"any": ((4, 2, 64, 64, 32),)},
+    "fp32": {
+        "interpreter": ((4, 2, 64, 64, 64),),
+        "any": ((8, 3, 128, 128, 16), (4, 2, 64, 64, 16)),
+    },
+    "fp32 narrow": {"any": ((4, 2, 64, 64, 32),)},
+}
+
+# By the most rank they are for: warps, stages, rows, step of the inner dimension, most columns
+SHRINK: dict[str, dict[int, Rows]] = {
+    "half": {
+        64: ((4, 3, 32, 128, 64), (4, 3, 16, 128, 64)),
+        256: ((8, 3, 32, 64, 256), (8, 3, 16, 64, 256)),
+    },
+    "half narrow": {
+        64: ((4, 3, 32, 32, 64), (4, 3, 16, 32, 64)),
+        256: ((8, 3, 32, 32, 256), (8, 3, 16, 32, 256)),
+    },
+    "fp32": {
+        64: ((4, 3, 32, 64, 64), (4, 3, 16, 64, 64)),
+        256: ((8, 3, 32, 64, 128), (8, 3, 16, 64, 128)),
+    },
+    "fp32 narrow": {
+        64: ((4, 3, 32, 32, 64), (4, 3, 16, 32, 64)),
+        256: ((8, 3, 32, 32, 128), (8, 3, 16, 32, 128)),
+    },
+}
+
+# By the most rank they are for: warps, stages, step of the rows, columns, most rows of the result
+RANK_GRAD: dict[str, dict[int, Rows]] = {
+    "half": {
+        32: ((4, 3, 32, 64, 32),),
+        64: ((8, 2, 32, 128, 64),),
+        128: ((8, 2, 16, 128, 128),),
+        256: ((8, 2, 16, 64, 256),),
+    },
+    "half narrow": {
+        32: ((4, 3, 32, 64, 32),),
+        64: ((8, 2, 32, 128, 64),),
+        128: ((8, 2, 16, 128, 128),),
+        256: ((8, 2, 16, 64, 256),),
+    },
+    "fp32": {64: ((4, 2, 16, 32, 64),), 256: ((8, 2, 16, 32, 256),)},
+    "fp32 narrow": {64: ((4, 2, 16, 32, 64),), 256: ((8, 2, 16, 32, 256),)},
+}
+
+# warps, rows, columns
+ADD: dict[str, Rows] = {
+    "half": ((4, 64, 64),),
+    "fp32": ((4, 32, 32),),
+}
+
+# warps, stages, rows, columns, step of the inner dimension
+SINGLE_PASS: dict[str, Rows] = {
+    "half": ((4, 3, 64, 64, 64), (4, 3, 32, 64, 64), (4, 3, 16, 64, 64)),
+    "half narrow": ((4, 3, 64, 64, 64), (4, 3, 32, 64, 64), (4, 3, 16, 64, 64)),
+    "fp32": ((4, 2, 16, 32, 32),),
+    "fp32 narrow": ((4, 2, 16, 32, 32),),
+}
+
+
+def kind(itemsize: int, aligned: bool) -> str:
+    """The key of a table's first level."""
+    return ("half" if itemsize == 2 else "fp32") + ("" if aligned else " narrow")
+
+
+def band(bands: dict[int, Rows], rank: int) -> Rows:
+    """The rows of the first band that holds ``rank``; the last one's for larger ranks."""
+    return next((rows for most, rows in bands.items() if rank <= most), list(bands.values())[-1])
