@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import triton
+
 from compiled import render, run, search, sweep
 from compiled.cases import DTYPES, PRODUCTS, SIZES
 

@@ -83,8 +83,10 @@ class GemmConfig(Config):
         block_r, chunks = self.rank_blocks(rank)
         loop = self.buffers * (self.block_m + self.block_n) * self.block_l * itemsize
         output = self.block_m * self.block_n * itemsize if self.descriptors else 0
-        low_rank = (self.block_m + self.block_n) * block_r * (8 if chunks > 1 else itemsize)
-        # A chunked U V is a loop of its own, double-buffered in fp32; it reuses the other's memory.
+        # A chunked U V is a loop of its own, staged in fp32; it reuses the other's memory. Behind
+        # descriptors (warp-group products) its operands are written there again in their dtype.
+        staged = 4 + (itemsize if self.descriptors else 0)
+        low_rank = (self.block_m + self.block_n) * block_r * (staged if chunks > 1 else itemsize)
         tiles = max(loop, low_rank) if chunks > 1 else loop + low_rank
         return tiles + output + BARRIER_BYTES
 
@@ -125,7 +127,7 @@ class ShrinkConfig(Config):
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound of the shared memory of a block."""
         block_r = self.block_r(rank)
-        loop = self.num_stages * (self.block_m + block_r) * self.block_l * itemsize
+        loop = self.buffers * (self.block_m + block_r) * self.block_l * itemsize
         return loop + self.block_m * self.block_l * max(itemsize, 4)
 
 
@@ -149,7 +151,7 @@ class RankGradConfig(Config):
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound of the shared memory of a block; U and the output are staged in fp32."""
         block_r = self.block_r(rank)
-        loop = self.num_stages * self.block_m * (self.block_l * itemsize + block_r * 4)
+        loop = self.buffers * self.block_m * (self.block_l * itemsize + block_r * 4)
         loop += self.block_m * (self.block_l * 4 + block_r * itemsize)
         return max(loop, block_r * self.block_l * 4) + BARRIER_BYTES
 
@@ -173,7 +175,7 @@ class SinglePassConfig(Config):
         block_r = self.block_r(rank)
         rows = self.block_m + self.block_n + block_r
         low_rank = (self.block_m + self.block_n) * block_r * itemsize
-        return self.num_stages * rows * self.block_l * itemsize + low_rank
+        return self.buffers * rows * self.block_l * itemsize + low_rank
 
 
 @dataclass(frozen=True)
@@ -261,13 +263,21 @@ def _choose(candidates: list, target: Target, rows: int, columns: int, rank: int
 
 
 def _valid(configs: Iterable, target: Target, itemsize: int, rank: int) -> list:
-    return [config for config in configs if is_valid(config, target, itemsize, rank)]
+    """Those that fit ``target``, each with as many of its stages as do."""
+    staged = (
+        [
+            replace(config, num_stages=n)
+            for n in range(config.num_stages, min(2, config.num_stages) - 1, -1)
+        ]
+        for config in configs
+    )
+    fitting = ([c for c in options if is_valid(c, target, itemsize, rank)] for options in staged)
+    return [options[0] for options in fitting if options]
 
 
 def gemm_candidates(target: Target, itemsize: int, rank: int, *, aligned: bool) -> list[GemmConfig]:
     """What :func:`gemm_config` chooses from."""
-    by_arch = tables.GEMM[tables.kind(itemsize, aligned)]
-    rows = by_arch.get(target.arch, by_arch["any"])
+    rows = tables.look_up(tables.GEMM, target.arch, itemsize, aligned)
     described = aligned and itemsize == 2 and target.arch in tables.PERSISTENT
     described = described or (aligned and target.arch == "interpreter")
     programs = target.sms if described else 0
@@ -280,6 +290,7 @@ def gemm_candidates(target: Target, itemsize: int, rank: int, *, aligned: bool) 
     )  # fmt: skip
 
 
+@lru_cache(4096)
 def gemm_config(
     target: Target, itemsize: int, M: int, N: int, rank: int, *, aligned: bool
 ) -> GemmConfig:
@@ -299,6 +310,7 @@ def add_candidates(target: Target, itemsize: int, rank: int) -> list[AddConfig]:
     )
 
 
+@lru_cache(4096)
 def add_config(target: Target, itemsize: int, M: int, N: int, rank: int) -> AddConfig:
     """The tile of ``lora_add`` for an ``(M, N)`` output."""
     return _choose(add_candidates(target, itemsize, rank), target, M, N, rank)
@@ -308,17 +320,18 @@ def shrink_candidates(
     target: Target, itemsize: int, rank: int, *, describable: bool
 ) -> list[ShrinkConfig]:
     """What :func:`shrink_config` chooses from."""
-    rows = tables.band(tables.SHRINK[tables.kind(itemsize, describable)], rank)
+    bands = tables.look_up(tables.SHRINK, target.arch, itemsize, describable)
     described = describable and target.arch == "interpreter"
     return _valid(
         [
             ShrinkConfig(warps, stages, described, rows, step, max_block_r=most)
-            for warps, stages, rows, step, most in rows
+            for warps, stages, rows, step, most in tables.band(bands, rank)
         ],
         target, itemsize, rank,
     )  # fmt: skip
 
 
+@lru_cache(4096)
 def shrink_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> ShrinkConfig:
@@ -337,17 +350,18 @@ def rank_grad_candidates(
     target: Target, itemsize: int, rank: int, *, describable: bool
 ) -> list[RankGradConfig]:
     """What :func:`rank_grad_config` chooses from."""
-    rows = tables.band(tables.RANK_GRAD[tables.kind(itemsize, describable)], rank)
+    bands = tables.look_up(tables.RANK_GRAD, target.arch, itemsize, describable)
     described = describable and target.arch == "interpreter"
     return _valid(
         [
             RankGradConfig(warps, stages, described, step, columns, max_block_r=most)
-            for warps, stages, step, columns, most in rows
+            for warps, stages, step, columns, most in tables.band(bands, rank)
         ],
         target, itemsize, rank,
     )  # fmt: skip
 
 
+@lru_cache(4096)
 def rank_grad_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> RankGradConfig:
@@ -378,6 +392,7 @@ def single_pass_candidates(
     )  # fmt: skip
 
 
+@lru_cache(4096)
 def single_pass_config(
     target: Target, itemsize: int, M: int, N: int, rank: int, *, describable: bool
 ) -> SinglePassConfig:

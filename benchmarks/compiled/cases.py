@@ -55,8 +55,13 @@ class Case:
     @property
     def expected(self) -> Expected:
         """What the compiled kernel owes."""
-        plain = self.kernel in ("dropout_mask", "sum_partials") or self.dtype == "fp32"
-        return Expected(matrix=not plain, pipelined=self.rows != "narrow" or self.dtype == "fp32")
+        config, itemsize = self.config, DTYPES[self.dtype].itemsize
+        matrix = "any" if self.kernel in ("shrink", "rank_grad") else "widest"
+        return Expected(
+            matrix="none" if config is None or itemsize == 4 else matrix,
+            pipelined=self.rows != "narrow" or itemsize == 4,
+            shared=None if config is None else config.shared_bytes(itemsize, self.rank),
+        )
 
     def call(self) -> Callable[[], None]:
         """The launch, on tensors that stand ready."""

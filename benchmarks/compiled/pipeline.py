@@ -68,7 +68,7 @@ def main_loops(ttgir: str) -> list[Loop]:
 def faults(loop: Loop) -> list[str]:
     """Why ``loop`` is not pipelined; empty if it is."""
     found = []
-    if any(_DRAIN.search(line) for line in loop.body):
+    if any(_DRAIN.search(line) for line in loop.body) or _waits_for_its_own(loop.body):
         found.append("waits for all matrix groups")
     definitions, alias = {}, {}
     for place, line in enumerate(loop.body):
@@ -110,6 +110,18 @@ def faults(loop: Loop) -> list[str]:
             found.append("consumes a load in its own iteration")
             break
     return found
+
+
+def _waits_for_its_own(body: list[str]) -> bool:
+    """Whether a product of tensor memory is waited for in the iteration that issues it."""
+    issued = set()
+    for line in body:
+        waited = re.search(r"ttng\.wait_barrier (%[\w-]+)", line)
+        if waited and waited.group(1) in issued:
+            return True
+        if "ttng.tc_gen5_mma" in line:
+            issued.update(re.findall(r"(%[\w-]+)\[", line))
+    return False
 
 
 def _operands(line: str) -> list[str]:

@@ -13,10 +13,18 @@ TENSOR_ROWS = 64  # the least a warp group's or the tensor memory's product has
 
 @dataclass(frozen=True)
 class Expected:
-    """What a kernel owes, by its case."""
+    """What a kernel owes, by its case.
 
-    matrix: bool = True  # matrix instructions; not fp32 "ieee" products, nor a mask or a sum
-    pipelined: bool = True  # not 2-byte loads: an asynchronous copy moves 4, 8 or 16 bytes
+    Attributes:
+        matrix: "widest" matrix instructions of its architecture; "any" where reading an operand
+            is what bounds it; "none" for fp32 "ieee" products, a mask or a sum.
+        pipelined: false for 2-byte loads: an asynchronous copy moves 4, 8 or 16 bytes.
+        shared: the most that the config's predicate counted on, or None.
+    """
+
+    matrix: str = "widest"
+    pipelined: bool = True
+    shared: int | None = None
 
 
 @dataclass
@@ -82,10 +90,14 @@ def inspect(binary: Binary, expected: Expected) -> Row:
         row.faults.append("no block fits a multiprocessor")
     if code.traps_only:
         row.faults.append("a body of traps")
-    if expected.matrix:
+    if expected.shared is not None and row.shared > expected.shared:
+        row.faults.append(f"{row.shared} bytes of shared memory, counted on {expected.shared}")
+    if expected.matrix == "widest":
         due = due_instruction(binary.arch, product[0])
         if not any(kind.startswith(due) for kind in row.matrix):
             row.faults.append(f"no {due}")
+    elif expected.matrix == "any" and not row.matrix:
+        row.faults.append("no matrix instructions")
     if expected.pipelined:
         row.faults += sorted({fault for loop in main for fault in pipeline.faults(loop)})
     return row

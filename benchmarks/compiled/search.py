@@ -76,11 +76,11 @@ def _tiles(arch: str, kernel: str, itemsize: int, narrow: bool) -> Iterator[Conf
             for m, n, step in product((16, 32, 64), (32, 64, 128), (2 * steps[0], *steps)):
                 yield SinglePassConfig(4, 2, False, m, n, step)
         case "shrink":
-            for warps, m, step in product((4, 8), (16, 32, 64, 128), (2 * steps[0], *steps)):
+            for warps, m, step in product((4, 8), (16, 32, 64, 128), (2 * steps[0], steps[0])):
                 yield ShrinkConfig(warps, 2, False, m, step)
         case "rank_grad":
             most = (256, 128, 64)
-            for warps, step, columns, r in product((4, 8), (16, 32, 64), (64, 128, 256), most):
+            for warps, step, columns, r in product((2, 4, 8), (16, 32, 64), (64, 128), most):
                 yield RankGradConfig(warps, 2, False, step, columns, max_block_r=r)
 
 
