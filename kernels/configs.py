@@ -1,196 +1,62 @@
-"""Launch configurations: what they are, when one is valid, and which one a shape gets.
+"""Which launch configuration a shape gets: the rows of ``tables.py`` that fit, and one rule.
 
-The tiles stand in ``tables.py``. They are policy, not kernels: a launcher takes an explicit config
-and asks nobody.
+What a configuration is, and when it is valid, stands in ``tiles.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
 from . import tables
+from .tiles import (
+    SINGLE_PASS_MAX_RANK,
+    SINGLE_PASS_MAX_ROWS,
+    AddConfig,
+    Config,
+    GemmConfig,
+    RankGradConfig,
+    ShrinkConfig,
+    SinglePassConfig,
+    Target,
+    cdiv,
+    is_valid,
+)
 
-MIN_BLOCK_R = 16  # the smallest inner size of a matrix instruction for half precision
-MAX_BLOCK_R = 32  # larger ranks are chunked: at 64, U's fp32 tile spills on sm_80 and sm_90
-MAX_THIN_BLOCK_R = 256  # of shrink and rank_grad: larger ranks are several programs
-SINGLE_PASS_MAX_ROWS = 64
-SINGLE_PASS_MAX_RANK = 64
-BARRIER_BYTES = 256  # of the pipelined copies
-
-
-def cdiv(a: int, b: int) -> int:
-    """``⌈a / b⌉``."""
-    return -(-a // b)
-
-
-def padded_rank(rank: int, most: int = MAX_BLOCK_R) -> int:
-    """The tile size for ``rank``: a power of two from MIN_BLOCK_R to ``most``."""
-    return min(max(MIN_BLOCK_R, 1 << (rank - 1).bit_length()), most)
-
-
-@dataclass(frozen=True)
-class Config:
-    """What every kernel's configuration has."""
-
-    num_warps: int
-    num_stages: int
-    descriptors: bool = False
-    splits = 1  # of the contraction
-
-    @property
-    def buffers(self) -> int:
-        """Steps of the loop that lie in shared memory; a pointer's next one is still on its way."""
-        return self.num_stages if self.descriptors else max(1, self.num_stages - 1)
-
-    def tile(self, rank: int) -> tuple[int, int]:
-        """Rows and columns of the result that a program owns."""
-        raise NotImplementedError
-
-    def operand(self, tensor: torch.Tensor, block: tuple[int, int]):
-        """``tensor`` as the kernel takes it: itself, or a tensor descriptor of ``block``."""
-        if not self.descriptors:
-            return tensor
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block))
-
-
-@dataclass(frozen=True)
-class GemmConfig(Config):
-    """``lora_gemm``; ``programs`` 0 is one program a tile, else that many persistent ones."""
-
-    block_m: int = 64
-    block_n: int = 64
-    block_l: int = 32
-    group_m: int = 8
-    programs: int = 0
-
-    def rank_blocks(self, rank: int) -> tuple[int, int]:
-        """Block and number of chunks that cover ``rank``."""
-        block = padded_rank(rank)
-        return block, cdiv(rank, block)
-
-    def tile(self, rank: int) -> tuple[int, int]:
-        """As of :class:`Config`."""
-        return self.block_m, self.block_n
-
-    def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block."""
-        block_r, chunks = self.rank_blocks(rank)
-        loop = self.buffers * (self.block_m + self.block_n) * self.block_l * itemsize
-        output = self.block_m * self.block_n * itemsize if self.descriptors else 0
-        # A chunked U V is a loop of its own, staged in fp32; it reuses the other's memory. Behind
-        # descriptors (warp-group products) its operands are written there again in their dtype.
-        staged = 4 + (itemsize if self.descriptors else 0)
-        low_rank = (self.block_m + self.block_n) * block_r * (staged if chunks > 1 else itemsize)
-        tiles = max(loop, low_rank) if chunks > 1 else loop + low_rank
-        return tiles + output + BARRIER_BYTES
-
-
-@dataclass(frozen=True)
-class AddConfig(Config):
-    """``lora_add``."""
-
-    block_m: int = 64
-    block_n: int = 64
-
-    rank_blocks = GemmConfig.rank_blocks
-    tile = GemmConfig.tile
-
-    def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block."""
-        staged = 2 * (self.block_m + self.block_n) * padded_rank(rank) * 4
-        return max(staged, self.block_m * self.block_n * 4)
-
-
-@dataclass(frozen=True)
-class ShrinkConfig(Config):
-    """``shrink``; ``splits`` of the contraction."""
-
-    block_m: int = 32
-    block_l: int = 64
-    splits: int = 1
-    max_block_r: int = MAX_THIN_BLOCK_R
-
-    def block_r(self, rank: int) -> int:
-        """Columns of U a program owns."""
-        return padded_rank(rank, self.max_block_r)
-
-    def tile(self, rank: int) -> tuple[int, int]:
-        """As of :class:`Config`."""
-        return self.block_m, self.block_r(rank)
-
-    def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block."""
-        block_r = self.block_r(rank)
-        loop = self.buffers * (self.block_m + block_r) * self.block_l * itemsize
-        return loop + self.block_m * self.block_l * max(itemsize, 4)
-
-
-@dataclass(frozen=True)
-class RankGradConfig(Config):
-    """``rank_grad``; ``splits`` of the rows."""
-
-    block_m: int = 32
-    block_l: int = 64
-    splits: int = 1
-    max_block_r: int = MAX_THIN_BLOCK_R
-
-    def block_r(self, rank: int) -> int:
-        """Rows of the output a program owns."""
-        return padded_rank(rank, self.max_block_r)
-
-    def tile(self, rank: int) -> tuple[int, int]:
-        """As of :class:`Config`."""
-        return self.block_r(rank), self.block_l
-
-    def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block; U and the output are staged in fp32."""
-        block_r = self.block_r(rank)
-        loop = self.buffers * self.block_m * (self.block_l * itemsize + block_r * 4)
-        loop += self.block_m * (self.block_l * 4 + block_r * itemsize)
-        return max(loop, block_r * self.block_l * 4) + BARRIER_BYTES
-
-
-@dataclass(frozen=True)
-class SinglePassConfig(Config):
-    """``single_pass``."""
-
-    block_m: int = 16
-    block_n: int = 64
-    block_l: int = 64
-
-    def block_r(self, rank: int) -> int:
-        """The whole rank, in one block."""
-        return padded_rank(rank, SINGLE_PASS_MAX_RANK)
-
-    tile = GemmConfig.tile
-
-    def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block."""
-        block_r = self.block_r(rank)
-        rows = self.block_m + self.block_n + block_r
-        low_rank = (self.block_m + self.block_n) * block_r * itemsize
-        return self.buffers * rows * self.block_l * itemsize + low_rank
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a choice needs to know of a GPU."""
-
-    arch: str  # "sm_90", "gfx942", or "interpreter"
-    sms: int
-    shared_bytes: int  # the most a block may have
-
-    @property
-    def descriptors(self) -> bool:
-        """Whether tensor descriptors are copied by hardware."""
-        return self.arch in ("sm_90", "sm_100", "sm_120", "interpreter")
-
+__all__ = [
+    "DEFAULT_SHARED_BYTES",
+    "INTERPRETER",
+    "SHARED_BYTES",
+    "SINGLE_PASS_MAX_RANK",
+    "SINGLE_PASS_MAX_ROWS",
+    "AddConfig",
+    "Config",
+    "GemmConfig",
+    "RankGradConfig",
+    "ShrinkConfig",
+    "SinglePassConfig",
+    "Target",
+    "add_candidates",
+    "add_config",
+    "cdiv",
+    "fill",
+    "gemm_candidates",
+    "gemm_config",
+    "intensity",
+    "is_valid",
+    "rank_grad_candidates",
+    "rank_grad_config",
+    "shrink_candidates",
+    "shrink_config",
+    "single_pass_candidates",
+    "single_pass_config",
+    "split_rank_grad",
+    "split_shrink",
+    "target_of",
+]
 
 # The most shared memory a block may have (CUDA C programming guide, table of compute capabilities;
 # AMD: LDS of a workgroup, CDNA 4 white paper).
@@ -220,15 +86,6 @@ def target_of(device: torch.device) -> Target:
     return Target(
         arch, properties.multi_processor_count, SHARED_BYTES.get(arch, DEFAULT_SHARED_BYTES)
     )
-
-
-def is_valid(config: Config, target: Target, itemsize: int, rank: int) -> bool:
-    """The one rule every table, tuner and test asks: does ``config`` fit ``target``?"""
-    if config.descriptors and not target.descriptors:
-        return False
-    if isinstance(config, SinglePassConfig) and rank > SINGLE_PASS_MAX_RANK:
-        return False
-    return config.shared_bytes(itemsize, rank) <= target.shared_bytes
 
 
 def fill(config: Config, target: Target, rows: int, columns: int, rank: int = 1) -> float:
@@ -336,14 +193,18 @@ def shrink_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> ShrinkConfig:
     """The tile and splits of ``shrink``: enough programs to fill the GPU, few partial bytes."""
-
-    def split(config: ShrinkConfig) -> ShrinkConfig:
-        wanted = cdiv(2 * target.sms, cdiv(M, config.block_m))
-        wanted = min(wanted, cdiv(L, 4 * config.block_l))
-        return replace(config, splits=_capped(wanted, itemsize * L, rank))
-
     candidates = shrink_candidates(target, itemsize, rank, describable=describable)
-    return _choose([split(config) for config in candidates], target, M, rank, rank)
+    split = [split_shrink(config, target, itemsize, M, L, rank) for config in candidates]
+    return _choose(split, target, M, rank, rank)
+
+
+def split_shrink(
+    config: ShrinkConfig, target: Target, itemsize: int, M: int, L: int, rank: int
+) -> ShrinkConfig:
+    """``config`` with the contraction split over two programs an SM, at least four steps each."""
+    wanted = cdiv(2 * target.sms, cdiv(M, config.block_m))
+    wanted = min(wanted, cdiv(L, 4 * config.block_l))
+    return replace(config, splits=_capped(wanted, itemsize * L, rank))
 
 
 def rank_grad_candidates(
@@ -366,13 +227,17 @@ def rank_grad_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> RankGradConfig:
     """The tile and splits of ``rank_grad``, by the same two rules as :func:`shrink_config`."""
-
-    def split(config: RankGradConfig) -> RankGradConfig:
-        wanted = min(cdiv(2 * target.sms, cdiv(L, config.block_l)), cdiv(M, 256))
-        return replace(config, splits=_capped(wanted, itemsize * M, rank))
-
     candidates = rank_grad_candidates(target, itemsize, rank, describable=describable)
-    return _choose([split(config) for config in candidates], target, rank, L, rank)
+    split = [split_rank_grad(config, target, itemsize, M, L, rank) for config in candidates]
+    return _choose(split, target, rank, L, rank)
+
+
+def split_rank_grad(
+    config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
+) -> RankGradConfig:
+    """``config`` with the rows split over two programs an SM, at least 256 rows each."""
+    wanted = min(cdiv(2 * target.sms, cdiv(L, config.block_l)), cdiv(M, 256))
+    return replace(config, splits=_capped(wanted, itemsize * M, rank))
 
 
 def _capped(wanted: int, bytes_per_row: int, rank: int) -> int:

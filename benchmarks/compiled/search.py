@@ -18,12 +18,12 @@ from fused_lora.kernels.configs import (
 from fused_lora.kernels.tables import PERSISTENT
 
 from . import limits
-from .cases import Case
+from .cases import DTYPES, Case
 from .render import describe
 from .report import Row
 
 ACCUMULATORS = (4, 128)  # fp32 a thread: more leave no registers for anything else
-# (M, columns) for few rows, a narrow weight, a large one: what candidates are ranked on.
+# (M, columns of the output or of P) of few rows, a narrow weight, a large one: to rank by.
 SHAPES = {"few rows": (128, 4096), "narrow": (2048, 1024), "large": (8192, 4096)}
 # What is compiled of each candidate: the product with the most in registers, by rank.
 PROBES = {
@@ -88,13 +88,14 @@ def score(case: Case, row: Row, shape: tuple[int, int]) -> float:
     """What candidates are ranked by: product share times intensity times fill; 0 for a fault."""
     if row.faults:
         return 0.0
-    rows, columns = shape
+    (rows, columns), config, target = shape, case.config, limits.target(case.arch)
+    split = target, DTYPES[case.dtype].itemsize, rows, columns, case.rank
     if case.kernel == "shrink":
-        columns = case.rank
+        config, columns = configs.split_shrink(config, *split), case.rank
     elif case.kernel == "rank_grad":
-        rows = case.rank
-    filled = configs.fill(case.config, limits.target(case.arch), rows, columns, case.rank)
-    return row.share * configs.intensity(case.config, case.rank) * filled
+        config, rows = configs.split_rank_grad(config, *split), case.rank
+    filled = configs.fill(config, target, rows, columns, case.rank)
+    return row.share * configs.intensity(config, case.rank) * filled
 
 
 def table(rows: list[tuple[Case, Row]]) -> str:

@@ -1,0 +1,196 @@
+"""Launch configurations: what they are, and when one is valid.
+
+A launcher takes an explicit one and asks nobody; which one a shape gets is policy: ``configs.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MIN_BLOCK_R = 16  # the smallest inner size of a matrix instruction for half precision
+MAX_BLOCK_R = 32  # larger ranks are chunked: at 64, U's fp32 tile spills on sm_80 and sm_90
+MAX_THIN_BLOCK_R = 256  # of shrink and rank_grad: larger ranks are several programs
+SINGLE_PASS_MAX_ROWS = 64
+SINGLE_PASS_MAX_RANK = 64
+BARRIER_BYTES = 256  # of the pipelined copies
+
+
+def cdiv(a: int, b: int) -> int:
+    """``⌈a / b⌉``."""
+    return -(-a // b)
+
+
+def padded_rank(rank: int, most: int = MAX_BLOCK_R) -> int:
+    """The tile size for ``rank``: a power of two from MIN_BLOCK_R to ``most``."""
+    return min(max(MIN_BLOCK_R, 1 << (rank - 1).bit_length()), most)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every kernel's configuration has."""
+
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+    splits = 1  # of the contraction
+
+    @property
+    def buffers(self) -> int:
+        """Steps of the loop that lie in shared memory; a pointer's next one is still on its way."""
+        return self.num_stages if self.descriptors else max(1, self.num_stages - 1)
+
+    def tile(self, rank: int) -> tuple[int, int]:
+        """Rows and columns of the result that a program owns."""
+        raise NotImplementedError
+
+    def operand(self, tensor: torch.Tensor, block: tuple[int, int]):
+        """``tensor`` as the kernel takes it: itself, or a tensor descriptor of ``block``."""
+        if not self.descriptors:
+            return tensor
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block))
+
+
+@dataclass(frozen=True)
+class GemmConfig(Config):
+    """``lora_gemm``; ``programs`` 0 is one program a tile, else that many persistent ones."""
+
+    block_m: int = 64
+    block_n: int = 64
+    block_l: int = 32
+    group_m: int = 8
+    programs: int = 0
+
+    def rank_blocks(self, rank: int) -> tuple[int, int]:
+        """Block and number of chunks that cover ``rank``."""
+        block = padded_rank(rank)
+        return block, cdiv(rank, block)
+
+    def tile(self, rank: int) -> tuple[int, int]:
+        """As of :class:`Config`."""
+        return self.block_m, self.block_n
+
+    def shared_bytes(self, itemsize: int, rank: int) -> int:
+        """Upper bound of the shared memory of a block."""
+        block_r, chunks = self.rank_blocks(rank)
+        loop = self.buffers * (self.block_m + self.block_n) * self.block_l * itemsize
+        output = self.block_m * self.block_n * itemsize if self.descriptors else 0
+        # A chunked U V is a loop of its own, staged in fp32; it reuses the other's memory. Behind
+        # descriptors (warp-group products) its operands are written there again in their dtype.
+        staged = 4 + (itemsize if self.descriptors else 0)
+        low_rank = (self.block_m + self.block_n) * block_r * (staged if chunks > 1 else itemsize)
+        tiles = max(loop, low_rank) if chunks > 1 else loop + low_rank
+        return tiles + output + BARRIER_BYTES
+
+
+@dataclass(frozen=True)
+class AddConfig(Config):
+    """``lora_add``."""
+
+    block_m: int = 64
+    block_n: int = 64
+
+    rank_blocks = GemmConfig.rank_blocks
+    tile = GemmConfig.tile
+
+    def shared_bytes(self, itemsize: int, rank: int) -> int:
+        """Upper bound of the shared memory of a block."""
+        staged = 2 * (self.block_m + self.block_n) * padded_rank(rank) * 4
+        return max(staged, self.block_m * self.block_n * 4)
+
+
+@dataclass(frozen=True)
+class ShrinkConfig(Config):
+    """``shrink``; ``splits`` of the contraction."""
+
+    block_m: int = 32
+    block_l: int = 64
+    splits: int = 1
+    max_block_r: int = MAX_THIN_BLOCK_R
+
+    def block_r(self, rank: int) -> int:
+        """Columns of U a program owns."""
+        return padded_rank(rank, self.max_block_r)
+
+    def tile(self, rank: int) -> tuple[int, int]:
+        """As of :class:`Config`."""
+        return self.block_m, self.block_r(rank)
+
+    def shared_bytes(self, itemsize: int, rank: int) -> int:
+        """Upper bound of the shared memory of a block."""
+        block_r = self.block_r(rank)
+        loop = self.buffers * (self.block_m + block_r) * self.block_l * itemsize
+        return loop + self.block_m * self.block_l * max(itemsize, 4)
+
+
+@dataclass(frozen=True)
+class RankGradConfig(Config):
+    """``rank_grad``; ``splits`` of the rows."""
+
+    block_m: int = 32
+    block_l: int = 64
+    splits: int = 1
+    max_block_r: int = MAX_THIN_BLOCK_R
+
+    def block_r(self, rank: int) -> int:
+        """Rows of the output a program owns."""
+        return padded_rank(rank, self.max_block_r)
+
+    def tile(self, rank: int) -> tuple[int, int]:
+        """As of :class:`Config`."""
+        return self.block_r(rank), self.block_l
+
+    def shared_bytes(self, itemsize: int, rank: int) -> int:
+        """Upper bound of the shared memory of a block; U and the output are staged in fp32."""
+        block_r = self.block_r(rank)
+        loop = self.buffers * self.block_m * (self.block_l * itemsize + block_r * 4)
+        loop += self.block_m * (self.block_l * 4 + block_r * itemsize)
+        return max(loop, block_r * self.block_l * 4) + BARRIER_BYTES
+
+
+@dataclass(frozen=True)
+class SinglePassConfig(Config):
+    """``single_pass``."""
+
+    block_m: int = 16
+    block_n: int = 64
+    block_l: int = 64
+
+    def block_r(self, rank: int) -> int:
+        """The whole rank, in one block."""
+        return padded_rank(rank, SINGLE_PASS_MAX_RANK)
+
+    tile = GemmConfig.tile
+
+    def shared_bytes(self, itemsize: int, rank: int) -> int:
+        """Upper bound of the shared memory of a block."""
+        block_r = self.block_r(rank)
+        rows = self.block_m + self.block_n + block_r
+        low_rank = (self.block_m + self.block_n) * block_r * itemsize
+        return self.buffers * rows * self.block_l * itemsize + low_rank
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a choice needs to know of a GPU."""
+
+    arch: str  # "sm_90", "gfx942", or "interpreter"
+    sms: int
+    shared_bytes: int  # the most a block may have
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether tensor descriptors are copied by hardware."""
+        return self.arch in ("sm_90", "sm_100", "sm_120", "interpreter")
+
+
+def is_valid(config: Config, target: Target, itemsize: int, rank: int) -> bool:
+    """The one rule every table, tuner and test asks: does ``config`` fit ``target``?"""
+    if config.descriptors and not target.descriptors:
+        return False
+    if isinstance(config, SinglePassConfig) and rank > SINGLE_PASS_MAX_RANK:
+        return False
+    return config.shared_bytes(itemsize, rank) <= target.shared_bytes
