@@ -14,7 +14,7 @@ MAX_BLOCK_R = 32  # larger ranks are chunked: at 64, U's fp32 tile spills on sm_
 MAX_THIN_BLOCK_R = 256  # of shrink and rank_grad: larger ranks are several programs
 SINGLE_PASS_MAX_ROWS = 64
 SINGLE_PASS_MAX_RANK = 64
-BARRIER_BYTES = 256  # of the pipelined copies
+BARRIER_BYTES = 256  # of NVIDIA's pipelined copies, beside the tiles
 
 
 def cdiv(a: int, b: int) -> int:
@@ -35,11 +35,6 @@ class Config:
     num_stages: int
     descriptors: bool = False
     splits = 1  # of the contraction
-
-    @property
-    def buffers(self) -> int:
-        """Steps of the loop that lie in shared memory; a pointer's next one is still on its way."""
-        return self.num_stages if self.descriptors else max(1, self.num_stages - 1)
 
     def tile(self, rank: int) -> tuple[int, int]:
         """Rows and columns of the result that a program owns."""
@@ -74,16 +69,17 @@ class GemmConfig(Config):
         return self.block_m, self.block_n
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block."""
+        """Upper bound of the shared memory of a block's tiles."""
         block_r, chunks = self.rank_blocks(rank)
-        loop = self.buffers * (self.block_m + self.block_n) * self.block_l * itemsize
+        # A warp-group product, behind descriptors, still reads the step before.
+        buffers = self.num_stages if self.descriptors else max(1, self.num_stages - 1)
+        loop = buffers * (self.block_m + self.block_n) * self.block_l * itemsize
         output = self.block_m * self.block_n * itemsize if self.descriptors else 0
-        # A chunked U V is a loop of its own, staged in fp32; it reuses the other's memory. Behind
-        # descriptors (warp-group products) its operands are written there again in their dtype.
-        staged = 4 + (itemsize if self.descriptors else 0)
-        low_rank = (self.block_m + self.block_n) * block_r * (staged if chunks > 1 else itemsize)
-        tiles = max(loop, low_rank) if chunks > 1 else loop + low_rank
-        return tiles + output + BARRIER_BYTES
+        if chunks > 1:
+            # A loop of its own in the other's memory: U and V in fp32, V once more in its dtype.
+            staged = (self.block_m + self.block_n) * 4 + self.block_n * itemsize
+            return max(loop, staged * block_r) + output
+        return loop + (self.block_m + self.block_n) * block_r * itemsize + output
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ class AddConfig(Config):
     tile = GemmConfig.tile
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block."""
+        """Upper bound of the shared memory of a block's tiles."""
         staged = 2 * (self.block_m + self.block_n) * padded_rank(rank) * 4
         return max(staged, self.block_m * self.block_n * 4)
 
@@ -120,10 +116,11 @@ class ShrinkConfig(Config):
         return self.block_m, self.block_r(rank)
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block."""
+        """Upper bound of the shared memory of a block's tiles."""
         block_r = self.block_r(rank)
-        loop = self.buffers * (self.block_m + block_r) * self.block_l * itemsize
-        return loop + self.block_m * self.block_l * max(itemsize, 4)
+        loop = self.num_stages * (self.block_m + block_r) * self.block_l * itemsize
+        words = self.num_stages * self.block_m * cdiv(self.block_l, 32) * 4
+        return loop + words + self.block_m * self.block_l * max(itemsize, 4)
 
 
 @dataclass(frozen=True)
@@ -146,9 +143,9 @@ class RankGradConfig(Config):
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound of the shared memory of a block; U and the output are staged in fp32."""
         block_r = self.block_r(rank)
-        loop = self.buffers * self.block_m * (self.block_l * itemsize + block_r * 4)
+        loop = self.num_stages * self.block_m * (self.block_l * itemsize + block_r * 4)
         loop += self.block_m * (self.block_l * 4 + block_r * itemsize)
-        return max(loop, block_r * self.block_l * 4) + BARRIER_BYTES
+        return max(loop, block_r * self.block_l * 4)
 
 
 @dataclass(frozen=True)
@@ -166,11 +163,11 @@ class SinglePassConfig(Config):
     tile = GemmConfig.tile
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block."""
+        """Upper bound of the shared memory of a block's tiles."""
         block_r = self.block_r(rank)
         rows = self.block_m + self.block_n + block_r
         low_rank = (self.block_m + self.block_n) * block_r * itemsize
-        return self.buffers * rows * self.block_l * itemsize + low_rank
+        return self.num_stages * rows * self.block_l * itemsize + low_rank
 
 
 @dataclass(frozen=True)
@@ -193,4 +190,5 @@ def is_valid(config: Config, target: Target, itemsize: int, rank: int) -> bool:
         return False
     if isinstance(config, SinglePassConfig) and rank > SINGLE_PASS_MAX_RANK:
         return False
-    return config.shared_bytes(itemsize, rank) <= target.shared_bytes
+    beside = BARRIER_BYTES if target.arch.startswith("sm_") else 0
+    return config.shared_bytes(itemsize, rank) + beside <= target.shared_bytes

@@ -16,6 +16,7 @@ from fused_lora.kernels.lora_gemm import lora_add, lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
+from fused_lora.kernels.tiles import BARRIER_BYTES
 
 from .report import Expected
 
@@ -60,7 +61,9 @@ class Case:
         return Expected(
             matrix="none" if config is None or itemsize == 4 else matrix,
             pipelined=self.rows != "narrow" or itemsize == 4,
-            shared=None if config is None else config.shared_bytes(itemsize, self.rank),
+            shared=None
+            if config is None
+            else config.shared_bytes(itemsize, self.rank) + BARRIER_BYTES,
         )
 
     def call(self) -> Callable[[], None]:
