@@ -59,18 +59,19 @@ def test_planted_faults_are_found():
         assert words in found[name], (name, found[name])
 
 
-# architecture, registers a thread, shared bytes a block, warps a block: by the CUDA occupancy
-# calculator, and by the arithmetic of the CDNA guides for AMD
+# architecture, registers a thread, shared bytes, warps and tensor memory's columns of a block: by the
+# CUDA occupancy calculator, and for AMD by the arithmetic of the CDNA guides
 OCCUPANCY = [
-    ("sm_80", 64, 0, 8, 0.5),
-    ("sm_80", 255, 98_304, 8, 8 / 64),
-    ("sm_80", 32, 40_960, 4, 16 / 64),
-    ("sm_86", 40, 0, 8, 48 / 48),
-    ("sm_90", 168, 0, 4, 12 / 64),
-    ("sm_90", 16, 0, 1, 32 / 64),
-    ("sm_80", 255, 200_000, 8, 0.0),
-    ("gfx942", 128, 16_384, 4, 16 / 32),
-    ("gfx942", 512, 0, 8, 0.0),
+    ("sm_80", 64, 0, 8, 0, 0.5),
+    ("sm_80", 255, 98_304, 8, 0, 8 / 64),
+    ("sm_80", 32, 40_960, 4, 0, 16 / 64),
+    ("sm_86", 40, 0, 8, 0, 48 / 48),
+    ("sm_90", 168, 0, 4, 0, 12 / 64),
+    ("sm_90", 16, 0, 1, 0, 32 / 64),
+    ("sm_80", 255, 200_000, 8, 0, 0.0),
+    ("sm_100", 64, 0, 8, 256, 16 / 64),
+    ("gfx942", 128, 16_384, 4, 0, 16 / 32),
+    ("gfx942", 512, 0, 8, 0, 0.0),
 ]
 
 

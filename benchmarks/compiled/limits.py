@@ -53,13 +53,14 @@ def target(arch: str) -> configs.Target:
     return configs.Target(arch, LIMITS[arch].sms, shared)
 
 
-def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
-    """Resident warps over the most there can be, by registers, shared memory, warps and blocks.
+def occupancy(arch: str, registers: int, shared: int, warps: int, columns: int = 0) -> float:
+    """Resident warps over the most there can be, by what a block takes of a multiprocessor.
 
     Args:
         registers: of 32 bits a thread; on AMD vector and accumulator registers together.
         shared: bytes a block.
         warps: of one block.
+        columns: of tensor memory, one block's.
     """
     limits = LIMITS[arch]
     if is_nvidia(arch):
@@ -70,5 +71,6 @@ def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
         rounded = configs.cdiv(max(1, registers), AMD_REGISTER_STEP) * AMD_REGISTER_STEP
         by_registers = AMD_SIMDS * min(limits.warps // AMD_SIMDS, AMD_REGISTERS // rounded) // warps
         by_shared = limits.shared // max(1, shared)
-    blocks = min(limits.blocks, limits.warps // warps, by_registers, by_shared)
+    by_columns = TENSOR_COLUMNS // columns if columns else limits.blocks
+    blocks = min(limits.blocks, limits.warps // warps, by_registers, by_shared, by_columns)
     return blocks * warps / limits.warps

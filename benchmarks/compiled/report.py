@@ -67,13 +67,14 @@ def inspect(binary: Binary, expected: Expected) -> Row:
     shared, warps = binary.metadata["shared"], binary.metadata["num_warps"]
     main = pipeline.main_loops(ttgir)
     product = pipeline.largest_product(ttgir)
+    columns = binary.metadata.get("tmem_size") or 0
     row = Row(
         registers=code.registers,
         spill=code.spill,
         shared=shared,
         shared_limit=limits.target(binary.arch).shared_bytes,
-        tensor_columns=binary.metadata.get("tmem_size") or 0,
-        occupancy=limits.occupancy(binary.arch, code.registers, shared, warps),
+        tensor_columns=columns,
+        occupancy=limits.occupancy(binary.arch, code.registers, shared, warps, columns),
         matrix=dict(code.count(machine_code.MATRIX)),
         copies=dict(code.count(machine_code.ASYNC)),
         instructions=len(code.instructions),
