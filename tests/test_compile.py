@@ -59,8 +59,8 @@ def test_planted_faults_are_found():
         assert words in found[name], (name, found[name])
 
 
-# architecture, registers a thread, shared bytes, warps and tensor memory's columns of a block: by the
-# CUDA occupancy calculator, and for AMD by the arithmetic of the CDNA guides
+# architecture, registers a thread, shared bytes, warps and columns of tensor memory of a block: by
+# the CUDA occupancy calculator, and for AMD by the arithmetic of the CDNA guides
 OCCUPANCY = [
     ("sm_80", 64, 0, 8, 0, 0.5),
     ("sm_80", 255, 98_304, 8, 0, 8 / 64),
