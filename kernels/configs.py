@@ -147,7 +147,6 @@ def gemm_candidates(target: Target, itemsize: int, rank: int, *, aligned: bool) 
     )  # fmt: skip
 
 
-@lru_cache(4096)
 def gemm_config(
     target: Target, itemsize: int, M: int, N: int, rank: int, *, aligned: bool
 ) -> GemmConfig:
@@ -167,7 +166,6 @@ def add_candidates(target: Target, itemsize: int, rank: int) -> list[AddConfig]:
     )
 
 
-@lru_cache(4096)
 def add_config(target: Target, itemsize: int, M: int, N: int, rank: int) -> AddConfig:
     """The tile of ``lora_add`` for an ``(M, N)`` output."""
     return _choose(add_candidates(target, itemsize, rank), target, M, N, rank)
@@ -188,7 +186,6 @@ def shrink_candidates(
     )  # fmt: skip
 
 
-@lru_cache(4096)
 def shrink_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> ShrinkConfig:
@@ -222,7 +219,6 @@ def rank_grad_candidates(
     )  # fmt: skip
 
 
-@lru_cache(4096)
 def rank_grad_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> RankGradConfig:
@@ -257,7 +253,6 @@ def single_pass_candidates(
     )  # fmt: skip
 
 
-@lru_cache(4096)
 def single_pass_config(
     target: Target, itemsize: int, M: int, N: int, rank: int, *, describable: bool
 ) -> SinglePassConfig:

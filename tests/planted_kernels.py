@@ -14,7 +14,7 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from compiled.cases import Case
-from compiled.driver import FakeDriver
+from compiled.driver import activate
 from compiled.report import Expected, inspect
 from compiled.run import compile_cases
 from fused_lora.kernels.configs import GemmConfig, RankGradConfig
@@ -51,7 +51,7 @@ def main() -> None:
     for name, (case, row) in zip(PLANTED, rows, strict=True):
         assert case == PLANTED[name]
         found[name] = row.faults
-    fake = FakeDriver("sm_80")
+    fake = activate("sm_80")
     (binary,) = fake.compile(lambda: _traps[(1,)](torch.empty(1)))
     found["traps"] = inspect(binary, Expected(matrix="none")).faults
     fp32 = gemm("sm_80", 4, 2, False, 64, 64, 16, dtype="fp32")

@@ -40,8 +40,6 @@ class FakeDriver:
     """A GPU of ``arch`` that takes every binary and runs nothing."""
 
     def __init__(self, arch: str):
-        if triton.knobs.runtime.interpret:
-            raise RuntimeError("expected TRITON_INTERPRET to be unset: nothing would be compiled")
         self.arch = arch
         self.binaries: dict[str, Binary] = {}
         self.launched: list[Binary] = []
@@ -51,13 +49,9 @@ class FakeDriver:
             load_binary=lambda *args: (object(), object(), 0, 0, 1024),
             get_device_properties=lambda device: properties,
         )
-        triton.knobs.runtime.kernel_load_end_hook.add(self._loaded)
-        driver.set_active(self)
-        target = limits.target(arch)
-        configs.target_of = lambda device: target
 
     def compile(self, call: Callable[[], object]) -> list[Binary]:
-        """What ``call`` would have run, in its order."""
+        """What ``call`` would have run, in its order; :func:`activate` must have been called."""
         self.launched = []
         call()
         return self.launched
@@ -82,3 +76,14 @@ class FakeDriver:
 
     def get_current_stream(self, device):
         return 0
+
+
+def activate(arch: str) -> FakeDriver:
+    """Make every launch of this process one for ``arch``."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("expected TRITON_INTERPRET to be unset: nothing would be compiled")
+    fake, target = FakeDriver(arch), limits.target(arch)
+    triton.knobs.runtime.kernel_load_end_hook.add(fake._loaded)
+    driver.set_active(fake)
+    configs.target_of = lambda device: target
+    return fake

@@ -10,7 +10,7 @@ from itertools import groupby
 from triton.runtime.errors import OutOfResources
 
 from .cases import Case
-from .driver import FakeDriver
+from .driver import FakeDriver, activate
 from .report import Row, inspect
 
 CHUNK = 25  # cases a process: an import of torch is spread over them
@@ -27,7 +27,7 @@ def compile_case(fake: FakeDriver, case: Case) -> Row:
 
 
 def _compile_chunk(cases: list[Case]) -> list[Row]:
-    fake = FakeDriver(cases[0].arch)
+    fake = activate(cases[0].arch)
     return [compile_case(fake, case) for case in cases]
 
 
