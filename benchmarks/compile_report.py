@@ -40,7 +40,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--search", action="store_true", help="the space, not what is shipped")
     parser.add_argument("--rows", choices=SIZES, default="even", help="of --search: alignment")
     parser.add_argument("--json", type=Path, metavar="F", help="rows as lines of JSON")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}/ARCH.txt")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help=f"write results/{RESULTS.name}/ARCH.txt, search-ARCH.txt",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     return parser.parse_args(arguments)
 
@@ -81,15 +85,16 @@ def main(arguments: list[str] | None = None) -> int:
             if file is not None:
                 render.append(file, case, row)
     rows = [(case, done[repr(case)]) for case in cases]
-    if options.search:
-        print(search.table(rows))
-        return 0
     for arch in dict.fromkeys(case.arch for case in cases):
-        text = render.arch_table(arch, [(c, r) for c, r in rows if c.arch == arch])
+        of_arch = [(case, row) for case, row in rows if case.arch == arch]
+        text = search.table(of_arch) if options.search else render.arch_table(arch, of_arch)
         print(text, end="\n\n")
         if options.write:
             RESULTS.mkdir(parents=True, exist_ok=True)
-            (RESULTS / f"{arch}.txt").write_text(text + "\n")
+            name = f"search-{arch}.txt" if options.search else f"{arch}.txt"
+            (RESULTS / name).write_text(text + "\n")
+    if options.search:
+        return 0
     unfit = [(case, row) for case, row in rows if row.faults]
     for case, row in unfit:
         print(f"{case}: {'; '.join(row.faults)}", file=sys.stderr)

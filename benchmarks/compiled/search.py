@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+
+import triton
 
 from fused_lora.kernels import configs
 from fused_lora.kernels.configs import (
@@ -99,17 +102,22 @@ def score(case: Case, row: Row, shape: tuple[int, int]) -> float:
 
 
 def table(rows: list[tuple[Case, Row]]) -> str:
-    """What was tried, the best first for a large shape, with its rank at every shape."""
-    lines = []
-    keys = dict.fromkeys((c.arch, c.kernel, c.dtype, c.rows, c.rank) for c, _ in rows)
-    for key in keys:
-        lines.append(" ".join(map(str, key)) + ": score for " + ", ".join(SHAPES))
-        group = [(c, r) for c, r in rows if (c.arch, c.kernel, c.dtype, c.rows, c.rank) == key]
-        scored = [([score(c, r, shape) for shape in SHAPES.values()], c, r) for c, r in group]
-        for scores, case, row in sorted(scored, key=lambda entry: -entry[0][-1]):
+    """What was tried, the best first for a large shape, with its score at every shape."""
+    lines = [f"Compiled (Triton {triton.__version__}), not run. Scores for {', '.join(SHAPES)}."]
+    groups = defaultdict(list)
+    for case, row in rows:
+        groups[case.arch, case.kernel, case.product, case.dtype, case.rows, case.rank].append(
+            ([score(case, row, shape) for shape in SHAPES.values()], case, row)
+        )
+    for (arch, kernel, made, dtype, alignment, rank), group in groups.items():
+        lines += [
+            "",
+            f"{arch} {kernel}, {made} with dropout, {dtype}, {alignment} rows, rank {rank}",
+        ]
+        for scores, case, row in sorted(group, key=lambda entry: -entry[0][-1]):
             verdict = "; ".join(row.faults) or " ".join(f"{value:.3f}" for value in scores)
             lines.append(
-                f"  {describe(case.config):24} {row.registers:3} registers {row.shared:6} B shared "
-                f"occupancy {row.occupancy:.2f} share {row.share:.2f}  {verdict}"
+                f"  {describe(case.config):21} {row.registers:3} registers {row.shared:6} B shared  "
+                f"occupancy {row.occupancy:.2f}  share {row.share:.2f}  {verdict}"
             )
     return "\n".join(lines)
