@@ -117,7 +117,7 @@ def table(rows: list[tuple[Case, Row]]) -> str:
         for scores, case, row in sorted(group, key=lambda entry: -entry[0][-1]):
             verdict = "; ".join(row.faults) or " ".join(f"{value:.3f}" for value in scores)
             lines.append(
-                f"  {describe(case.config):21} {row.registers:3} registers {row.shared:6} B shared  "
+                f"  {describe(case.config):21} {row.registers:3} registers {row.shared:6} B shared "
                 f"occupancy {row.occupancy:.2f}  share {row.share:.2f}  {verdict}"
             )
     return "\n".join(lines)
