@@ -31,6 +31,8 @@ PLANTED = {
     "shared memory": gemm("sm_80", 8, 8, False, 128, 256, 64),
     "own iteration": gemm("sm_80", 4, 1, False, 64, 64, 32),
     "own iteration, AMD": gemm("gfx942", 4, 1, False, 64, 64, 32),
+    "own iteration, descriptors": gemm("sm_90", 4, 1, True, 64, 128, 64, 8, 132),
+    "waits for all, sm_100": gemm("sm_100", 4, 1, True, 64, 128, 64, 8, 148),
     "waits for all": Case(
         "sm_90", "rank_grad", "dA", "bf16", 64, "even", True, RankGradConfig(8, 2, False, 32, 128)
     ),

@@ -48,6 +48,8 @@ def test_planted_faults_are_found():
         "spills": "spills",
         "shared memory": "of shared memory",
         "own iteration": "consumes a load in its own iteration",
+        "own iteration, descriptors": "consumes a load in its own iteration",
+        "waits for all, sm_100": "waits for all matrix groups",
         "own iteration, AMD": "consumes a load in its own iteration",
         "waits for all": "waits for all matrix groups",
         "tensor memory": "tensor memory",
