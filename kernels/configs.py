@@ -134,14 +134,14 @@ def _valid(configs: Iterable, target: Target, itemsize: int, rank: int) -> list:
 
 def gemm_candidates(target: Target, itemsize: int, rank: int, *, aligned: bool) -> list[GemmConfig]:
     """What :func:`gemm_config` chooses from."""
-    rows = tables.look_up(tables.GEMM, target.arch, itemsize, aligned)
+    bands = tables.look_up(tables.GEMM, target.arch, itemsize, aligned)
     described = aligned and itemsize == 2 and target.arch in tables.PERSISTENT
     described = described or (aligned and target.arch == "interpreter")
     programs = target.sms if described else 0
     return _valid(
         [
             GemmConfig(warps, stages, described, rows, columns, step, programs=programs)
-            for warps, stages, rows, columns, step in rows
+            for warps, stages, rows, columns, step in tables.band(bands, rank)
         ],
         target, itemsize, rank,
     )  # fmt: skip
