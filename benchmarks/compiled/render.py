@@ -82,7 +82,7 @@ def _span(numbers: Iterable[int]) -> str:
 
 
 def sources() -> str:
-    """A digest of what a row depends on: Triton's version, the kernels, and this report's reading."""
+    """A digest of what a row depends on: Triton's version, the kernels, how they are read."""
     digest = hashlib.sha256(triton.__version__.encode())
     for folder in (Path(kernels.__file__).parent, Path(__file__).parent):
         for path in sorted(folder.glob("*.py")):
