@@ -39,6 +39,21 @@ def test_a_slice_of_the_shipped_tiles_compiles_clean(arch, tmp_path):
         assert row["registers"] > 0, row
 
 
+def test_a_report_continues_from_its_rows(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    part = ("--arch", "sm_90", "--kernel", "sum_partials", "--rank", 8, "--dropout", "off")
+    command = (ROOT / "benchmarks" / "compile_report.py", *part, "--jobs", 1, "--json", rows)
+    first = script(*command)
+    assert first.returncode == 0, first.stderr[-3000:]
+    written = rows.read_text()
+    assert len(written.splitlines()) == len(
+        list(sweep.full(["sm_90"], ranks=[8], kernels=["sum_partials"], dropout=[False]))
+    )
+    again = script(*command)
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert rows.read_text() == written
+
+
 def test_planted_faults_are_found():
     done = script(ROOT / "tests" / "planted_kernels.py")
     assert done.returncode == 0, done.stderr[-3000:]
