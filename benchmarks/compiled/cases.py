@@ -34,6 +34,7 @@ PRODUCTS = {
     "dropout_mask": ("words",),
     "sum_partials": ("S", "dB"),
 }
+LOOPING = ("lora_gemm", "single_pass", "shrink", "rank_grad")
 MASKED = {("lora_gemm", "dx"), ("lora_add", "dx"), ("single_pass", "dx")} | {
     ("shrink", "S"),
     ("rank_grad", "dA"),
@@ -60,7 +61,7 @@ class Case:
         matrix = "any" if self.kernel in ("shrink", "rank_grad") else "widest"
         return Expected(
             matrix="none" if config is None or itemsize == 4 else matrix,
-            pipelined=self.rows != "narrow" or itemsize == 4,
+            pipelined=self.kernel in LOOPING and (self.rows != "narrow" or itemsize == 4),
             shared=None
             if config is None
             else config.shared_bytes(itemsize, self.rank) + BARRIER_BYTES,

@@ -18,7 +18,8 @@ class Expected:
     Attributes:
         matrix: "widest" matrix instructions of its architecture; "any" where reading an operand
             is what bounds it; "none" for fp32 "ieee" products, a mask or a sum.
-        pipelined: false for 2-byte loads: an asynchronous copy moves 4, 8 or 16 bytes.
+        pipelined: a pipelined main loop. Not 2-byte loads: an asynchronous copy moves 4, 8 or 16
+            bytes.
         shared: the most that the config's predicate counted on, or None.
     """
 
@@ -99,6 +100,8 @@ def inspect(binary: Binary, expected: Expected) -> Row:
             row.faults.append(f"no {due}")
     elif expected.matrix == "any" and not row.matrix:
         row.faults.append("no matrix instructions")
+    if expected.pipelined and not main:
+        row.faults.append("no main loop")
     if expected.pipelined:
         row.faults += sorted({fault for loop in main for fault in pipeline.faults(loop)})
     return row

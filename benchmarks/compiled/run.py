@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from .cases import Case
 from .driver import FakeDriver, activate
@@ -20,7 +20,7 @@ def compile_case(fake: FakeDriver, case: Case) -> Row:
     """The row of the kernel that ``case`` names."""
     try:
         launched = fake.compile(case.call())
-    except (OutOfResources, RuntimeError) as error:
+    except (TritonError, RuntimeError) as error:
         return Row(faults=[f"does not compile: {str(error).strip().splitlines()[0]}"])
     (binary,) = (b for b in launched if b.name == f"_{case.kernel}")
     return inspect(binary, case.expected)
