@@ -38,7 +38,7 @@ GEMM: dict[str, dict[str, dict[int, Rows]]] = {
         "interpreter": {256: ((4, 2, 64, 64, 64),)},
         "any": {32: ((8, 3, 128, 128, 16), *_FP32), 256: _FP32},
     },
-    "fp32 narrow": {"any": {256: ((8, 2, 64, 128, 16), (4, 2, 64, 64, 32), (4, 2, 32, 64, 16))}},
+    "fp32 narrow": {"any": {256: ((8, 2, 64, 128, 16), (4, 2, 64, 64, 16), (4, 2, 32, 32, 32))}},
 }
 
 # By the most rank they are for: warps, stages, rows, step of the inner dimension, most columns
