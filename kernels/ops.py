@@ -146,7 +146,7 @@ def _gemm(p, q, u, v, target, bias=None, words=None, inv_keep=1.0) -> Tensor:
 def _add(o, u, v, target, words=None, inv_keep=1.0, base=None, like=None) -> None:
     """``like`` has the dtype of the product, o's by default."""
     like = o if like is None else like
-    config = _config(configs.add_config, target, like.element_size())
+    config = _config(configs.add_config, target, like.element_size(), *o.shape, u.shape[1])
     lora_add(
         o, u, v, config,
         base=base, dot_dtype=like.dtype,
@@ -162,7 +162,7 @@ def _single_pass(p, q, z, v, scale, target, bias=None, words=None, inv_keep=1.0)
         configs.single_pass_config,
         target,
         p.element_size(),
-        p.shape[0],
+        *o.shape,
         u.shape[1],
         describable=_describable(p) and _describable(q),
     )

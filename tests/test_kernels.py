@@ -1,5 +1,7 @@
 """Each kernel alone, under the interpreter, with explicit configs, against float64."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from support import UNIT_ROUNDOFF, make_inputs, relative_rms
 pytest.importorskip("triton")
 
 from fused_lora import dropout
-from fused_lora.kernels import ops
+from fused_lora.kernels import configs, ops
 from fused_lora.kernels.common import sum_partials
 from fused_lora.kernels.configs import (
     AddConfig,
@@ -163,6 +165,104 @@ def test_single_pass(case):
     check(u, low, FP32)
     low_rank = u.to(dtype).double() @ v.to(dtype).double() * mask
     check(o, p.double() @ q.double() + low_rank + (bias.double() if has_bias else 0), dtype)
+
+
+ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950"]
+
+
+def shipped(candidates, ranks):
+    """One config of each shape that a table holds, of any GPU, with a rank it is for."""
+    found = {}
+    for arch, (itemsize, aligned), rank in itertools.product(
+        ARCHS, [(2, True), (2, False), (4, True), (4, False)], ranks
+    ):
+        shared = configs.SHARED_BYTES.get(arch, configs.DEFAULT_SHARED_BYTES)
+        target = configs.Target(arch, sms=3, shared_bytes=shared)
+        for config in candidates(target, itemsize, rank, aligned):
+            shape = *config.tile(rank), getattr(config, "block_l", 0), getattr(config, "block_m", 0)
+            found.setdefault((shape, config.descriptors), (config, rank))
+    return list(found.values())
+
+
+def tile_id(case):
+    config, rank = case
+    return f"{type(config).__name__}-{config.tile(rank)}-{rank}"
+
+
+@pytest.mark.parametrize(
+    "case",
+    shipped(lambda t, i, r, a: configs.gemm_candidates(t, i, r, aligned=a), [16, 64]),
+    ids=tile_id,
+)
+def test_shipped_tiles_of_lora_gemm(case):
+    config, R = case
+    M, N, L = config.block_m + 5, config.block_n + 8, config.block_l + 8
+    p, q, u, v = rand(M, L, dtype=FP16), rand(L, N, dtype=FP16), rand(M, R), rand(R, N, dtype=FP16)
+    words, mask = keep_bits(M, N)
+    o = torch.empty(M, N, dtype=FP16)
+    lora_gemm(o, p, q, u, v, config, words=words, inv_keep=INV_KEEP)
+    low_rank = u.to(FP16).double() @ v.double() * mask
+    check(o, p.double() @ q.double() + low_rank, FP16)
+
+
+@pytest.mark.parametrize(
+    "case", shipped(lambda t, i, r, a: configs.add_candidates(t, i, r), [16, 64]), ids=tile_id
+)
+def test_shipped_tiles_of_lora_add(case):
+    config, R = case
+    M, N = config.block_m + 5, config.block_n + 8
+    o, u, v = rand(M, N, dtype=FP16), rand(M, R), rand(R, N, dtype=FP16)
+    words, mask = keep_bits(M, N)
+    before = o.double()
+    lora_add(o, u, v, config, base=o, words=words, inv_keep=INV_KEEP)
+    check(o, before + u.to(FP16).double() @ v.double() * mask, FP16)
+
+
+@pytest.mark.parametrize(
+    "case",
+    shipped(lambda t, i, r, a: configs.shrink_candidates(t, i, r, describable=a), [16, 64, 256]),
+    ids=tile_id,
+)
+def test_shipped_tiles_of_shrink(case):
+    config, R = case
+    M, L = config.block_m + 5, config.block_l + 9
+    p, q, scale = rand(M, L, dtype=FP16), rand(L, R, dtype=FP16), torch.tensor(0.7)
+    words, mask = keep_bits(M, L)
+    u = torch.empty(M, R)
+    shrink(u, p, q, scale, config, words=words, inv_keep=INV_KEEP)
+    check(u, 0.7 * (p.double() * mask) @ q.double(), FP32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    shipped(lambda t, i, r, a: configs.rank_grad_candidates(t, i, r, describable=a), [16, 64, 256]),
+    ids=tile_id,
+)
+def test_shipped_tiles_of_rank_grad(case):
+    config, R = case
+    M, L = config.block_m + 5, config.block_l + 9
+    u, p = rand(M, R), rand(M, L, dtype=FP16)
+    words, mask = keep_bits(M, L)
+    o = torch.empty(R, L)
+    rank_grad(o, u, p, config, words=words, inv_keep=INV_KEEP)
+    check(o, u.to(FP16).double().t() @ (p.double() * mask), FP32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    shipped(lambda t, i, r, a: configs.single_pass_candidates(t, i, r, describable=a), [16, 64]),
+    ids=tile_id,
+)
+def test_shipped_tiles_of_single_pass(case):
+    config, R = case
+    M, N, L = config.block_m + 5, config.block_n + 8, config.block_l + 9
+    p, q, z = rand(M, L, dtype=FP16), rand(L, N, dtype=FP16), rand(L, R, dtype=FP16)
+    v = rand(R, N, dtype=FP16)
+    o, u = torch.empty(M, N, dtype=FP16), torch.empty(M, R)
+    single_pass(o, u, p, q, z, v, torch.tensor(0.1), config)
+    low = 0.1 * p.double() @ z.double()
+    check(u, low, FP32)
+    check(o, p.double() @ q.double() + u.to(FP16).double() @ v.double(), FP16)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (17, 300), (100, 17)])

@@ -1,0 +1,117 @@
+"""Calls that compile one kernel under one config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_lora import dropout
+from fused_lora.kernels.common import sum_partials
+from fused_lora.kernels.configs import Config
+from fused_lora.kernels.dropout import dropout_mask
+from fused_lora.kernels.lora_gemm import lora_add, lora_gemm
+from fused_lora.kernels.rank_grad import rank_grad
+from fused_lora.kernels.shrink import shrink
+from fused_lora.kernels.single_pass import single_pass
+from fused_lora.kernels.tiles import BARRIER_BYTES
+
+from .report import Expected
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# PEFT keeps adapters in fp32 on a bf16 base; fp16 stands for adapters in the base's dtype.
+ADAPTER_DTYPES = {"bf16": torch.float32, "fp16": torch.float16, "fp32": torch.float32}
+# (M, K, N): whole blocks; rows that start on 16 bytes but end within a block; neither.
+SIZES = {"even": (512, 1024, 1024), "vector": (512, 1032, 1048), "narrow": (512, 1003, 1001)}
+PRODUCTS = {
+    "lora_gemm": ("y", "dx"),
+    "lora_add": ("y", "dx"),
+    "single_pass": ("y", "dx"),
+    "shrink": ("S", "G"),
+    "rank_grad": ("dA", "dB"),
+    "dropout_mask": ("words",),
+    "sum_partials": ("S", "dB"),
+}
+LOOPING = ("lora_gemm", "single_pass", "shrink", "rank_grad")
+MASKED = {("lora_gemm", "dx"), ("lora_add", "dx"), ("single_pass", "dx")} | {
+    ("shrink", "S"),
+    ("rank_grad", "dA"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel, what it makes ("y", "dx", "S", "G", "dA", "dB"), on what, and how."""
+
+    arch: str
+    kernel: str
+    product: str
+    dtype: str
+    rank: int
+    rows: str  # a key of SIZES
+    masked: bool
+    config: Config | None
+
+    @property
+    def expected(self) -> Expected:
+        """What the compiled kernel owes."""
+        config, itemsize = self.config, DTYPES[self.dtype].itemsize
+        matrix = "any" if self.kernel in ("shrink", "rank_grad") else "widest"
+        return Expected(
+            matrix="none" if config is None or itemsize == 4 else matrix,
+            pipelined=self.kernel in LOOPING and (self.rows != "narrow" or itemsize == 4),
+            shared=None
+            if config is None
+            else config.shared_bytes(itemsize, self.rank) + BARRIER_BYTES,
+        )
+
+    def call(self) -> Callable[[], None]:
+        """The launch, on tensors that stand ready."""
+        M, K, N = SIZES[self.rows]
+        R, dtype = self.rank, DTYPES[self.dtype]
+        x, dy, weight = _empty(M, K, dtype), _empty(M, N, dtype), _empty(N, K, dtype)
+        A, B = (_empty(*shape, ADAPTER_DTYPES[self.dtype]) for shape in ((R, K), (N, R)))
+        u = _empty(M, -(-R // 4) * 4, torch.float32)[:, :R]  # as in ops.py: rows start on a vector
+        scale, config = torch.tensor(1.0), self.config
+        words = dropout.empty_words(M, K, x.device) if self.masked else None
+        mask = {"words": words, "inv_keep": 1.25 if self.masked else 1.0}
+        bias = _empty(1, N, torch.float32)[0]
+        match self.kernel, self.product:
+            case "lora_gemm", "y":
+                return lambda: lora_gemm(dy, x, weight.t(), u, B.t(), config, bias=bias)
+            case "lora_gemm", "dx":
+                return lambda: lora_gemm(x, dy, weight, u, A, config, **mask)
+            case "lora_add", "y":
+                return lambda: lora_add(dy, u, B.t(), config, base=dy)
+            case "lora_add", "dx":
+                return lambda: lora_add(x, u, A, config, base=x, **mask)
+            case "single_pass", "y":
+                z = A.to(dtype).t()
+                return lambda: single_pass(dy, u, x, weight.t(), z, B.t(), scale, config, bias=bias)
+            case "single_pass", "dx":
+                z = B.to(dtype)
+                return lambda: single_pass(x, u, dy, weight, z, A, scale, config, **mask)
+            case "shrink", "S":
+                return lambda: shrink(u, x, A.to(dtype).t(), scale, config, **mask)
+            case "shrink", "G":
+                return lambda: shrink(u, dy, B.to(dtype), scale, config)
+            case "rank_grad", "dA":
+                return lambda: rank_grad(A, u, x, config, **mask)
+            case "rank_grad", "dB":
+                return lambda: rank_grad(B.t(), u, dy, config)
+            case "sum_partials", "S":
+                parts = torch.empty(4, M, R)
+                return lambda: sum_partials(u, parts, 1.25, scale)
+            case "sum_partials", "dB":
+                parts = torch.empty(4, R, N)
+                return lambda: sum_partials(B.t(), parts, 1.0)
+            case "dropout_mask", _:
+                words = dropout.empty_words(M, K, x.device)
+                return lambda: dropout_mask(words, torch.tensor(1), 58_982, dropout.DIGITS)
+        raise ValueError(f"expected a kernel and a product of PRODUCTS, got {self}")
+
+
+def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((rows, columns), dtype=dtype)

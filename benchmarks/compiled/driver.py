@@ -1,0 +1,89 @@
+"""Compile what the launchers would launch, for a GPU that is not here.
+
+The launchers run on CPU tensors over a fake driver, so specialisation, alignment and configs are
+those of a real call; nothing is executed. One architecture a process: Triton and the launchers
+keep what they compiled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fused_lora.kernels import configs
+
+from . import limits
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One compiled kernel: its name, Triton's metadata, and the files Triton left of it."""
+
+    name: str
+    arch: str
+    metadata: dict
+    files: dict[str, Path]  # by kind: "ttgir", "cubin", "amdgcn"
+
+    def text(self, kind: str) -> str:
+        """One of the files that are text."""
+        return self.files[kind].read_text()
+
+
+class FakeDriver:
+    """A GPU of ``arch`` that takes every binary and runs nothing."""
+
+    def __init__(self, arch: str):
+        self.arch = arch
+        self.binaries: dict[str, Binary] = {}
+        self.launched: list[Binary] = []
+        # Whether shared memory suffices is for the report to say, not for the launch.
+        properties = {"max_shared_mem": 1 << 30}
+        self.utils = SimpleNamespace(
+            load_binary=lambda *args: (object(), object(), 0, 0, 1024),
+            get_device_properties=lambda device: properties,
+        )
+
+    def compile(self, call: Callable[[], object]) -> list[Binary]:
+        """What ``call`` would have run, in its order; :func:`activate` must have been called."""
+        self.launched = []
+        call()
+        return self.launched
+
+    def _loaded(self, module, function, name, files, digest) -> None:
+        paths = {Path(path).suffix[1:]: Path(path) for path in files.values()}
+        metadata = json.loads(paths["json"].read_text())
+        self.binaries[digest] = Binary(name, self.arch, metadata, paths)
+
+    # What Triton asks of a driver.
+
+    def launcher_cls(self, source, metadata):
+        return lambda *args: self.launched.append(self.binaries[metadata.hash])
+
+    def get_current_target(self):
+        if limits.is_nvidia(self.arch):
+            return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
+        return GPUTarget("hip", self.arch, 64)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def activate(arch: str) -> FakeDriver:
+    """Make every launch of this process one for ``arch``."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("expected TRITON_INTERPRET to be unset: nothing would be compiled")
+    fake, target = FakeDriver(arch), limits.target(arch)
+    triton.knobs.runtime.kernel_load_end_hook.add(fake._loaded)
+    driver.set_active(fake)
+    configs.target_of = lambda device: target
+    return fake

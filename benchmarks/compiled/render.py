@@ -1,0 +1,107 @@
+"""Rows of the report as text, and as lines of JSON that a later run continues from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import triton
+
+import fused_lora.kernels as kernels
+from fused_lora.kernels.configs import Config
+
+from .cases import Case
+from .report import Row
+
+COLUMNS = (
+    "kernel", "dtype", "rows", "config", "n", "registers", "spill", "shared", "of", "tmem",
+    "occupancy", "share", "matrix", "copies", "instructions", "pipelined", "faults",
+)  # fmt: skip
+# Which cases there are and how they are shown changes no row.
+CHOOSES_CASES = ("configs.py", "tables.py", "sweep.py", "search.py", "render.py")
+
+
+def describe(config: Config | None) -> str:
+    """A config in a word: its block, warps, stages; ``p`` persistent over descriptors."""
+    if config is None:
+        return "-"
+    names = ("block_m", "block_n", "block_l", "max_block_r")
+    sizes = "x".join(str(getattr(config, name)) for name in names if hasattr(config, name))
+    flag = " p" if config.descriptors else ""
+    return f"{sizes} w{config.num_warps} s{config.num_stages}{flag}"
+
+
+def table(rows: Iterable[tuple[Case, Row]]) -> str:
+    """One line for a config on one kind of operand: the worst of its ranks, products and masks."""
+    groups = defaultdict(list)
+    for case, row in rows:
+        groups[case.kernel, case.dtype, case.rows, describe(case.config)].append(row)
+    lines = [COLUMNS, *((*key, *_summary(found)) for key, found in groups.items())]
+    widths = [max(len(str(line[i])) for line in lines) for i in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def arch_table(arch: str, rows: list[tuple[Case, Row]]) -> str:
+    """The committed table of one architecture."""
+    unfit = sum(bool(row.faults) for _, row in rows)
+    return (
+        f"{arch}, compiled (Triton {triton.__version__}), not run: {len(rows)} kernels, {unfit} "
+        f"unfit\n\n{table(rows)}"
+    )
+
+
+def _summary(rows: list[Row]) -> tuple:
+    loops = [row.pipelined for row in rows if row.pipelined is not None]
+    shares = [row.share for row in rows if row.pipelined is not None]
+    return (
+        len(rows),
+        _span(row.registers for row in rows),
+        max(row.spill for row in rows),
+        max(row.shared for row in rows),
+        max(row.shared_limit for row in rows),
+        max(row.tensor_columns for row in rows) or "-",
+        f"{min(row.occupancy for row in rows):.2f}",
+        f"{min(shares):.2f}" if shares else "-",
+        ",".join(sorted({kind for row in rows for kind in row.matrix})) or "-",
+        ",".join(sorted({kind for row in rows for kind in row.copies})) or "-",
+        _span(row.instructions for row in rows),
+        f"{sum(loops)}/{len(loops)}" if loops else "-",
+        "; ".join(sorted({fault for row in rows for fault in row.faults})) or "-",
+    )
+
+
+def _span(numbers: Iterable[int]) -> str:
+    found = sorted(numbers)
+    return str(found[0]) if found[0] == found[-1] else f"{found[0]}-{found[-1]}"
+
+
+def sources() -> str:
+    """A digest of what a row depends on: Triton's version, the kernels, how they are read."""
+    digest = hashlib.sha256(triton.__version__.encode())
+    for folder in (Path(kernels.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.glob("*.py")):
+            if path.name not in CHOOSES_CASES:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def append(file, case: Case, row: Row) -> None:
+    """Write one row as a line of JSON."""
+    line = {"sources": sources(), "triton": triton.__version__, "case": repr(case)}
+    print(json.dumps(line | row.as_dict()), file=file, flush=True)
+
+
+def load(path: Path) -> Iterator[tuple[str, Row]]:
+    """What an earlier run of the same sources wrote: the case's text and its row."""
+    current = sources()
+    for line in path.read_text().splitlines() if path.exists() else ():
+        fields = json.loads(line)
+        if fields.pop("sources") == current:
+            fields.pop("triton")
+            yield fields.pop("case"), Row(**fields)

@@ -1,0 +1,43 @@
+"""Cases compiled in worker processes, an architecture at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
+
+from triton.errors import TritonError
+
+from .cases import Case
+from .driver import FakeDriver, activate
+from .report import Row, inspect
+
+CHUNK = 25  # cases a process: an import of torch is spread over them
+
+
+def compile_case(fake: FakeDriver, case: Case) -> Row:
+    """The row of the kernel that ``case`` names."""
+    try:
+        launched = fake.compile(case.call())
+    except (TritonError, RuntimeError) as error:
+        return Row(faults=[f"does not compile: {str(error).strip().splitlines()[0]}"])
+    (binary,) = (b for b in launched if b.name == f"_{case.kernel}")
+    return inspect(binary, case.expected)
+
+
+def _compile_chunk(cases: list[Case]) -> list[Row]:
+    fake = activate(cases[0].arch)
+    return [compile_case(fake, case) for case in cases]
+
+
+def compile_cases(cases: list[Case], jobs: int) -> Iterator[tuple[Case, Row]]:
+    """Rows as they come, in the order of ``cases``."""
+    chunks = []
+    for _, group in groupby(cases, key=lambda case: case.arch):
+        of_arch = list(group)
+        chunks += [of_arch[at : at + CHUNK] for at in range(0, len(of_arch), CHUNK)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        for chunk, rows in zip(chunks, pool.map(_compile_chunk, chunks), strict=True):
+            yield from zip(chunk, rows, strict=True)

@@ -1,0 +1,75 @@
+"""Which cases prove the shipped tables: all of them, or a slice that CI can afford."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from fused_lora.kernels import configs
+from fused_lora.kernels.configs import SINGLE_PASS_MAX_RANK, Config
+
+from . import limits
+from .cases import DTYPES, MASKED, PRODUCTS, SIZES, Case
+
+ARCHS = tuple(limits.LIMITS)
+RANKS = (8, 16, 32, 64, 128, 256)
+VECTOR_RANKS = (16, 64)  # of rows that end within a block: the code of a rank hardly differs
+THIN = ("dropout_mask", "sum_partials")  # no config of their own, and no product
+
+SLICE_ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+SLICE = (
+    ("bf16", "even", 64),
+    ("bf16", "narrow", 256),
+    ("fp16", "vector", 16),
+    ("fp32", "even", 32),
+)
+
+
+def shipped(arch: str, kernel: str, dtype: str, rank: int, rows: str) -> list[Config | None]:
+    """Every config of ``kernel`` that a call of this kind could get on ``arch``."""
+    target, itemsize = limits.target(arch), DTYPES[dtype].itemsize
+    aligned = rows != "narrow"
+    match kernel:
+        case "lora_gemm":
+            return configs.gemm_candidates(target, itemsize, rank, aligned=aligned)
+        case "lora_add":
+            return configs.add_candidates(target, itemsize, rank)
+        case "single_pass" if rank > SINGLE_PASS_MAX_RANK:
+            return []
+        case "single_pass":
+            return configs.single_pass_candidates(target, itemsize, rank, describable=aligned)
+        case "shrink":
+            return configs.shrink_candidates(target, itemsize, rank, describable=aligned)
+        case "rank_grad":
+            return configs.rank_grad_candidates(target, itemsize, rank, describable=aligned)
+    return [None]
+
+
+def full(
+    archs: Sequence[str] = ARCHS,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    ranks: Sequence[int] = RANKS,
+    kernels: Sequence[str] = tuple(PRODUCTS),
+    dropout: Sequence[bool] = (False, True),
+) -> Iterator[Case]:
+    """Every shipped config in both directions, on rows of every alignment."""
+    for arch, kernel, dtype, rank, rows in product(archs, kernels, dtypes, ranks, SIZES):
+        if rows == "vector" and rank not in VECTOR_RANKS:
+            continue
+        if kernel in THIN and (dtype, rows) != (dtypes[0], "even"):
+            continue
+        for config, made in product(shipped(arch, kernel, dtype, rank, rows), PRODUCTS[kernel]):
+            for masked in dropout:
+                if not masked or (kernel, made) in MASKED:
+                    yield Case(arch, kernel, made, dtype, rank, rows, masked, config)
+
+
+def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
+    """Every shipped config of one rank a kind, making the product with the most in registers."""
+    for arch, kernel, (dtype, rows, rank) in product(archs, PRODUCTS, SLICE):
+        if kernel in THIN and rows != "vector":
+            continue
+        made = next((p for p in PRODUCTS[kernel] if (kernel, p) in MASKED), PRODUCTS[kernel][0])
+        rank = min(rank, SINGLE_PASS_MAX_RANK) if kernel == "single_pass" else rank
+        for config in shipped(arch, kernel, dtype, rank, rows):
+            yield Case(arch, kernel, made, dtype, rank, rows, (kernel, made) in MASKED, config)

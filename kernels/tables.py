@@ -1,0 +1,134 @@
+"""Tiles that compile clean: the rows ``configs.py`` chooses from.
+
+Found by ``python benchmarks/compile_report.py --search``; what was tried stands in
+``benchmarks/results/compiled/``. The kinds are "half" and "fp32", and "narrow" for rows that do not
+start on 16 bytes. "any" stands for every GPU not named. Of equals, the first is taken.
+"""
+
+from __future__ import annotations
+
+Rows = tuple[tuple[int, ...], ...]
+
+# The architectures whose lora_gemm is persistent, over tensor descriptors, for "half".
+PERSISTENT = ("sm_90", "sm_100")
+
+# By the most rank they are for: warps, stages, rows, columns, step of the inner dimension
+_AMPERE = ((8, 4, 128, 128, 64), (4, 4, 64, 128, 32), (4, 4, 64, 64, 64))
+_ADA = ((8, 3, 128, 128, 64), (4, 4, 64, 128, 32), (4, 4, 64, 64, 64))
+_HOPPER = ((8, 4, 128, 128, 64), (4, 4, 64, 128, 64), (4, 4, 64, 64, 64))
+_BLACKWELL = ((4, 4, 128, 128, 64), (4, 4, 64, 128, 64), (4, 4, 64, 64, 64))
+_CDNA = ((8, 2, 128, 256, 64), (8, 2, 128, 128, 64), (4, 2, 64, 128, 64), (4, 2, 64, 64, 64))
+_FP32 = ((8, 3, 64, 128, 16), (4, 3, 64, 64, 16), (4, 3, 32, 64, 16))
+GEMM: dict[str, dict[str, dict[int, Rows]]] = {
+    "half": {
+        "sm_80": {32: ((8, 4, 128, 256, 32), *_AMPERE), 256: _AMPERE},
+        "sm_86": {32: ((8, 4, 128, 256, 32), *_ADA), 256: _ADA},
+        "sm_89": {32: ((8, 4, 128, 256, 32), *_ADA), 256: _ADA},
+        "sm_90": {64: ((8, 3, 128, 256, 64), *_HOPPER), 256: _HOPPER},
+        "sm_100": {256: ((8, 3, 128, 256, 64), *_BLACKWELL)},
+        "sm_120": {32: ((8, 4, 128, 256, 32), *_ADA), 256: _ADA},
+        "gfx90a": {256: _CDNA},
+        "gfx942": {256: _CDNA},
+        "gfx950": {256: _CDNA},
+        "interpreter": {256: ((4, 2, 64, 64, 64),)},
+        "any": {256: ((4, 2, 64, 64, 32),)},
+    },
+    "half narrow": {"any": {256: ((8, 2, 64, 128, 32), (4, 2, 64, 64, 32), (4, 2, 32, 64, 32))}},
+    "fp32": {
+        "interpreter": {256: ((4, 2, 64, 64, 64),)},
+        "any": {32: ((8, 3, 128, 128, 16), *_FP32), 256: _FP32},
+    },
+    "fp32 narrow": {"any": {256: ((8, 2, 64, 128, 16), (4, 2, 64, 64, 16), (4, 2, 32, 32, 32))}},
+}
+
+# By the most rank they are for: warps, stages, rows, step of the inner dimension, most columns
+_CDNA_SHRINK = {
+    64: ((4, 2, 64, 64, 64), (4, 2, 32, 128, 64), (4, 2, 16, 128, 64)),
+    256: ((8, 2, 64, 32, 256), (8, 2, 32, 32, 256), (8, 2, 16, 32, 256)),
+}
+SHRINK: dict[str, dict[str, dict[int, Rows]]] = {
+    "half": {
+        "gfx90a": _CDNA_SHRINK,
+        "gfx942": _CDNA_SHRINK,
+        "any": {
+            64: ((4, 4, 64, 64, 64), (4, 4, 32, 128, 64), (4, 4, 16, 128, 64)),
+            256: ((8, 4, 64, 64, 256), (8, 4, 32, 64, 256), (8, 4, 16, 64, 256)),
+        },
+    },
+    "half narrow": {
+        "any": {
+            64: ((4, 2, 32, 32, 64), (4, 2, 16, 32, 64)),
+            256: ((8, 2, 32, 32, 256), (8, 2, 16, 32, 256)),
+        }
+    },
+    "fp32": {
+        "any": {
+            64: ((4, 3, 32, 32, 64), (4, 3, 16, 64, 64)),
+            256: ((8, 3, 32, 32, 128), (8, 3, 16, 32, 128)),
+        }
+    },
+    "fp32 narrow": {
+        "any": {
+            64: ((4, 3, 32, 32, 64), (4, 3, 16, 32, 64)),
+            256: ((8, 3, 32, 32, 128), (8, 3, 16, 32, 128)),
+        }
+    },
+}
+
+# By the most rank they are for: warps, stages, step of the rows, columns, most rows of the result
+_RANK_GRAD_FP32 = {64: ((4, 2, 16, 32, 64),), 256: ((8, 2, 16, 32, 256),)}
+RANK_GRAD: dict[str, dict[str, dict[int, Rows]]] = {
+    "half": {
+        # Two warps make no warp group: its product would wait in every step for the masked operand.
+        "sm_90": {
+            32: ((4, 4, 32, 128, 32), (4, 4, 32, 64, 32)),
+            64: ((2, 4, 16, 128, 64), (2, 4, 16, 64, 64)),
+            256: ((2, 4, 16, 64, 128), (2, 4, 16, 64, 64)),
+        },
+        "any": {
+            32: ((4, 4, 32, 128, 32), (4, 4, 32, 64, 32)),
+            64: ((8, 4, 16, 128, 64), (8, 4, 32, 64, 64)),
+            128: ((8, 2, 16, 128, 128), (8, 2, 16, 64, 128)),
+            256: ((8, 2, 16, 64, 256), (8, 2, 16, 64, 128)),
+        },
+    },
+    "half narrow": {
+        "any": {
+            32: ((4, 2, 32, 64, 32),),
+            64: ((8, 2, 32, 128, 64), (8, 2, 32, 64, 64)),
+            256: ((8, 2, 16, 64, 256), (8, 2, 16, 64, 128)),
+        }
+    },
+    "fp32": {"any": _RANK_GRAD_FP32},
+    "fp32 narrow": {"any": _RANK_GRAD_FP32},
+}
+
+# warps, rows, columns; aligned or not
+ADD: dict[str, Rows] = {
+    "half": ((8, 64, 128), (4, 64, 64), (4, 32, 64)),
+    "fp32": ((8, 32, 64), (4, 32, 32)),
+}
+
+# warps, stages, rows, columns, step of the inner dimension
+SINGLE_PASS: dict[str, Rows] = {
+    "half": ((4, 4, 64, 64, 64), (4, 4, 32, 64, 64), (4, 4, 16, 64, 64)),
+    "half narrow": ((8, 2, 64, 64, 32), (4, 2, 32, 64, 32), (4, 2, 16, 64, 32)),
+    "fp32": ((4, 2, 32, 32, 32), (4, 2, 16, 32, 32)),
+    "fp32 narrow": ((4, 2, 16, 32, 32),),
+}
+
+
+def kind(itemsize: int, aligned: bool) -> str:
+    """The key of a table's first level."""
+    return ("half" if itemsize == 2 else "fp32") + ("" if aligned else " narrow")
+
+
+def look_up(table: dict, arch: str, itemsize: int, aligned: bool):
+    """What ``table`` has for one GPU and kind of operand."""
+    by_arch = table[kind(itemsize, aligned)]
+    return by_arch.get(arch, by_arch["any"])
+
+
+def band(bands: dict[int, Rows], rank: int) -> Rows:
+    """The rows of the first band that holds ``rank``; the last one's for larger ranks."""
+    return next((rows for most, rows in bands.items() if rank <= most), list(bands.values())[-1])
