@@ -75,14 +75,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     names = [place for place in modules if place]
     base_model = str(base_model) if base_model else None
     config = peft_format.make_config(layers, adapters, names, base_model)
-    tensors = {}
+    tensors, error = {}, None
     for place, adapter in adapters.items():
         for parameter, tensor in adapter.tensors.items():
-            whole = _whole(place, tensor)
-            if is_first(mesh):
+            whole = _whole(place, tensor)  # which all processes must go on doing
+            if is_first(mesh) and error is None:
                 key = peft_format.tensor_key(place, layers[place], parameter)
-                tensors[key] = whole.contiguous().cpu()
-    on_first(mesh, lambda: write_adapter(Path(directory), tensors, config))
+                try:
+                    tensors[key] = whole.contiguous().cpu()
+                except Exception as caught:
+                    if mesh is None:
+                        raise
+                    error = caught
+    on_first(mesh, lambda: write_adapter(Path(directory), tensors, config), error)
 
 
 def _whole(place: str, tensor: Tensor) -> Tensor:

@@ -323,7 +323,6 @@ class LoRALayer(MergeableLayer):
         Where shapes match they are written in place, so that whatever optimizer holds the
         Parameters stays valid. Gradients, which are the other adapter's, are dropped.
         """
-        sharding.reshard(self)
         in_place = self.fits(adapter)
         current = self.adapter_parameters()
         for name in ADAPTER_NAMES:

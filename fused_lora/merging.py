@@ -99,7 +99,8 @@ class MergeableLayer(nn.Module):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with without_autocast(self.weight.device.type):
             matrix = self.lora_B.to(wide).flatten(1) @ self.lora_A.to(wide).flatten(1)
-        matrix.mul_(self._scaling).add_(self.to_matrix(self.weight))
+        weight = self.to_matrix(self.weight)
+        matrix = sharding.like(matrix, weight).mul_(self._scaling).add_(weight)
         if self.use_dora:
             norm = torch.linalg.vector_norm(matrix, dim=1)
             matrix.mul_((self.lora_magnitude_vector.to(wide) / norm).unsqueeze(1))

@@ -121,13 +121,17 @@ def is_shard(tensor: Tensor) -> bool:
 
 def like(tensor: Tensor, target: Tensor) -> Tensor:
     """``tensor`` distributed as ``target`` is: sharded, gathered, or neither."""
-    if is_shard(tensor) == is_shard(target):
-        return tensor
-    if is_shard(tensor):
-        return tensor.full_tensor()
-    from torch.distributed.tensor import distribute_tensor
+    if not is_shard(target):
+        return tensor.full_tensor() if is_shard(tensor) else tensor
+    mesh = target.device_mesh
+    if is_shard(tensor) and tensor.device_mesh != mesh:
+        tensor = tensor.full_tensor()
+    if not is_shard(tensor):
+        from torch.distributed.tensor import Replicate, distribute_tensor
 
-    return distribute_tensor(tensor, target.device_mesh, target.placements)
+        # Replicas first: nothing can be cut into what FSDP2 makes of tensor parallelism's shards.
+        tensor = distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim)
+    return tensor.redistribute(placements=target.placements)
 
 
 def fill(draw: Callable[..., None], *parameters: Tensor) -> None:
@@ -159,8 +163,13 @@ def is_first(mesh: DeviceMesh | None) -> bool:
     return mesh is None or not any(mesh.get_coordinate())
 
 
-def on_first(mesh: DeviceMesh | None, action: Callable[[], None]) -> None:
+def on_first(
+    mesh: DeviceMesh | None, action: Callable[[], None], error: BaseException | None = None
+) -> None:
     """Run ``action`` in the first process of ``mesh``; the others wait for it.
+
+    Args:
+        error: of the first process before that, instead of the action.
 
     Raises:
         RuntimeError: in the others, if it failed.
@@ -169,8 +178,8 @@ def on_first(mesh: DeviceMesh | None, action: Callable[[], None]) -> None:
         return action()
     from torch.distributed import broadcast_object_list
 
-    error, report = None, [None]
-    if is_first(mesh):
+    report = [None if error is None else f"{type(error).__name__}: {error}"]
+    if is_first(mesh) and error is None:
         try:
             action()
         except BaseException as caught:  # raised below: the others must not wait for ever

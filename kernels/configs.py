@@ -235,8 +235,11 @@ def rank_grad_config(
 def split_rank_grad(
     config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
 ) -> RankGradConfig:
-    """``config`` with the rows split over two programs an SM, at least 256 rows each."""
-    wanted = min(cdiv(2 * target.sms, cdiv(L, config.block_l)), cdiv(M, 256))
+    """``config`` with the rows split until an SM has 128 columns, at least 256 rows each.
+
+    Two programs of 64 columns, or one of 128: twice as many partial sums would cost more.
+    """
+    wanted = min(cdiv(128 * target.sms, L), cdiv(M, 256))
     return replace(config, splits=_capped(wanted, itemsize * M, rank))
 
 

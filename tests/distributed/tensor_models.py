@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -75,18 +76,22 @@ def check_training():
             torch.testing.assert_close(whole(parameter), model.get_parameter(name))
 
 
+def grid(copies: int = 2) -> DeviceMesh:
+    """Tensor parallelism in each of ``copies``."""
+    sizes = copies, dist.get_world_size() // copies
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("data", "tensor"))
+
+
 def check_with_fsdp():
     """Sharded by FSDP2 along the other dimension of the mesh, which averages the gradients."""
-    copies = 2
-    grid = init_device_mesh(
-        "cpu", (copies, dist.get_world_size() // copies), mesh_dim_names=("data", "tensor")
-    )
+    both = grid()
+    copies = both.size(0)
     x, dy = data(torch.float64)
     model = Block().double()
-    own = slice(BATCH // copies * grid.get_local_rank("data"), None)
+    own = slice(BATCH // copies * both.get_local_rank("data"), None)
     own = slice(own.start, own.start + BATCH // copies)
     for styles in (OWN, STOCK):
-        shards = fully_shard(parallel(model, styles, on=grid["tensor"]), mesh=grid["data"])
+        shards = fully_shard(parallel(model, styles, on=both["tensor"]), mesh=both["data"])
         expected = step(copy.deepcopy(model), x, dy)
         actual = step(shards, x[own], dy[own])
         for name in ("y", "x"):
@@ -95,28 +100,51 @@ def check_with_fsdp():
 
 
 def check_life_cycle():
-    x, _ = data()
     for styles in (OWN, STOCK):
-        model = Block()
-        add_adapter(model, "second", rank=3)
-        add_adapter(model, "wide", rank=4)
-        set_adapter(model, "second")
-        train_like(model)
-        set_adapter(model, "default")
-        shards = parallel(model, styles)
-        y = shards(x)
-        with disable_lora(model), disable_lora(shards):
-            torch.testing.assert_close(shards(x), model(x))
-        merge_lora(shards)
-        torch.testing.assert_close(shards(x), y)
-        unmerge_lora(shards)
-        assert torch.equal(shards(x), y)
-        for m in (model, shards):
-            assert set_adapter(m, "second") == []
+        assert_lives(Block(), lambda model, styles=styles: parallel(model, styles))
+
+
+def check_life_cycle_with_fsdp():
+    """Sizes that no number of processes divides too, and shards without an element."""
+    both = grid()
+    for styles, hidden in ((OWN, 16), (STOCK, 16), (OWN, 14), (STOCK, 14), (OWN, 2)):
+        assert_lives(
+            Block(hidden),
+            lambda model, styles=styles: fully_shard(
+                parallel(model, styles, on=both["tensor"]), mesh=both["data"]
+            ),
+        )
+
+
+def assert_lives(model: Block, shard: Callable[[Block], nn.Module]) -> None:
+    """Merging, switching and saving a sharded model do what they do to a whole one."""
+    x, _ = data()
+    add_adapter(model, "second", rank=3)
+    add_adapter(model, "wide", rank=4)
+    set_adapter(model, "second")
+    train_like(model)
+    set_adapter(model, "default")
+    shards = shard(model)
+    y = shards(x)
+    with disable_lora(model), disable_lora(shards):
         torch.testing.assert_close(shards(x), model(x))
-        with pytest.raises(ValueError, match="expected a whole model to switch to an adapter"):
-            set_adapter(shards, "wide")
+    merge_lora(shards)
+    torch.testing.assert_close(shards(x), y)
+    with disable_lora(model), disable_lora(shards):
         torch.testing.assert_close(shards(x), model(x))
+    unmerge_lora(shards)
+    assert torch.equal(shards(x), y)
+    for m in (model, shards):
+        assert set_adapter(m, "second") == []
+    torch.testing.assert_close(shards(x), model(x))
+    with pytest.raises(ValueError, match="expected a whole model to switch to an adapter"):
+        set_adapter(shards, "wide")
+    torch.testing.assert_close(shards(x), model(x))
+    save_adapter(shards, "lived")
+    loaded = copy.deepcopy(model)
+    load_adapter(loaded, "lived", "second")
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    dist.barrier()
 
 
 def check_state():

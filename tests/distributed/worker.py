@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ def main(module: str, *checks: str) -> None:
     torch.set_num_threads(1)
     launched = "RANK" in os.environ  # by torchrun
     if launched:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for check in checks:
         torch.manual_seed(0)
         getattr(importlib.import_module(module), check)()
