@@ -93,6 +93,11 @@ class Product:
         """Whether every row of contiguous operands starts on 16 bytes."""
         return self.L * self.itemsize % 16 == self.N * self.itemsize % 16 == 0
 
+    @property
+    def p_aligned(self) -> bool:
+        """Whether every row of P starts on 16 bytes."""
+        return self.L * self.itemsize % 16 == 0
+
 
 def panel_reads(M: int, N: int, tile: tuple[int, int, int], sms: int) -> tuple[float, float]:
     """How often DRAM is asked for each row panel and each column panel of an (M, N) product.
@@ -130,7 +135,7 @@ def dropout_mask(M: int, L: int) -> Kernel:
 def shrink(device: Device, c: Product) -> list[Kernel]:
     """``U = s · D(P) Z``: one read of P, and partial sums if the contraction is split."""
     target = device.target
-    config = configs.shrink_config(target, c.itemsize, c.M, c.L, c.R, describable=c.aligned)
+    config = configs.shrink_config(target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned)
     _, splits = configs.split_evenly(c.L, config.splits, config.block_l)
     reads = {"p": c.M * c.L * c.itemsize, "q": c.L * c.R * c.itemsize}
     if c.masked == "operand":
@@ -165,7 +170,7 @@ def lora_gemm(device: Device, c: Product) -> Kernel:
 
 def lora_add(device: Device, c: Product) -> Kernel:
     """``O += D(U V)`` after the vendor's product, whose bias it is."""
-    config = configs.add_config(device.target, c.itemsize)
+    config = configs.add_config(device.target, c.itemsize, c.M, c.N, c.R)
     out = c.M * c.N * c.itemsize
     reads = {"o": out} | _low_rank(c, config.block_n)
     reads.pop("bias", None)
@@ -178,7 +183,9 @@ def lora_add(device: Device, c: Product) -> Kernel:
 
 def single_pass(device: Device, c: Product) -> list[Kernel]:
     """``U`` and ``O`` in one launch, for few rows."""
-    config = configs.single_pass_config(device.target, c.itemsize, c.M, c.R, describable=c.aligned)
+    config = configs.single_pass_config(
+        device.target, c.itemsize, c.M, c.N, c.R, describable=c.aligned
+    )
     block_r = config.block_r(c.R)
     columns = cdiv(c.N, config.block_n)
     flops = 2.0 * c.M * c.N * (c.L + block_r) + 2.0 * columns * c.M * c.L * block_r
@@ -203,7 +210,7 @@ def rank_grad(device: Device, c: Product) -> list[Kernel]:
             Kernel("copy", {"o": result}, {"o": out}),
         ]
     config = configs.rank_grad_config(
-        device.target, c.itemsize, c.M, c.L, c.R, describable=c.aligned
+        device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned
     )
     _, splits = configs.split_evenly(c.M, config.splits, config.block_m)
     reads = {"p": p, "u": u}
