@@ -3,8 +3,7 @@
     O = P Q + D(U V) + bias        P (M,L)   Q (L,N)   U (M,R)   V (R,N)   O (M,N)
 
 Forward: ``y`` from P = x, Q = Wᵀ, U = S, V = Bᵀ. Backward: ``dx`` from P = dY, Q = W, U = G, V = A
-and the keep bits. ``lora_add`` has a given base in place of ``P Q``: ``O = base + D(U V) + bias``,
-in place after a vendor's GEMM, or beside a frozen product of another kind.
+and the keep bits.
 """
 
 import torch
@@ -21,7 +20,7 @@ from .common import (
     multiple,
     operand,
 )
-from .configs import AddConfig, GemmConfig, cdiv
+from .configs import GemmConfig, cdiv
 from .launch import Arguments, launch
 
 
@@ -226,10 +225,10 @@ def lora_gemm(
         inv_keep: what kept entries of ``u v`` are multiplied by.
     """
     tensors = o, p, q, u, v, words, bias
-    launch(_lora_gemm, _gemm_arguments, config, tensors, (float(inv_keep),), input_precision)
+    launch(_lora_gemm, _arguments, config, tensors, (float(inv_keep),), input_precision)
 
 
-def _gemm_arguments(config, o, p, q, u, v, words, bias, input_precision: str) -> Arguments:
+def _arguments(config, o, p, q, u, v, words, bias, input_precision: str) -> Arguments:
     (M, L), N, R = p.shape, q.shape[1], u.shape[1]
     transposed = q.stride(0) == 1 and q.stride(1) != 1
     block_m, block_n, block_l = config.block_m, config.block_n, config.block_l
@@ -280,137 +279,6 @@ def _gemm_arguments(config, o, p, q, u, v, words, bias, input_precision: str) ->
             "ALIGN_V": in_vectors(v),
             "V_TRANSPOSED": v.stride(1) != 1,
             "PERSISTENT": config.programs > 0,
-        },
-        options=config.options,
-    )
-
-
-@triton.jit(do_not_specialize=["M"])
-def _lora_add(
-    o_ptr,
-    base_ptr,
-    u_ptr,
-    v_ptr,
-    words_ptr,
-    bias_ptr,
-    inv_keep,
-    M,
-    N,
-    R,
-    stride_om,
-    stride_bm,
-    stride_um,
-    stride_vr,
-    stride_vn,
-    stride_wm,
-    DTYPE: tl.constexpr,
-    HAS_BASE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    ALIGN_O: tl.constexpr,
-    ALIGN_BASE: tl.constexpr,
-    ALIGN_U: tl.constexpr,
-    ALIGN_V: tl.constexpr,
-    V_TRANSPOSED: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    if ALIGN_O:
-        stride_om = multiple(stride_om, 8)
-        N = multiple(N, 8)
-    if ALIGN_BASE:
-        stride_bm = multiple(stride_bm, 8)
-    # Rows are the fast axis of the grid: V's tile stays in cache, and the row axis has no limit.
-    first_m = tl.program_id(0) * BLOCK_M
-    first_n = tl.program_id(1) * BLOCK_N
-    offs_m = first_m + tl.arange(0, BLOCK_M)
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = add_low_rank(
-        acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
-        DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
-    )  # fmt: skip
-    if HAS_DROPOUT:
-        keep = load_keep(words_ptr, stride_wm, first_m, first_n, M, BLOCK_M, BLOCK_N)
-        acc = tl.where(keep != 0, acc * inv_keep, 0.0)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    rows = offs_m.to(tl.int64)[:, None]
-    if HAS_BASE:
-        base_ptrs = base_ptr + rows * stride_bm + offs_n[None, :]
-        acc += tl.load(base_ptrs, mask=inside, other=0.0).to(tl.float32)
-    o_ptrs = o_ptr + rows * stride_om + offs_n[None, :]
-    tl.store(o_ptrs, acc.to(o_ptr.dtype.element_ty), mask=inside)
-
-
-def lora_add(
-    o: torch.Tensor,
-    u: torch.Tensor,
-    v: torch.Tensor,
-    config: AddConfig,
-    *,
-    base: torch.Tensor | None = None,
-    dot_dtype: torch.dtype | None = None,
-    bias: torch.Tensor | None = None,
-    words: torch.Tensor | None = None,
-    inv_keep: float = 1.0,
-    input_precision: str = "ieee",
-) -> None:
-    """Write ``o = base + D(u v) + bias``; other arguments as in :func:`lora_gemm`.
-
-    Args:
-        base: ``(M, N)``, inner stride 1, any floating dtype; ``o`` itself, or None for zeros.
-        dot_dtype: what ``u`` and ``v`` are cast to; o's dtype by default.
-    """
-    tensors = o, base, u, v, words, bias
-    flags = dot_dtype or o.dtype, input_precision
-    launch(_lora_add, _add_arguments, config, tensors, (float(inv_keep),), *flags)
-
-
-def _add_arguments(
-    config, o, base, u, v, words, bias, dot_dtype: torch.dtype, input_precision: str
-) -> Arguments:
-    (M, N), R = o.shape, u.shape[1]
-    block_r, chunks = config.rank_blocks(R)
-    return Arguments(
-        grid=(cdiv(M, config.block_m), cdiv(N, config.block_n)),
-        operands=(
-            o,
-            o if base is None else base,
-            u,
-            v,
-            u if words is None else words,
-            u if bias is None else bias,
-        ),
-        numbers=(
-            M,
-            N,
-            R,
-            o.stride(0),
-            0 if base is None else base.stride(0),
-            u.stride(0),
-            *v.stride(),
-            0 if words is None else words.stride(0),
-        ),
-        constants={
-            "DTYPE": TL_DTYPE[dot_dtype],
-            "HAS_BASE": base is not None,
-            "HAS_BIAS": bias is not None,
-            "HAS_DROPOUT": words is not None,
-            "ALIGN_O": in_vectors(o),
-            "ALIGN_BASE": base is not None and in_vectors(base),
-            "ALIGN_U": in_vectors(u, 4),
-            "ALIGN_V": in_vectors(v),
-            "V_TRANSPOSED": v.stride(1) != 1,
-            "INPUT_PRECISION": input_precision,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_R": block_r,
-            "CHUNKS": chunks,
         },
         options=config.options,
     )

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..constants import constant, scalar
 from . import configs
 from .dropout import dropout_mask
-from .lora_gemm import lora_add, lora_gemm
+from .lora_add import lora_add
+from .lora_gemm import lora_gemm
 from .rank_grad import rank_grad
 from .shrink import shrink
 from .single_pass import single_pass

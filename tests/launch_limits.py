@@ -13,7 +13,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from fused_lora.kernels import launch
-from fused_lora.kernels.lora_gemm import _lora_add
+from fused_lora.kernels.lora_add import _lora_add
 
 
 def passed_through(run) -> int:

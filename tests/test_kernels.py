@@ -19,7 +19,8 @@ from fused_lora.kernels.configs import (
     ShrinkConfig,
     SinglePassConfig,
 )
-from fused_lora.kernels.lora_gemm import lora_add, lora_gemm
+from fused_lora.kernels.lora_add import lora_add
+from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass

@@ -1,6 +1,7 @@
 """The registered operators: PyTorch's own checks of schema, autograd, fakes and dynamic shapes."""
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -90,6 +91,21 @@ def test_opcheck(name):
     case = PLAIN | CASES[name]
     if case["impl"] == "triton" and not has_triton:
         pytest.skip("needs Triton")
+    check_both_ways(case)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64])
+@pytest.mark.parametrize("layout", ["contiguous", "three dimensions", "transposed"])
+def test_opcheck_of_every_combination(dtype, layout):
+    for grads, bias, p, rows in itertools.product(
+        ((), PLAIN["grads"]), (True, False), (0.0, 0.3), (0, 3)
+    ):
+        varied = {"grads": grads, "bias": bias, "p": p, "shape": (rows, 8, 6, 2)}
+        check_both_ways(PLAIN | varied | {"dtype": dtype, "layout": layout})
+
+
+def check_both_ways(case):
+    """PyTorch's checks of the operator and of the one of its backward."""
     forward, M = arguments(**case)
     torch.library.opcheck(torch.ops.fused_lora.lora_linear.default, forward)
 
