@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fused_lora.kernels.common import grouped_tile
-from fused_lora.kernels.configs import MIN_BLOCK_R, cdiv
+from fused_lora.kernels.tiles import MIN_BLOCK_R, cdiv
 
 MAX_RANK = 64  # U V is one dot
 
