@@ -152,7 +152,7 @@ def choose_backward(
 
 
 def _may_run_triton(x: Tensor, frozen: Tensor) -> bool:
-    """A plain tensor on a GPU; subclasses such as DTensor need PyTorch's own operators."""
+    """A plain tensor on a GPU; subclasses need PyTorch's own operators."""
     return x.is_cuda and type(x) is Tensor and type(frozen) in (Tensor, nn.Parameter)
 
 

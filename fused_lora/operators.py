@@ -43,7 +43,7 @@ def lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base
     """:func:`.autograd.lora_linear` for code that a compiler traces."""
     tensors = (x, weight, lora_A, lora_B, bias, base)
     if not all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
-        # Subclasses such as DTensor need PyTorch's own operators.
+        # Subclasses need PyTorch's own operators; DTensors come as plain local parts.
         if impl.startswith("triton"):
             kinds = ", ".join(sorted({type(t).__name__ for t in tensors if t is not None}))
             raise ValueError(f"impl={impl!r} cannot run here: expected plain tensors, got {kinds}")
