@@ -81,12 +81,9 @@ def save(ctx, args: tuple, S: Tensor, words: Tensor | None, scaling, runner) -> 
     x, weight, lora_A, lora_B, bias, _, _, keep, *_ = args
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     is_tensor = isinstance(scaling, Tensor)
-    ctx.runner = runner
-    ctx.scaling = None if is_tensor else scaling
-    ctx.inv_keep = dropout.KEEP_ALL / keep
-    ctx.x_shape = x.shape
-    ctx.dtype = x.dtype
-    ctx.bias_dtype = bias.dtype if need_bias else None
+    number = None if is_tensor else scaling
+    bias_dtype = bias.dtype if need_bias else None
+    ctx.call = runner, number, dropout.KEEP_ALL / keep, x.shape, x.dtype, bias_dtype
     ctx.save_for_backward(
         x if need_A else None,
         weight if need_x else None,
@@ -101,9 +98,8 @@ def save(ctx, args: tuple, S: Tensor, words: Tensor | None, scaling, runner) -> 
 def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of the arguments of :func:`forward`; differentiable under ``create_graph``."""
     # The saved tensors already have the dtypes that autocast chose in forward.
-    device = dy.device.type
-    if autocasts(device):
-        with torch.autocast(device, enabled=False):
+    if autocasts(dy):
+        with torch.autocast(dy.device.type, enabled=False):
             return _backward(ctx, dy)
     return _backward(ctx, dy)
 
@@ -111,12 +107,13 @@ def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _backward(ctx, dy):
     need_x, _, need_A, need_B, need_bias, *_, need_base = ctx.needs_input_grad
     x, weight, lora_A, lora_B, S, words, scaling = ctx.saved_tensors
+    runner, number, inv_keep, x_shape, dtype, bias_dtype = ctx.call
     twice = torch.is_grad_enabled()
-    backward = reference.backward if twice else ctx.runner.backward
+    backward = reference.backward if twice else runner.backward
     dy = ready(dy)
     flat_dy = _flatten(dy)
-    if flat_dy.dtype != ctx.dtype:  # the base output's
-        flat_dy = flat_dy.to(ctx.dtype)
+    if flat_dy.dtype != dtype:  # the base output's
+        flat_dy = flat_dy.to(dtype)
     dx, dA, dB = backward(
         flat_dy,
         None if x is None else _flatten(x),
@@ -124,9 +121,9 @@ def _backward(ctx, dy):
         lora_A,
         lora_B,
         S,
-        ctx.scaling if scaling is None else scaling,
+        number if scaling is None else scaling,
         words,
-        ctx.inv_keep,
+        inv_keep,
         (need_x, need_A, need_B),
     )
     if twice and need_B and need_x and x is None:
@@ -134,9 +131,9 @@ def _backward(ctx, dy):
     db = None
     if need_bias:
         wide = torch.promote_types(dy.dtype, torch.float32)
-        db = flat_dy.sum(0, dtype=wide).to(ctx.bias_dtype)
-    if need_x and len(ctx.x_shape) != 2:
-        dx = dx.view(ctx.x_shape)
+        db = flat_dy.sum(0, dtype=wide).to(bias_dtype)
+    if need_x and len(x_shape) != 2:
+        dx = dx.view(x_shape)
     return dx, None, dA, dB, db, None, None, None, None, dy if need_base else None
 
 
@@ -161,11 +158,15 @@ def _flatten(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device."""
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for operators on ``tensor``."""
+    if not torch._C._is_any_autocast_enabled():  # 0.3 µs before a device is asked for its name
+        return False
+    device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def without_autocast(device: str) -> AbstractContextManager:
-    """A context in which autocast is off for a type of device."""
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """A context in which autocast is off for operators on ``tensor``."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if autocasts(tensor) else nullcontext()

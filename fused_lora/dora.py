@@ -35,7 +35,7 @@ def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Te
     wide = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide)
     rows = max(1, _BLOCK // max(1, weight.shape[1]))
-    with without_autocast(weight.device.type):
+    with without_autocast(weight):
         norms = [
             torch.linalg.vector_norm(torch.addmm(w.to(wide), scaling * b, A), dim=1)
             for w, b in zip(weight.split(rows), B.split(rows), strict=True)

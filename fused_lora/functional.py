@@ -106,8 +106,8 @@ def fused_lora_add(
 
 def _run(x, weight, lora_A, lora_B, bias, scaling, p, impl, base=None) -> Tensor:
     """Autocast's rule, then the layer."""
-    device = x.device.type
-    if autocasts(device) and x.dtype != torch.float64:
+    if autocasts(x) and x.dtype != torch.float64:
+        device = x.device.type
         x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base)
@@ -122,7 +122,7 @@ def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
     keep = dropout.keep_count(p) if p else dropout.KEEP_ALL
     seed = None if keep == dropout.KEEP_ALL else dropout.draw_seed(x.device)
     args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
-    if is_shard(x) or is_shard(lora_A) or is_shard(weight if base is None else base):
+    if is_shard(x, lora_A, weight if base is None else base):
         from .placements import on_shards  # and with it torch.distributed
 
         return on_shards(_products, *args)

@@ -58,5 +58,5 @@ def principal(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     B, A = U[:, :rank] * root, root.unsqueeze(1) * Vh[:rank]
     lora_A.copy_(A)
     lora_B.copy_(B)
-    with without_autocast(weight.device.type):
+    with without_autocast(weight):
         return wide - scaling * (B @ A)

@@ -7,7 +7,6 @@ the others wait in ``inactive_adapters``, outside ``state_dict``.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import fields
 from functools import partial
 from typing import ClassVar
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from . import dora, initialization, sharding
 from .config import Adapter, AdapterConfig
 from .merging import MergeableLayer
+from .takeover import check_own_forward, class_name, copy_module
 from .tracing import is_exporting
 from .validation import check_dtype, check_impl, check_scaling
 
@@ -63,7 +63,7 @@ class LoRALayer(MergeableLayer):
         """Adapt ``base``, whose very Parameters (frozen), hooks and attributes are kept."""
         cls.check_plain(base)
         layer = cls.__new__(cls)
-        _copy_module(base, layer)
+        copy_module(base, layer)
         with torch.inference_mode(False):  # whose tensors could not train
             layer._add_adapter(config, impl, adapter_dtype)
         return layer
@@ -78,7 +78,7 @@ class LoRALayer(MergeableLayer):
         """
         plain = cls.plain_class()
         if type(base) is not plain:
-            raise TypeError(f"expected an {_name(plain)}, got {type(base).__name__}")
+            raise TypeError(f"expected an {class_name(plain)}, got {type(base).__name__}")
         check_own_forward(base)
         if not isinstance(base.weight, nn.Parameter):
             raise TypeError(
@@ -102,7 +102,7 @@ class LoRALayer(MergeableLayer):
             self.check_base()
         cls = self.plain_class()
         base = cls.__new__(cls)
-        _copy_module(self, base, _ADDED)
+        copy_module(self, base, _ADDED)
         if not self.merged:
             base.weight = self.base_weight
         if self.merged:
@@ -134,7 +134,7 @@ class LoRALayer(MergeableLayer):
         Raises:
             ValueError: it cannot.
         """
-        kind = _name(cls.plain_class())
+        kind = class_name(cls.plain_class())
         if config.init not in cls.inits:
             raise ValueError(
                 f"expected init to be one of {', '.join(cls.inits)} for {kind}, got {config.init!r}"
@@ -386,33 +386,3 @@ class LoRALayer(MergeableLayer):
         if not self.enabled:
             parts.append("disabled")
         return ", ".join(parts)
-
-
-def _copy_module(source: nn.Module, target: nn.Module, without: Collection[str] = ()) -> None:
-    """Give ``target`` all that ``source`` has: the hooks' handles stay valid."""
-    for name, value in vars(source).items():
-        if name in ("_parameters", "_buffers", "_modules"):
-            value = {key: kept for key, kept in value.items() if key not in without}
-        elif name == "_non_persistent_buffers_set":
-            value = value.difference(without)
-        elif name in without or name == "_compiled_call_impl":  # which calls the source
-            continue
-        target.__dict__[name] = value
-
-
-def check_own_forward(module: nn.Module) -> None:
-    """Check that no other forward stands on the instance.
-
-    Raises:
-        TypeError: one does.
-    """
-    if "forward" in vars(module):
-        raise TypeError(
-            f"expected the forward of {type(module).__name__}, got one replaced on the instance (as"
-            " accelerate's hooks do), which the layer in its place would not call; take it off"
-            " first (accelerate.hooks.remove_hook_from_module) and put it on again after"
-        )
-
-
-def _name(cls: type) -> str:
-    return f"nn.{cls.__name__}" if cls.__module__.startswith("torch.nn.") else cls.__name__

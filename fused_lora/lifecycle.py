@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .layer import LoRALayer, check_own_forward
+from .layer import LoRALayer
 from .merging import memory, overlap
 from .model import check_contains_layers, lora_layers, replace_modules, restore_fast_path
 from .sharding import check_whole
+from .takeover import check_own_forward
 
 
 @contextmanager

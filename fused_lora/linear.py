@@ -34,24 +34,29 @@ class _LinearForward(LoRALayer):
             return self._plain_forward(x)
         if self.use_dora:
             return self._dora_forward(x)
-        return self._fused(x, self._matrix(), self._parameter("bias"), self.dropout)
+        found = self._parameters  # nn.Module.__getattr__ costs ten times a look at its table
+        bias = found.get("bias")
+        if bias is None and "bias" not in found:  # computed, as by a parametrization
+            bias = self.bias
+        return self._fused(x, self._matrix(), bias, self.dropout)
 
     def _matrix(self) -> Tensor:
-        # A view of a sharded parameter requires grad although the parameter is frozen.
-        weight = self._parameter("weight")
-        return self.to_matrix(weight if isinstance(weight, nn.Parameter) else weight.detach())
-
-    def _parameter(self, name: str) -> Tensor | None:
-        """The attribute ``name``; ``nn.Module.__getattr__`` costs ten times a look at its table."""
-        found = self._parameters.get(name)
-        return getattr(self, name) if found is None else found
+        weight = self._parameters.get("weight")
+        if type(weight) is not nn.Parameter:
+            # A view of a sharded parameter requires grad although the parameter is frozen.
+            weight = self.weight if isinstance(weight, nn.Parameter) else self.weight.detach()
+        return self.to_matrix(weight)
 
     def _fused(self, x: Tensor, matrix: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        found = self._parameters
+        lora_A, lora_B = found.get("lora_A"), found.get("lora_B")
+        if lora_A is None or lora_B is None:
+            lora_A, lora_B = self.lora_A, self.lora_B
         return fused_lora_linear(
             x,
             matrix,
-            self._parameter("lora_A"),
-            self._parameter("lora_B"),
+            lora_A,
+            lora_B,
             bias,
             scaling=self._scale(),
             dropout_p=dropout,
@@ -82,7 +87,7 @@ class _LinearForward(LoRALayer):
         weight = self.plain_weight()
         matrix = self.to_matrix(weight if isinstance(weight, nn.Parameter) else weight.detach())
         check_tensors(x, matrix, self.lora_A, self.lora_B, self.bias, self._scaling)
-        if not autocasts(x.device.type):
+        if not autocasts(x):
             check_same_dtype(x, matrix)
         return F.linear(x, matrix, self.bias)
 

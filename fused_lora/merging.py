@@ -97,7 +97,7 @@ class MergeableLayer(nn.Module):
     def _adapted_matrix(self) -> Tensor:
         """``W + s·B A``, with DoRA scaled to its magnitude; ``(out, in)``, at least float32."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        with without_autocast(self.weight.device.type):
+        with without_autocast(self.weight):
             matrix = self.lora_B.to(wide).flatten(1) @ self.lora_A.to(wide).flatten(1)
         weight = self.to_matrix(self.weight)
         matrix = sharding.like(matrix, weight).mul_(self._scaling).add_(weight)

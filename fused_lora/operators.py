@@ -77,7 +77,7 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
 
     All contiguous. The copy is for backward: a new scale, written in place, may come before that.
     """
-    with autograd.without_autocast(x.device.type):
+    with autograd.without_autocast(x):
         y, S, words, _ = autograd.forward(
             x, weight, lora_A, lora_B, bias, _on_host(scaling), seed, keep, impl, base
         )
@@ -100,7 +100,7 @@ def _(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
 def _backward(dy, x, weight, lora_A, lora_B, S, scaling, words, inv_keep, impl, needs):
     """Those of ``dx (M,K)``, ``dA`` and ``dB`` that ``needs`` asks for, contiguous."""
     dropped = words is not None
-    with autograd.without_autocast(dy.device.type):
+    with autograd.without_autocast(dy):
         runner = dispatch.choose_backward(dy, weight, lora_A, lora_B, impl, dropped)
         gradients = runner.backward(
             dy, x, weight, lora_A, lora_B, S, _on_host(scaling), words, inv_keep, tuple(needs)

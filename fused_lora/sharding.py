@@ -114,9 +114,10 @@ class _Wait(torch.autograd.Function):
         return gradient
 
 
-def is_shard(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor."""
-    return isinstance(tensor, getattr(sys.modules.get(_TENSOR), "DTensor", ()))
+def is_shard(*tensors: Tensor) -> bool:
+    """Whether one of ``tensors`` is a DTensor."""
+    kind = getattr(sys.modules.get(_TENSOR), "DTensor", None)
+    return kind is not None and any(isinstance(tensor, kind) for tensor in tensors)
 
 
 def like(tensor: Tensor, target: Tensor) -> Tensor:

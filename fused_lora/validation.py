@@ -109,18 +109,20 @@ def check_tensors(
         TypeError: not a tensor, or a dtype that cannot be used.
         ValueError: shapes or devices that do not fit, or a weight that requires grad.
     """
-    _check_kinds(x, (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)))
-    if weight.dim() != 2:
+    tensors = (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B))
+    _check_kinds(x, tensors if bias is None else (*tensors, ("bias", bias)))
+    shape = weight.shape
+    if len(shape) != 2:
         raise ValueError(f"expected weight of shape (out, in), got {_shape(weight)}")
-    N, K = weight.shape
+    N, K = shape
     _check_adapter(x, lora_A, lora_B, N, K, scaling)
     if weight.requires_grad:
         raise ValueError(
             "expected a frozen weight, got one that requires grad: no gradient is computed for it;"
             " call weight.requires_grad_(False), or pass weight.detach()"
         )
-    if bias is not None:
-        _check_bias(bias, x, N)
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"expected bias of shape ({N},), got {_shape(bias)}")
 
 
 def check_base(
@@ -148,7 +150,8 @@ def _check_kinds(x: Tensor, tensors: tuple[tuple[str, Tensor], ...]) -> None:
     device = getattr(x, "device", None)
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected {name} to be a Tensor, got {type(tensor).__name__}")
+            kind = "a Tensor or None" if name == "bias" else "a Tensor"
+            raise TypeError(f"expected {name} to be {kind}, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"expected {name} in one of {_names(FLOATS)}, got {tensor.dtype}")
         if tensor.device != device:
@@ -180,17 +183,6 @@ def check_same_dtype(x: Tensor, weight: Tensor) -> None:
     """Without autocast ``x`` must have the weight's dtype, as in ``F.linear``."""
     if x.dtype != weight.dtype:
         raise TypeError(f"expected x in the weight's dtype {weight.dtype}, got {x.dtype}")
-
-
-def _check_bias(bias: Tensor, x: Tensor, N: int) -> None:
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"expected bias to be a Tensor or None, got {type(bias).__name__}")
-    if bias.dtype not in FLOATS:
-        raise TypeError(f"expected bias in one of {_names(FLOATS)}, got {bias.dtype}")
-    if bias.device != x.device:
-        raise ValueError(f"expected bias on x's device {x.device}, got {bias.device}")
-    if bias.shape != (N,):
-        raise ValueError(f"expected bias of shape ({N},), got {_shape(bias)}")
 
 
 def _check_scaling_tensor(scaling: Tensor, x: Tensor) -> None:
