@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 pytest.importorskip("triton")
 
 from compiled import limits, sweep
-from fused_lora.kernels import configs, tables
+from compiled.cases import DTYPES, PRODUCTS
+from fused_lora.kernels import configs
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,12 +135,12 @@ def test_large_shapes_get_large_tiles(arch, rank):
 
 
 @pytest.mark.parametrize("arch", sweep.ARCHS)
-@pytest.mark.parametrize("kind", tables.GEMM)
-def test_three_tiles_a_key(arch, kind):
-    itemsize, aligned = 4 if kind.startswith("fp32") else 2, not kind.endswith("narrow")
-    for rank in sweep.RANKS:
-        candidates = configs.gemm_candidates(limits.target(arch), itemsize, rank, aligned=aligned)
-        assert len({config.tile(rank) for config in candidates}) >= 3, (rank, candidates)
+@pytest.mark.parametrize("kernel", [name for name in PRODUCTS if name not in sweep.THIN])
+def test_three_tiles_a_key(arch, kernel):
+    for dtype, rank, rows in product(DTYPES, sweep.RANKS, ("even", "narrow")):
+        if candidates := sweep.shipped(arch, kernel, dtype, rank, rows):
+            tiles = {config.tile(rank) for config in candidates}
+            assert len(tiles) >= 3, (dtype, rank, rows, candidates)
 
 
 @pytest.mark.parametrize("arch", sweep.ARCHS)
