@@ -95,22 +95,35 @@ def _input_gradient(dy, weight: Tensor | None, G, A, mask: Tensor | None) -> Ten
 
 
 def _rank_gradient(dy: Tensor, S: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dYᵀ S``. On a CPU a thin right operand makes the product's transpose faster: 0.5 to 0.9."""
-    M, R = S.shape
-    if dy.is_cpu and M >= 128 and (R < 16 or (R == 16 and dy.dtype == torch.bfloat16)):
-        dB = torch.mm(S.t(), dy).t()
-        if dB.dtype == dtype:
-            return dB.contiguous()
-        return dB.to(dtype, memory_format=torch.contiguous_format)
-    return _mm_as(dy.t(), S, dtype)
+    """``dYᵀ S``, contiguous."""
+    if not _is_thin(dy, S.shape[1]):
+        return _mm_as(dy.t(), S, dtype)
+    dB = torch.mm(S.t(), dy).t()
+    if dB.dtype == dtype:
+        return dB.contiguous()
+    return dB.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scaling: float | Tensor, inv_keep: float) -> Tensor:
-    """``scaling · inv_keep · a b``, rounded once where the scale is a number."""
+    """``scaling · inv_keep · a b`` for a thin ``b``, rounded once where the scale is a number."""
+    thin = _is_thin(a, b.shape[1])
+    if thin:
+        a, b = b.t(), a.t()
     if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would skip NaN and inf
-        return torch.mm(a, b).mul_(scaling * inv_keep)
-    ignored = constant(_zero, a.dtype, a.device)
-    return torch.addmm(ignored, a, b, beta=0, alpha=scaling * inv_keep)
+        product = torch.mm(a, b).mul_(scaling * inv_keep)
+    else:
+        ignored = constant(_zero, a.dtype, a.device)
+        product = torch.addmm(ignored, a, b, beta=0, alpha=scaling * inv_keep)
+    return product.t() if thin else product
+
+
+def _is_thin(tall: Tensor, rank: int) -> bool:
+    """Whether ``tall`` and a matrix of ``rank`` columns are better multiplied as transposes.
+
+    On a CPU, whose GEMMs block columns by 16: 0.3 to 0.95 of the time.
+    """
+    fewest = 128 if tall.element_size() == 2 else 16  # rows: below, the views are what costs
+    return rank <= 16 and tall.is_cpu and tall.shape[0] >= fewest
 
 
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:

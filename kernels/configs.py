@@ -164,7 +164,7 @@ def gemm_config(
 
 def add_candidates(target: Target, itemsize: int, rank: int) -> list[AddConfig]:
     """What :func:`add_config` chooses from."""
-    rows = tables.ADD[tables.kind(itemsize, True)]
+    rows = tables.look_up(tables.ADD, target.arch, itemsize, True)
     return _valid(
         [AddConfig(warps, 1, False, *block) for warps, *block in rows], target, itemsize, rank
     )
@@ -252,7 +252,7 @@ def single_pass_candidates(
     target: Target, itemsize: int, rank: int, *, describable: bool
 ) -> list[SinglePassConfig]:
     """What :func:`single_pass_config` chooses from."""
-    rows = tables.SINGLE_PASS[tables.kind(itemsize, describable)]
+    rows = tables.look_up(tables.SINGLE_PASS, target.arch, itemsize, describable)
     described = describable and target.arch == "interpreter"
     return _valid(
         [SinglePassConfig(warps, stages, described, *block) for warps, stages, *block in rows],

@@ -14,6 +14,7 @@ import plot
 import records
 import shapes
 import table
+import targets
 from records import Report, Result, Row
 from shapes import Shape
 from timing import Quartiles
@@ -148,6 +149,54 @@ def test_compare_says_that_the_machine_is_another():
     old = _report()
     new = replace(old, machine=old.machine | {"threads": 8})
     assert "note: threads was 2 and is 8" in compare.render(old, new)
+
+
+def _without_dropout(fused: float, addmm: float, floor: float) -> Report:
+    report = _report(fused=fused)
+    for row in report.rows:
+        row.results.update(addmm=_result(addmm), floor=_result(floor))
+    return replace(report, rows=[replace(row, dropout=0.0) for row in report.rows])
+
+
+def test_targets_are_met_and_missed():
+    found = list(targets.verdicts([_without_dropout(1.06, 1.05, 1.02)]))
+    assert all(verdict.met for verdict in found)
+    # Two dtypes: beside the best peer at 7 shapes, beside the products at 6; of 4 means the 3
+    # without dropout.
+    assert len(found) == 2 * (7 + 6) + 3
+
+    found = list(targets.verdicts([_without_dropout(1.49, 1.3, 1.42)]))
+    missed = [str(verdict) for verdict in found if not verdict.met]
+    assert len(missed) == 2 * (7 + 6) + 2, missed  # and 1.5 / 1.49 over eager
+    for shape, limit in (
+        ("512x2048x2048 r16", "1.08 of the frozen layer"),
+        ("1024x768x3072 r16", "the bare products' 1.42 + 0.05"),
+    ):
+        assert f"MISSED  {shape}, float32, dropout 0, at most {limit}: 1.49" in missed
+
+
+def test_a_shape_is_behind_in_two_runs_of_three(tmp_path, capsys):
+    runs = [_without_dropout(fused, 1.05, 1.02) for fused in (1.2, 1.06, 1.06)]
+    assert all(verdict.met for verdict in targets.verdicts(runs))
+    runs[1] = runs[0]
+    behind = [verdict for verdict in targets.verdicts(runs) if not verdict.met]
+    assert any(verdict.found == "1.14 1.14 1.01" for verdict in behind)
+
+    paths = [run.save(tmp_path / str(i))[0] for i, run in enumerate(runs)]
+    assert targets.main(list(map(str, paths))) == 1
+    assert "met, in 3 runs" in capsys.readouterr().out
+    assert targets.main([str(tmp_path / "gone.json")]) == 2
+    assert "gone.json" in capsys.readouterr().err
+
+
+def test_targets_of_another_provider():
+    report = _without_dropout(1.49, 1.05, 1.02)
+    for row in report.rows:
+        if row.dtype == "bfloat16":
+            row.results["fused-bf16"] = _result(1.06)
+    missed = [v for v in targets.verdicts([report], "fused-bf16") if not v.met]
+    assert missed
+    assert all("float32" in verdict.name for verdict in missed)
 
 
 @pytest.fixture
