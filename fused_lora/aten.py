@@ -34,7 +34,8 @@ def forward(
     dtype.
     """
     dtype = x.dtype
-    S = _scaled_mm(_dropped(x, words), as_dtype(lora_A, dtype).t(), scaling, inv_keep)
+    At = as_dtype(lora_A, dtype).t()
+    S = _scaled_mm(_dropped(x, words), At, scaling, inv_keep, _is_thin(x, lora_A))
     Bt = as_dtype(lora_B, dtype).t()
     if base is None:
         # After S, so that y is still in the cache when S Bᵀ is added: 0.05 of a CPU's step.
@@ -63,14 +64,15 @@ def backward(
     """
     dtype = dy.dtype
     dx = dA = dB = mask = None
+    thin = _is_thin(dy, lora_A)
     # The thin products come first: what they read is still in the cache, or will be.
     if needs[2]:
-        dB = _rank_gradient(dy, as_dtype(S, dtype), lora_B.dtype)
+        dB = _rank_gradient(dy, as_dtype(S, dtype), lora_B.dtype, thin)
     if needs[0] or needs[1]:
         if words is not None:
             mask = dropout.keep_matrix(words, lora_A.shape[1], dtype)
         # Carries 1/(1-p) for both of its uses, so the mask itself stays zeros and ones.
-        G = _scaled_mm(dy, as_dtype(lora_B, dtype), scaling, inv_keep)
+        G = _scaled_mm(dy, as_dtype(lora_B, dtype), scaling, inv_keep, thin)
     if needs[0] and mask is not None:
         dx = _input_gradient(dy, weight, G, as_dtype(lora_A, dtype), mask)
     if needs[1]:
@@ -94,36 +96,35 @@ def _input_gradient(dy, weight: Tensor | None, G, A, mask: Tensor | None) -> Ten
     return dx.addmm_(G, A) if mask is None else dx.addcmul_(torch.mm(G, A), mask)
 
 
-def _rank_gradient(dy: Tensor, S: Tensor, dtype: torch.dtype) -> Tensor:
+def _is_thin(tall: Tensor, lora_A: Tensor) -> bool:
+    """Whether ``tall`` times a matrix of ``R`` columns is better taken as its transpose.
+
+    So it is on a CPU, whose GEMMs block columns by 16: 0.3 to 0.95 of the time. Of few rows the
+    views are what costs.
+    """
+    return tall.shape[0] >= 128 and lora_A.shape[0] <= 16 and tall.is_cpu
+
+
+def _scaled_mm(
+    a: Tensor, b: Tensor, scaling: float | Tensor, inv_keep: float, thin: bool
+) -> Tensor:
+    """``scaling · inv_keep · a b``, rounded once where the scale is a number."""
+    if thin:
+        return _scaled_mm(b.t(), a.t(), scaling, inv_keep, False).t()
+    if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would skip NaN and inf
+        return torch.mm(a, b).mul_(scaling * inv_keep)
+    ignored = constant(_zero, a.dtype, a.device)
+    return torch.addmm(ignored, a, b, beta=0, alpha=scaling * inv_keep)
+
+
+def _rank_gradient(dy: Tensor, S: Tensor, dtype: torch.dtype, thin: bool) -> Tensor:
     """``dYᵀ S``, contiguous."""
-    if not _is_thin(dy, S.shape[1]):
+    if not thin:
         return _mm_as(dy.t(), S, dtype)
     dB = torch.mm(S.t(), dy).t()
     if dB.dtype == dtype:
         return dB.contiguous()
     return dB.to(dtype, memory_format=torch.contiguous_format)
-
-
-def _scaled_mm(a: Tensor, b: Tensor, scaling: float | Tensor, inv_keep: float) -> Tensor:
-    """``scaling · inv_keep · a b`` for a thin ``b``, rounded once where the scale is a number."""
-    thin = _is_thin(a, b.shape[1])
-    if thin:
-        a, b = b.t(), a.t()
-    if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would skip NaN and inf
-        product = torch.mm(a, b).mul_(scaling * inv_keep)
-    else:
-        ignored = constant(_zero, a.dtype, a.device)
-        product = torch.addmm(ignored, a, b, beta=0, alpha=scaling * inv_keep)
-    return product.t() if thin else product
-
-
-def _is_thin(tall: Tensor, rank: int) -> bool:
-    """Whether ``tall`` and a matrix of ``rank`` columns are better multiplied as transposes.
-
-    On a CPU, whose GEMMs block columns by 16: 0.3 to 0.95 of the time.
-    """
-    fewest = 128 if tall.element_size() == 2 else 16  # rows: below, the views are what costs
-    return rank <= 16 and tall.is_cpu and tall.shape[0] >= fewest
 
 
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:

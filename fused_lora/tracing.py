@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
@@ -20,7 +21,7 @@ def is_traced() -> bool:
 
     Selective checkpointing does; a FLOP counter does not, and knows PyTorch's operators only.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return True
     if _get_current_dispatch_mode() is None:
         return False
