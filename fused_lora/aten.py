@@ -28,7 +28,7 @@ def forward(
     inv_keep: float,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``y (M,N)`` and ``S (M,R)`` from ``x (M,K)``, both in x's dtype.
+    """``y (M,N)`` and ``S (M,R)`` from ``x (M,K)``, both in x's dtype; S in either layout.
 
     With ``base (M,N)`` in place of a weight, ``y`` is ``base`` and the low-rank product, in base's
     dtype.
@@ -99,10 +99,16 @@ def _input_gradient(dy, weight: Tensor | None, G, A, mask: Tensor | None) -> Ten
 def _is_thin(tall: Tensor, lora_A: Tensor) -> bool:
     """Whether ``tall`` times a matrix of ``R`` columns is better taken as its transpose.
 
-    So it is on a CPU, whose GEMMs block columns by 16: 0.3 to 0.95 of the time. Of few rows the
-    views are what costs.
+    So it is on a CPU in float32 and float64, whose GEMMs block columns by 16: 0.3 to 0.95 of the
+    time. Of few rows the views are what costs; one column is no GEMM; the GEMMs of half precision
+    gain nothing, and float16's lose.
     """
-    return tall.shape[0] >= 128 and lora_A.shape[0] <= 16 and tall.is_cpu
+    return (
+        tall.shape[0] >= 128
+        and 1 < lora_A.shape[0] <= 16
+        and tall.element_size() >= 4
+        and tall.is_cpu
+    )
 
 
 def _scaled_mm(

@@ -1,14 +1,22 @@
 """Differentiation: gradcheck, what is saved, autocast, checkpointing, accumulation, grad modes."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import FusedLoRALinear, fused_lora_linear
-from support import make_inputs, relative_rms, run
+from fused_lora import FusedLoRALinear, autograd, fused_lora_linear
+from support import (
+    assert_as_good_as_eager,
+    in_eager,
+    in_float64,
+    make_inputs,
+    relative_rms,
+    run,
+)
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -281,6 +289,23 @@ def test_backward_inside_autocast_keeps_the_dtypes():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_autocast_of_every_device_is_seen(device):
+    """``_is_any_autocast_enabled`` does not know them all."""
+    if not torch.amp.is_autocast_available(device):
+        pytest.skip(f"no autocast on {device} in this build")
+    tensor = SimpleNamespace(
+        device=torch.device(device), is_cpu=device == "cpu", is_cuda=device == "cuda"
+    )
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, True)
+    try:
+        assert autograd.autocasts(tensor)
+    finally:
+        torch.set_autocast_enabled(device, before)
+    assert autograd.autocasts(tensor) == before
+
+
 def test_autocast_leaves_float64_alone():
     inputs = make_inputs(5, 7, 6, 3, FP64)
     with torch.autocast("cpu", dtype=BF16):
@@ -294,6 +319,18 @@ def test_autocast_saves_x_in_the_low_dtype():
         _, saved = saved_bytes(lambda: fused_lora_linear(**inputs, impl="torch"))
     assert BF16 in {t.dtype for t in saved if t.shape == (256, 128)}
     assert FP32 not in {t.dtype for t in saved if t.shape == (256, 128)}
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 16, 17])
+@pytest.mark.parametrize("scaling", [0.7, 0.0, torch.tensor(0.7)], ids=["float", "zero", "tensor"])
+def test_thin_products_of_many_rows(dtype, rank, scaling):
+    """From 128 rows on a CPU they may be taken as transposes."""
+    inputs = make_inputs(130, 40, 24, rank, dtype, scaling=scaling)
+    dy = torch.randn(130, 24).to(dtype)
+    got = run(lambda **kw: fused_lora_linear(**kw, impl="torch"), inputs, dy)
+    assert all(t.is_contiguous() for t in got.values())
+    assert_as_good_as_eager(got, in_float64(inputs, dy), in_eager(inputs, dy))
 
 
 def test_a_tensor_scaling_is_a_float_scaling():
