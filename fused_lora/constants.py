@@ -17,7 +17,7 @@ def constant(make: Callable[..., Tensor], *args) -> Tensor:
     """``make(*args)``, kept unless a compiler, a mode, a transform or a CUDA graph owns it."""
     if is_traced():
         return make(*args)
-    key = make, *args
+    key = make, args
     kept = _made.get(key)
     if kept is None:
         with torch.inference_mode(False):

@@ -34,35 +34,36 @@ class _LinearForward(LoRALayer):
             return self._plain_forward(x)
         if self.use_dora:
             return self._dora_forward(x)
+        return self._fused(x, self.dropout)
+
+    def _fused(self, x: Tensor, dropout: float, with_bias: bool = True) -> Tensor:
+        """The layer without DoRA."""
         found = self._parameters  # nn.Module.__getattr__ costs ten times a look at its table
-        bias = found.get("bias")
+        weight, bias = found.get("weight"), found.get("bias")
+        lora_A, lora_B = found.get("lora_A"), found.get("lora_B")
+        if type(weight) is not nn.Parameter or lora_A is None or lora_B is None:
+            weight, lora_A, lora_B = self._plain_parameter(), self.lora_A, self.lora_B
         if bias is None and "bias" not in found:  # computed, as by a parametrization
             bias = self.bias
-        return self._fused(x, self._matrix(), bias, self.dropout)
-
-    def _matrix(self) -> Tensor:
-        weight = self._parameters.get("weight")
-        if type(weight) is not nn.Parameter:
-            # A view of a sharded parameter requires grad although the parameter is frozen.
-            weight = self.weight if isinstance(weight, nn.Parameter) else self.weight.detach()
-        return self.to_matrix(weight)
-
-    def _fused(self, x: Tensor, matrix: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-        found = self._parameters
-        lora_A, lora_B = found.get("lora_A"), found.get("lora_B")
-        if lora_A is None or lora_B is None:
-            lora_A, lora_B = self.lora_A, self.lora_B
         return fused_lora_linear(
             x,
-            matrix,
+            self.to_matrix(weight),
             lora_A,
             lora_B,
-            bias,
+            bias if with_bias else None,
             scaling=self._scale(),
             dropout_p=dropout,
             training=self.training,
             impl=self.impl,
         )
+
+    def _plain_parameter(self) -> Tensor:
+        """The weight; a view of a sharded parameter requires grad although that is frozen."""
+        weight = self.weight
+        return weight if isinstance(weight, nn.Parameter) else weight.detach()
+
+    def _matrix(self) -> Tensor:
+        return self.to_matrix(self._plain_parameter())
 
     def _dora_forward(self, x: Tensor) -> Tensor:
         """The equations of :mod:`.dora`, around the fused product."""
@@ -74,7 +75,7 @@ class _LinearForward(LoRALayer):
         matrix, bias = self._matrix(), self.bias
         drops = self.dropout > 0 and self.training
         dropped = F.dropout(x, self.dropout) if drops else x
-        y = self._fused(dropped, matrix, None, 0.0)
+        y = self._fused(dropped, 0.0, with_bias=False)
         gain = dora.gain(
             self.lora_magnitude_vector, matrix, self.lora_A, self.lora_B, self._scale()
         )
