@@ -169,5 +169,6 @@ def autocasts(tensor: Tensor) -> bool:
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """A context in which autocast is off for operators on ``tensor``."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if autocasts(tensor) else nullcontext()
+    if not autocasts(tensor):
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -34,59 +34,50 @@ class _LinearForward(LoRALayer):
             return self._plain_forward(x)
         if self.use_dora:
             return self._dora_forward(x)
-        return self._fused(x, self.dropout)
-
-    def _fused(self, x: Tensor, dropout: float, with_bias: bool = True) -> Tensor:
-        """The layer without DoRA."""
         found = self._parameters  # nn.Module.__getattr__ costs ten times a look at its table
         weight, bias = found.get("weight"), found.get("bias")
         lora_A, lora_B = found.get("lora_A"), found.get("lora_B")
-        if type(weight) is not nn.Parameter or lora_A is None or lora_B is None:
-            weight, lora_A, lora_B = self._plain_parameter(), self.lora_A, self.lora_B
-        if bias is None and "bias" not in found:  # computed, as by a parametrization
+        if weight is None or lora_A is None or lora_B is None:  # computed, as by a parametrization
+            weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B
+        if bias is None and "bias" not in found:
             bias = self.bias
         return fused_lora_linear(
             x,
-            self.to_matrix(weight),
+            self._matrix(weight),
             lora_A,
             lora_B,
-            bias if with_bias else None,
+            bias,
             scaling=self._scale(),
-            dropout_p=dropout,
+            dropout_p=self.dropout,
             training=self.training,
             impl=self.impl,
         )
 
-    def _plain_parameter(self) -> Tensor:
-        """The weight; a view of a sharded parameter requires grad although that is frozen."""
-        weight = self.weight
-        return weight if isinstance(weight, nn.Parameter) else weight.detach()
-
-    def _matrix(self) -> Tensor:
-        return self.to_matrix(self._plain_parameter())
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """A weight as ``(out, in)``, for the products."""
+        # A view of a sharded parameter requires grad although the parameter is frozen.
+        return self.to_matrix(weight if isinstance(weight, nn.Parameter) else weight.detach())
 
     def _dora_forward(self, x: Tensor) -> Tensor:
         """The equations of :mod:`.dora`, around the fused product."""
-        if is_shard(self.weight):
+        weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B
+        if is_shard(weight):
             raise ValueError(
                 "expected a whole weight for DoRA, got a sharded one, where the norm of a row of"
                 " W + s·B A would be that of a part: under tensor parallelism use_dora=False"
             )
-        matrix, bias = self._matrix(), self.bias
+        matrix, bias, scaling = self._matrix(weight), self.bias, self._scale()
         drops = self.dropout > 0 and self.training
         dropped = F.dropout(x, self.dropout) if drops else x
-        y = self._fused(dropped, 0.0, with_bias=False)
-        gain = dora.gain(
-            self.lora_magnitude_vector, matrix, self.lora_A, self.lora_B, self._scale()
-        )
+        y = fused_lora_linear(dropped, matrix, lora_A, lora_B, scaling=scaling, impl=self.impl)
+        gain = dora.gain(self.lora_magnitude_vector, matrix, lora_A, lora_B, scaling)
         y = y * gain.to(y.dtype)
         if drops:
             y = y + F.linear(x - dropped, matrix).to(y.dtype)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _plain_forward(self, x: Tensor) -> Tensor:
-        weight = self.plain_weight()
-        matrix = self.to_matrix(weight if isinstance(weight, nn.Parameter) else weight.detach())
+        matrix = self._matrix(self.plain_weight())
         check_tensors(x, matrix, self.lora_A, self.lora_B, self.bias, self._scaling)
         if not autocasts(x):
             check_same_dtype(x, matrix)

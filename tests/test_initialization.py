@@ -271,6 +271,25 @@ def test_dora_of_an_adapter_that_undoes_the_weight(dtype):
     assert (unmerged.double() - y).abs().max() <= 2 * torch.finfo(dtype).eps * 100 * size
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_computed_weight_is_computed_once_a_call(use_dora):
+    """One with a state or a random number in it would be another in the norm and the product."""
+
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return weight * self.calls
+
+    counted = Counted()
+    layer = FusedLoRALinear(8, 6, rank=2, dropout=0.5, use_dora=use_dora)
+    nn.utils.parametrize.register_parametrization(layer, "weight", counted, unsafe=True)
+    before = counted.calls
+    layer(torch.randn(5, 8))
+    assert counted.calls == before + 1
+
+
 def test_explain_says_what_dora_costs():
     assert "DoRA adds" in explain(dora_layer()).reason
     assert "second product" in explain(dora_layer(dropout=0.1)).reason
