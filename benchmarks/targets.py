@@ -46,13 +46,13 @@ class Verdict:
 
 
 def verdicts(reports: list[Report], provider: str = OURS) -> Iterator[Verdict]:
-    """Every target, of the rows that all of ``reports`` have.
+    """Every target, of the rows with :data:`table.OURS` that all of ``reports`` have.
 
     Args:
         provider: whose; :data:`table.OURS` in rows where it had no part.
     """
     shared = [[report.row(*row.key) for report in reports] for row in reports[0].rows]
-    shared = [runs for runs in shared if None not in runs]
+    shared = [runs for runs in shared if all(row and OURS in row.results for row in runs)]
     for runs in shared:
         yield from _beside_peers(runs, provider)
     for dtype, p, over, least in SPEEDUPS:
@@ -66,7 +66,8 @@ def verdicts(reports: list[Report], provider: str = OURS) -> Iterator[Verdict]:
             name = f"{dtype}, dropout {p:g}, over {over}, mean of {MEAN}, at least {least}"
             yield Verdict(name, f"{value:.2f}", value >= least)
     for runs in shared:
-        if runs[0].dropout == 0 and runs[0].shape.R <= MAX_RANK:
+        bare = all("floor" in row.results for row in runs)
+        if bare and runs[0].dropout == 0 and runs[0].shape.R <= MAX_RANK:
             yield _beside_the_products(runs, provider)
 
 
@@ -122,7 +123,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, records.FormatError) as error:
         print(error, file=sys.stderr)
         return 2
-    found = list(verdicts(reports, options.provider))
+    devices = {report.machine["device"] for report in reports}
+    found = list(verdicts(reports, options.provider)) if devices == {"cpu"} else []
+    if not found:
+        print(f"expected results of a CPU with a row in common, got {devices}", file=sys.stderr)
+        return 2
     print(*found, sep="\n")
     missed = sum(not verdict.met for verdict in found)
     print(f"{len(found) - missed} of {len(found)} met, in {len(reports)} runs")

@@ -188,6 +188,13 @@ def test_a_shape_is_behind_in_two_runs_of_three(tmp_path, capsys):
     assert targets.main([str(tmp_path / "gone.json")]) == 2
     assert "gone.json" in capsys.readouterr().err
 
+    gpu = replace(runs[0], machine=runs[0].machine | {"device": "cuda"})
+    with_dropout = _report()
+    for nothing in ((gpu,), (runs[0], with_dropout)):
+        files = [run.save(tmp_path / f"nothing{i}")[0] for i, run in enumerate(nothing)]
+        assert targets.main(list(map(str, files))) == 2
+        assert "expected results of a CPU" in capsys.readouterr().err
+
 
 def test_targets_of_another_provider():
     report = _without_dropout(1.49, 1.05, 1.02)
