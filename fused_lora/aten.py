@@ -13,8 +13,15 @@ from torch import Tensor
 
 from . import dropout
 from .constants import constant
+from .tracing import is_observed
 
 dropout_mask = dropout.keep_words
+
+_zeros: dict[torch.dtype, Tensor] = {}  # a CPU's, by dtype
+
+
+# ``as_dtype`` is written out where every call comes by: a frame of Python costs a microsecond where
+# the product before has emptied the caches.
 
 
 def forward(
@@ -34,12 +41,18 @@ def forward(
     dtype.
     """
     dtype = x.dtype
-    At = as_dtype(lora_A, dtype).t()
-    S = _scaled_mm(_dropped(x, words), At, scaling, inv_keep, _is_thin(x, lora_A))
-    Bt = as_dtype(lora_B, dtype).t()
+    A = lora_A if lora_A.dtype == dtype else lora_A.to(dtype)
+    B = lora_B if lora_B.dtype == dtype else lora_B.to(dtype)
+    dropped = x if words is None else _dropped(x, words)
+    S = _scaled_mm(dropped, A.t(), scaling, inv_keep, _is_thin(x, lora_A))
+    Bt = B.t()
     if base is None:
         # After S, so that y is still in the cache when S Bᵀ is added: 0.05 of a CPU's step.
-        y = F.linear(x, as_dtype(weight, dtype), None if bias is None else as_dtype(bias, dtype))
+        if weight.dtype != dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        y = F.linear(x, weight, bias)
         return y.addmm_(S, Bt), S
     if base.dtype == dtype:
         return torch.addmm(base, S, Bt), S
@@ -67,24 +80,27 @@ def backward(
     thin = _is_thin(dy, lora_A)
     # The thin products come first: what they read is still in the cache, or will be.
     if needs[2]:
-        dB = _rank_gradient(dy, as_dtype(S, dtype), lora_B.dtype, thin)
+        dB = _rank_gradient(dy, S if S.dtype == dtype else S.to(dtype), lora_B.dtype, thin)
     if needs[0] or needs[1]:
         if words is not None:
             mask = dropout.keep_matrix(words, lora_A.shape[1], dtype)
         # Carries 1/(1-p) for both of its uses, so the mask itself stays zeros and ones.
-        G = _scaled_mm(dy, as_dtype(lora_B, dtype), scaling, inv_keep, thin)
+        B = lora_B if lora_B.dtype == dtype else lora_B.to(dtype)
+        G = _scaled_mm(dy, B, scaling, inv_keep, thin)
+    if needs[0]:
+        A = lora_A if lora_A.dtype == dtype else lora_A.to(dtype)
     if needs[0] and mask is not None:
-        dx = _input_gradient(dy, weight, G, as_dtype(lora_A, dtype), mask)
+        dx = _input_gradient(dy, weight, G, A, mask)
     if needs[1]:
         dA = _mm_as(G.t(), x if mask is None else mask.mul_(x), lora_A.dtype)
     if needs[0] and mask is None:
-        dx = _input_gradient(dy, weight, G, as_dtype(lora_A, dtype), None)
+        dx = _input_gradient(dy, weight, G, A, None)
     return dx, dA, dB
 
 
-def _dropped(x: Tensor, words: Tensor | None) -> Tensor:
+def _dropped(x: Tensor, words: Tensor) -> Tensor:
     """``D(x)`` but for its factor, over the mask: another large temporary would cost more."""
-    return x if words is None else dropout.keep_matrix(words, x.shape[1], x.dtype).mul_(x)
+    return dropout.keep_matrix(words, x.shape[1], x.dtype).mul_(x)
 
 
 def _input_gradient(dy, weight: Tensor | None, G, A, mask: Tensor | None) -> Tensor:
@@ -92,7 +108,7 @@ def _input_gradient(dy, weight: Tensor | None, G, A, mask: Tensor | None) -> Ten
     if weight is None:
         dx = torch.mm(G, A)
         return dx if mask is None else dx.mul_(mask)
-    dx = torch.mm(dy, as_dtype(weight, dy.dtype))
+    dx = torch.mm(dy, weight if weight.dtype == dy.dtype else weight.to(dy.dtype))
     return dx.addmm_(G, A) if mask is None else dx.addcmul_(torch.mm(G, A), mask)
 
 
@@ -104,9 +120,9 @@ def _is_thin(tall: Tensor, lora_A: Tensor) -> bool:
     gain nothing, and float16's lose.
     """
     return (
-        tall.shape[0] >= 128
+        tall.element_size() >= 4
+        and tall.shape[0] >= 128
         and 1 < lora_A.shape[0] <= 16
-        and tall.element_size() >= 4
         and tall.is_cpu
     )
 
@@ -119,7 +135,11 @@ def _scaled_mm(
         return _scaled_mm(b.t(), a.t(), scaling, inv_keep, False).t()
     if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would skip NaN and inf
         return torch.mm(a, b).mul_(scaling * inv_keep)
-    ignored = constant(_zero, a.dtype, a.device)
+    ignored = _zeros.get(a.dtype) if type(a) is Tensor and a.is_cpu else None
+    if ignored is None:
+        ignored = constant(_zero, a.dtype, a.device)
+        if ignored.is_cpu and not is_observed():
+            _zeros[a.dtype] = ignored
     return torch.addmm(ignored, a, b, beta=0, alpha=scaling * inv_keep)
 
 
@@ -141,7 +161,8 @@ def _mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a b`` in ``dtype``: from the fp32 accumulator where the device can, else converted."""
     if dtype == torch.float32 and a.dtype != dtype and a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
-    return as_dtype(torch.mm(a, b), dtype)
+    product = torch.mm(a, b)
+    return product if product.dtype == dtype else product.to(dtype)
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 from . import dispatch, dropout, reference
 from .sharding import ready
@@ -32,7 +33,10 @@ def lora_linear(
 
     ``base (..., N)`` takes the place of ``x Wᵀ + bias``.
     """
-    x, base = ready(x), None if base is None else ready(base)
+    if type(x) is not Tensor:
+        x = ready(x)
+    if base is not None:
+        base = ready(base)
     args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -47,7 +51,7 @@ def lora_linear(
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
     """``y (..., N)``, ``S (M,R)``, the keep bits or None, and who ran."""
-    flat = _flatten(x)
+    flat = x if x.dim() == 2 else _flatten(x)
     if base is not None:
         base = _flatten(base)
     runner = dispatch.choose(flat, weight, lora_B, impl, seed is not None, base)
@@ -100,23 +104,19 @@ def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     # The saved tensors already have the dtypes that autocast chose in forward.
     if autocasts(dy):
         with torch.autocast(dy.device.type, enabled=False):
-            return _backward(ctx, dy)
-    return _backward(ctx, dy)
-
-
-def _backward(ctx, dy):
+            return backward(ctx, dy)
     need_x, _, need_A, need_B, need_bias, *_, need_base = ctx.needs_input_grad
     x, weight, lora_A, lora_B, S, words, scaling = ctx.saved_tensors
     runner, number, inv_keep, x_shape, dtype, bias_dtype = ctx.call
     twice = torch.is_grad_enabled()
-    backward = reference.backward if twice else runner.backward
-    dy = ready(dy)
-    flat_dy = _flatten(dy)
+    if type(dy) is not Tensor:
+        dy = ready(dy)
+    flat_dy = dy if dy.dim() == 2 else _flatten(dy)
     if flat_dy.dtype != dtype:  # the base output's
         flat_dy = flat_dy.to(dtype)
-    dx, dA, dB = backward(
+    dx, dA, dB = (reference if twice else runner).backward(
         flat_dy,
-        None if x is None else _flatten(x),
+        x if x is None or x.dim() == 2 else _flatten(x),
         weight,
         lora_A,
         lora_B,
@@ -161,7 +161,7 @@ def _flatten(t: Tensor) -> Tensor:
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on for operators on ``tensor``."""
     # One question for all devices but some, MPS among them; to ask for one costs six times more.
-    if (tensor.is_cpu or tensor.is_cuda) and not torch._C._is_any_autocast_enabled():
+    if (tensor.is_cpu or tensor.is_cuda) and not _is_any_autocast_enabled():
         return False
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

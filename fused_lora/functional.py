@@ -8,7 +8,7 @@ from torch import Tensor
 from . import dropout, operators, reference
 from .autograd import autocasts, lora_linear
 from .sharding import is_shard
-from .tracing import is_exporting, is_traced, is_transformed
+from .tracing import is_exporting, is_observed, is_traced, is_transformed
 from .validation import (
     check_base,
     check_dropout,
@@ -62,8 +62,13 @@ def fused_lora_linear(
     """
     check_impl(impl)
     check_dropout(dropout_p)
-    check_tensors(x, weight, lora_A, lora_B, bias, scaling)
-    return _run(x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, impl)
+    usual = check_tensors(x, weight, lora_A, lora_B, bias, scaling)
+    p = dropout_p if training else 0.0
+    if usual and impl != "reference" and not is_observed():
+        # Where the answers to all that is asked below are known.
+        seed, keep = _draw(p, x.device) if p else (None, dropout.KEEP_ALL)
+        return lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl)
+    return _run(x, weight, lora_A, lora_B, bias, scaling, p, impl)
 
 
 def fused_lora_add(
@@ -119,14 +124,19 @@ def _run(x, weight, lora_A, lora_B, bias, scaling, p, impl, base=None) -> Tensor
 def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
     if is_exporting():
         return operators.exported(x, weight, lora_A, lora_B, bias, scaling, p, base)
-    keep = dropout.keep_count(p) if p else dropout.KEEP_ALL
-    seed = None if keep == dropout.KEEP_ALL else dropout.draw_seed(x.device)
+    seed, keep = _draw(p, x.device) if p else (None, dropout.KEEP_ALL)
     args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
     if is_shard(x, lora_A, weight if base is None else base):
         from .placements import on_shards  # and with it torch.distributed
 
         return on_shards(_products, *args)
     return _products(*args)
+
+
+def _draw(p: float, device: torch.device) -> tuple[Tensor | None, int]:
+    """The seed, or None if nothing is dropped, and the keep probability in units of 2⁻¹⁶."""
+    keep = dropout.keep_count(p)
+    return None if keep == dropout.KEEP_ALL else dropout.draw_seed(device), keep
 
 
 def _products(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base) -> Tensor:

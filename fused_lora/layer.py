@@ -18,7 +18,7 @@ from . import dora, initialization, sharding
 from .config import Adapter, AdapterConfig
 from .merging import MergeableLayer
 from .takeover import check_own_forward, class_name, copy_module
-from .tracing import is_exporting
+from .tracing import is_compiling, is_exporting
 from .validation import check_dtype, check_impl, check_scaling
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -200,9 +200,10 @@ class LoRALayer(MergeableLayer):
 
     def _scale(self) -> float | Tensor:
         """``s`` in a forward; a tensor for compilers, whose graph then holds for every value."""
-        compiling = torch.compiler.is_compiling() and not is_exporting()
         tensor = self._buffers["_scaling_tensor"]
-        return tensor if compiling or tensor.is_cuda else self._scaling
+        if tensor.is_cuda or (is_compiling() and not is_exporting()):
+            return tensor
+        return self._scaling
 
     def _renew_scaling_tensor(self) -> None:
         """The scale where kernels read it: fp32 at least, in place as long as the place serves."""

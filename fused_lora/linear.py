@@ -12,6 +12,7 @@ from .config import AdapterConfig
 from .functional import fused_lora_linear
 from .layer import LoRALayer
 from .sharding import is_shard
+from .tracing import is_observed
 from .validation import check_dtype, check_features, check_same_dtype, check_tensors
 
 _LINEAR_INITS = ("default", "gaussian", "orthogonal", "pissa")
@@ -41,13 +42,15 @@ class _LinearForward(LoRALayer):
             weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B
         if bias is None and "bias" not in found:
             bias = self.bias
+        if not isinstance(weight, nn.Parameter):
+            weight = weight.detach()
         return fused_lora_linear(
             x,
-            self._matrix(weight),
+            self.to_matrix(weight),
             lora_A,
             lora_B,
             bias,
-            scaling=self._scale(),
+            scaling=self._scaling if weight.is_cpu and not is_observed() else self._scale(),
             dropout_p=self.dropout,
             training=self.training,
             impl=self.impl,

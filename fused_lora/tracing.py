@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from torch import compiler
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
@@ -13,7 +18,7 @@ from torch.utils._python_dispatch import (
 
 def is_exporting() -> bool:
     """Whether ``torch.export`` traces. Under Dynamo, PyTorch's own answer was always yes in 2.9."""
-    return torch.compiler._is_exporting_flag
+    return compiler._is_exporting_flag
 
 
 def is_traced() -> bool:
@@ -31,4 +36,20 @@ def is_traced() -> bool:
 
 def is_transformed() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation needs every operator's own rule."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_observed() -> bool:
+    """Whether any of the above may be so, or autocast is on: False is eager mode on a CPU or GPU.
+
+    One question, since every name that is looked up costs host time where the products before have
+    emptied the caches.
+    """
+    return (
+        is_dynamo_compiling()  # first: a compiler takes it for True and does not look further
+        or compiler._is_compiling_flag
+        or _is_any_autocast_enabled()
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IMPLEMENTATIONS = (
     "auto",
@@ -20,6 +20,8 @@ IMPLEMENTATIONS = (
 )
 INITS = ("default", "gaussian", "orthogonal", "pissa")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str) -> None:
@@ -102,20 +104,33 @@ def check_tensors(
     lora_B: Tensor,
     bias: Tensor | None,
     scaling: float | Tensor,
-) -> None:
+) -> bool:
     """Check the tensors of one call against each other.
+
+    Returns:
+        Whether they are of the usual kind: plain tensors on a CPU or a CUDA device, x and the base
+        in one dtype. False says nothing.
 
     Raises:
         TypeError: not a tensor, or a dtype that cannot be used.
         ValueError: shapes or devices that do not fit, or a weight that requires grad.
     """
+    usual = _is_usual(x, weight, lora_A, lora_B, bias)
+    if not usual:
+        _check_each(x, weight, lora_A, lora_B, bias)
+    if type(scaling) is not float:
+        _check_scale(scaling, x)
+    return usual
+
+
+def _check_each(x, weight, lora_A, lora_B, bias) -> None:
     tensors = (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B))
     _check_kinds(x, tensors if bias is None else (*tensors, ("bias", bias)))
     shape = weight.shape
     if len(shape) != 2:
         raise ValueError(f"expected weight of shape (out, in), got {_shape(weight)}")
     N, K = shape
-    _check_adapter(x, lora_A, lora_B, N, K, scaling)
+    _check_adapter(x, lora_A, lora_B, N, K)
     if weight.requires_grad:
         raise ValueError(
             "expected a frozen weight, got one that requires grad: no gradient is computed for it;"
@@ -123,6 +138,43 @@ def check_tensors(
         )
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"expected bias of shape ({N},), got {_shape(bias)}")
+
+
+def _is_usual(x, weight, lora_A, lora_B, bias) -> bool:
+    """Whether all is well and as it mostly is, found with few questions; no says nothing."""
+    if not (
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and type(lora_A) in _PLAIN
+        and type(lora_B) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+    ):
+        return False
+    dtype, shape, factor = x.dtype, weight.shape, lora_A.shape
+    if not (
+        len(shape) == len(factor) == 2
+        and x.shape[-1:] == shape[1:] == factor[1:]
+        and lora_B.shape == (shape[0], factor[0])
+        and factor[0] > 0
+        and (bias is None or bias.shape == shape[:1])
+        and dtype in FLOATS
+        and weight.dtype is dtype
+        and lora_A.dtype in FLOATS
+        and lora_B.dtype in FLOATS
+        and (bias is None or bias.dtype is dtype)
+        and not weight.requires_grad
+    ):
+        return False
+    if x.is_cpu:
+        return weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)
+    device = x.device
+    return (
+        x.is_cuda
+        and weight.device == device
+        and lora_A.device == device
+        and lora_B.device == device
+        and (bias is None or bias.device == device)
+    )
 
 
 def check_base(
@@ -139,7 +191,8 @@ def check_base(
         shapes = f"{_shape(lora_A)} and {_shape(lora_B)}"
         raise ValueError(f"expected lora_A (rank, in) and lora_B (out, rank), got {shapes}")
     N, K = lora_B.shape[0], lora_A.shape[1]
-    _check_adapter(x, lora_A, lora_B, N, K, scaling)
+    _check_adapter(x, lora_A, lora_B, N, K)
+    _check_scale(scaling, x)
     if base.shape != (*x.shape[:-1], N):
         expected = (*x.shape[:-1], N)
         raise ValueError(f"expected base of shape {expected}, got {_shape(base)}")
@@ -158,9 +211,7 @@ def _check_kinds(x: Tensor, tensors: tuple[tuple[str, Tensor], ...]) -> None:
             raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}")
 
 
-def _check_adapter(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, N: int, K: int, scaling: float | Tensor
-) -> None:
+def _check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, N: int, K: int) -> None:
     if x.shape[-1:] != (K,):
         raise ValueError(f"expected x of shape (..., {K}), got {_shape(x)}")
     shape = lora_A.shape
@@ -171,6 +222,9 @@ def _check_adapter(
         raise ValueError(f"expected lora_A of rank >= 1, got {_shape(lora_A)}")
     if lora_B.shape != (N, R):
         raise ValueError(f"expected lora_B of shape ({N}, {R}), got {_shape(lora_B)}")
+
+
+def _check_scale(scaling: float | Tensor, x: Tensor) -> None:
     if isinstance(scaling, Tensor):
         _check_scaling_tensor(scaling, x)
     elif type(scaling) is not float and not isinstance(scaling, Real):

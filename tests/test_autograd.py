@@ -386,3 +386,11 @@ def test_gradients_are_the_same_with_a_graph_of_their_own(needs, p):
     dy = torch.randn_like(y)
     plain = torch.autograd.grad(y, leaves, dy, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(y, leaves, dy, create_graph=True), plain)
+
+
+def test_jit_trace_of_an_adapter_that_trains():
+    layer = FusedLoRALinear(8, 6, rank=2).eval()
+    torch.nn.init.normal_(layer.lora_B)
+    traced = torch.jit.trace(layer, (torch.randn(3, 8),), check_trace=False)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(traced(x), layer(x))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_lora import FusedLoRALinear, explain, fused_lora_linear
+from fused_lora.validation import check_tensors
 from support import make_inputs
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -56,6 +57,20 @@ BAD_CALLS = [
 def test_bad_calls(changes, error, message):
     with pytest.raises(error, match=message):
         fused_lora_linear(**tensors(**changes))
+
+
+def test_what_is_usual_needs_no_closer_look():
+    """What the quick look of a call accepts, and that it leaves the rest to the thorough one."""
+    good = tensors(scaling=2.0)
+    parameters = {
+        name: torch.nn.Parameter(t, requires_grad=name != "weight") if name != "scaling" else t
+        for name, t in good.items()
+    }
+    for usual in (good, parameters, good | {"bias": None}, good | {"scaling": torch.tensor(2.0)}):
+        assert check_tensors(**usual)
+    subclass = torch.randn(6, 8).as_subclass(type("Special", (torch.Tensor,), {}))
+    for unusual in ({"weight": subclass}, {"bias": torch.randn(6).half()}, {"x": good["x"].half()}):
+        assert not check_tensors(**good | unusual)
 
 
 BAD_LAYERS = [
