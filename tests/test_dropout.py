@@ -99,6 +99,38 @@ def test_bits_are_independent_of_their_neighbours_and_of_the_next_seed():
         assert (a * other).sum().abs() / n < 4
 
 
+@pytest.mark.skipif(not dropout._has_numpy(), reason="needs NumPy")
+@pytest.mark.parametrize("keep", [1, 2, 3, 1 << 15, dropout.keep_count(0.1), dropout.KEEP_ALL - 1])
+def test_numpy_makes_the_same_bits(keep, monkeypatch):
+    """In one block and in several, of whole lanes and of parts, of nothing, of any sign of seed."""
+    shapes = [(0, 8), (3, 0), (1, 1), (1, 768), (16, 64), (33, 65), (700, 1000)]
+    for value in (0, 1, 2**63 - 2, -1):
+        seed = torch.tensor(value)
+        by_numpy = [dropout._keep_words_by_numpy(seed, *shape, keep) for shape in shapes]
+        with monkeypatch.context() as patch:
+            patch.setattr(dropout, "_has_numpy", lambda: False)
+            by_torch = [dropout.keep_words(seed, *shape, keep) for shape in shapes]
+        for mine, theirs in zip(by_numpy, by_torch, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.skipif(not dropout._has_numpy(), reason="needs NumPy")
+def test_numpy_makes_small_masks_and_those_of_few_threads(monkeypatch):
+    made = []
+    real = dropout._keep_words_by_numpy
+    monkeypatch.setattr(dropout, "_keep_words_by_numpy", lambda *a: made.append(a[1:3]) or real(*a))
+    seed, keep = dropout.draw_seed(CPU), dropout.keep_count(0.1)
+    for threads, rows, expected in ((2, 2000, 1), (4, 64, 1), (4, 2000, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        made.clear()
+        dropout.keep_words(seed, rows, 768, keep)
+        assert len(made) == expected
+    made.clear()
+    with torch.autocast("cpu"):  # anything that may look at operators is given PyTorch's
+        dropout.keep_words(seed, 1, 768, keep)
+    assert not made
+
+
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_output_is_unbiased(impl):
     """The mean over many draws is the output without dropout, within four standard errors."""

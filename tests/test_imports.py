@@ -43,6 +43,29 @@ def test_works_with_triton_blocked():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "context",
+    [
+        "torch.device('meta')",
+        "torch._subclasses.fake_tensor.FakeTensorMode()",
+        "torch.inference_mode()",
+    ],
+)
+def test_works_wherever_it_was_first_imported(context):
+    """Nothing that a call needs is made at import, where it might be of no use later."""
+    script = (
+        "import torch, torch._subclasses\n"
+        f"with {context}:\n"
+        "    import fused_lora\n"
+        "layer = fused_lora.FusedLoRALinear(8, 6, rank=2, dropout=0.1)\n"
+        "layer(torch.randn(5, 8)).sum().backward()\n"
+        "assert layer.lora_B.grad.abs().sum() > 0\n"
+        "assert fused_lora.dropout._has_numpy()\n"
+    )
+    done = run(script)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("module", ["transformers.modeling_utils", "peft"])
 def test_other_libraries_import_from_our_root(module):
     """They probe for any module named ``kernels``, which our folder answers to there."""
