@@ -14,7 +14,7 @@ pseudorandom number generators", 2014, with the constants of Stafford's variant 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ _ROUNDS = ((30, _MIX_1), (27, _MIX_2), (31, None))  # of SplitMix64's finaliser
 _64_BITS = (1 << 64) - 1
 # Random words made at once: temporaries stay in cache, and each thread has a grain of work.
 _CPU_WORDS_PER_THREAD = 1 << 15
+_NUMPY_WORDS = 1 << 16
 _DEVICE_WORDS = 1 << 22
 _FEW_WORDS = 1 << 16  # which more threads do not make sooner
 
@@ -60,8 +61,11 @@ def empty_words(rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 def _empty_lanes(rows: int, columns: int, device: torch.device) -> Tensor:
-    width = -(-columns // (_LANE * _PITCH)) * _PITCH
-    return torch.empty((rows, width), dtype=torch.int64, device=device)
+    return torch.empty((rows, _lanes(columns)), dtype=torch.int64, device=device)
+
+
+def _lanes(columns: int) -> int:
+    return -(-columns // (_LANE * _PITCH)) * _PITCH
 
 
 def keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
@@ -80,13 +84,7 @@ def _keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
     device = seed.device
     lowest = first_digit(keep)
     random_words = rows * -(-columns // _LANE) * (DIGITS - lowest)
-    if (
-        seed.is_cpu
-        and type(seed) is Tensor
-        and not is_observed()
-        and _has_numpy()
-        and _is_for_numpy(random_words)
-    ):
+    if _is_for_numpy(seed, random_words):
         return _keep_words_by_numpy(seed, rows, columns, keep)
     lanes = _empty_lanes(rows, columns, device)
     width = lanes.shape[1]
@@ -112,6 +110,8 @@ def _keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
 
 def keep_matrix(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The mask as a new ``(M, columns)`` of zeros and ones in ``dtype``."""
+    if _is_for_numpy(words, words.numel() // 2 * DIGITS):  # two words a lane
+        return _keep_matrix_by_numpy(words, columns, dtype)
     octets = words.view(torch.uint8).int()
     # Not kept on a GPU: inductor's CUDA graphs own what is made in their memory pool.
     args = dtype, words.device
@@ -131,13 +131,19 @@ def _mix(z: Tensor) -> Tensor:
     return z
 
 
-def _is_for_numpy(random_words: int) -> bool:
-    """Whether NumPy makes a mask of so many random words sooner than PyTorch.
+def _is_for_numpy(tensor: Tensor, random_words: int) -> bool:
+    """Whether NumPy is to make or expand a mask of so many random words, for a given tensor.
 
-    It has logical shifts, and an operator costs it a third: 20 µs for a row where PyTorch takes 85.
-    Its one thread is as fast as three of PyTorch's.
+    It has logical shifts, and an operator costs it a third: 20 µs for a row where PyTorch takes 90.
+    Its one thread is as fast as three of PyTorch's. What watches operators would not see it.
     """
-    return random_words <= _FEW_WORDS or torch.get_num_threads() <= 2
+    return (
+        tensor.is_cpu
+        and type(tensor) is Tensor
+        and not is_observed()
+        and _has_numpy()
+        and (random_words <= _FEW_WORDS or torch.get_num_threads() <= 2)
+    )
 
 
 @lru_cache
@@ -151,24 +157,30 @@ def _has_numpy() -> bool:
 
 
 def _keep_words_by_numpy(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
-    lanes = _empty_lanes(rows, columns, seed.device)
-    result = lanes.numpy().view(numpy.uint64)
-    width = result.shape[1]
+    # Results are given their places and constants are made once: half the time of a row.
+    width = _lanes(columns)
+    lanes = numpy.empty((rows, width), numpy.uint64)
     lowest = first_digit(keep)
     steps = _numpy_steps(lowest)
-    key = numpy.uint64(_mix_int(seed.item()))
-    block = max(1, _CPU_WORDS_PER_THREAD // max(1, width * len(steps)))
+    key = _mix_int(seed.item())
+    block = max(1, _NUMPY_WORDS // max(1, width * len(steps)))
     for first in range(0, rows, block):
         counters = _numpy_counters(min(block, rows - first), width)
-        counters = (counters + numpy.uint64(first << 32 & _64_BITS) if first else counters) ^ key
-        bits, *rest = _mix_numpy(_mix_numpy(counters) + steps)
+        if first:
+            counters = counters + numpy.uint64(first << 32 & _64_BITS)
+        h = _mix_numpy(numpy.bitwise_xor(counters, numpy.uint64(key)))
+        bits, *rest = _mix_numpy(numpy.add(h, steps))
         for digit, more in enumerate(rest, start=lowest + 1):
-            if keep >> digit & 1:
-                bits |= more
-            else:
-                bits &= more
-        result[first : first + block] = bits
-    return lanes.view(torch.int32)
+            fold = numpy.bitwise_or if keep >> digit & 1 else numpy.bitwise_and
+            fold(bits, more, bits)
+        lanes[first : first + block] = bits
+    return torch.from_numpy(lanes.view(numpy.int32))
+
+
+def _keep_matrix_by_numpy(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    octets = words.numpy().view(numpy.uint8)
+    bits = numpy.unpackbits(octets, axis=1, count=columns, bitorder="little")
+    return torch.from_numpy(bits).to(dtype)
 
 
 @lru_cache(maxsize=16)
@@ -185,14 +197,21 @@ def _numpy_steps(lowest: int):
     return (digits * numpy.uint64(_GAMMA & _64_BITS))[:, None, None]
 
 
+@lru_cache
+def _numpy_rounds():
+    """:data:`_ROUNDS` as 0-d arrays of uint64."""
+    array = partial(numpy.array, dtype=numpy.uint64)
+    return [(array(n), None if f is None else array(f & _64_BITS)) for n, f in _ROUNDS]
+
+
 def _mix_numpy(z):
     """:func:`_mix` of uint64."""
     t = numpy.empty_like(z)
-    for shift, factor in _ROUNDS:
-        numpy.right_shift(z, numpy.uint64(shift), out=t)
-        z ^= t
+    for shift, factor in _numpy_rounds():
+        numpy.right_shift(z, shift, t)
+        numpy.bitwise_xor(z, t, z)
         if factor is not None:
-            z *= numpy.uint64(factor & _64_BITS)
+            numpy.multiply(z, factor, z)
     return z
 
 

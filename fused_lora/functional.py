@@ -38,7 +38,8 @@ def fused_lora_linear(
     Args:
         x: ``(..., in)``, float16, bfloat16, float32 or float64; any leading dimensions and strides.
         weight: ``(out, in)`` in x's dtype (any under autocast); must not require grad.
-        lora_A: ``(rank, in)``, any of the dtypes above; cast to x's for the products.
+        lora_A: ``(rank, in)``, any of the dtypes above; cast to x's for the products, to float32
+            for those of few rows on a CPU.
         lora_B: ``(out, rank)``, likewise.
         bias: ``(out,)`` or None.
         scaling: ``s``, a float or a constant 0-d tensor on x's device.
@@ -90,7 +91,7 @@ def fused_lora_add(
     Args:
         base: ``(..., out)``, the layer's output: float16, bfloat16, float32 or float64.
         x: ``(..., in)``, the layer's input, any of these dtypes.
-        lora_A: ``(rank, in)``, any of the dtypes; cast to x's for the products.
+        lora_A: ``(rank, in)``, any of the dtypes; cast as in :func:`fused_lora_linear`.
         lora_B: ``(out, rank)``, likewise.
         scaling, dropout_p, training, impl: as in :func:`fused_lora_linear`.
 
@@ -122,7 +123,7 @@ def _run(x, weight, lora_A, lora_B, bias, scaling, p, impl, base=None) -> Tensor
 
 
 def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
-    if is_exporting():
+    if is_exporting() or torch.jit.is_tracing():
         return operators.exported(x, weight, lora_A, lora_B, bias, scaling, p, base)
     seed, keep = _draw(p, x.device) if p else (None, dropout.KEEP_ALL)
     args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)

@@ -59,7 +59,7 @@ def lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base
 
 
 def exported(x, weight, lora_A, lora_B, bias, scaling, dropout_p: float, base=None) -> Tensor:
-    """The layer in PyTorch's operators alone: an exported model does not need this package.
+    """The layer in PyTorch's operators alone: an exported or traced model does not need more.
 
     Dropout, if any, is PyTorch's own.
     """
@@ -83,7 +83,7 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
         )
     if words is None:
         words = _no_words(x)
-    return y.contiguous(), S.to(_rank_dtype(x, impl)).contiguous(), words, scaling.clone()
+    return y.contiguous(), S.to(_rank_dtype(x)).contiguous(), words, scaling.clone()
 
 
 @torch.library.register_fake("fused_lora::lora_linear", lib=_library)
@@ -91,7 +91,7 @@ def _(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
     K, (N, R) = x.shape[-1], lora_B.shape
     M = math.prod(x.shape[:-1])  # Size.numel() would make a constant of a symbolic number
     y = x.new_empty((*x.shape[:-1], N), dtype=x.dtype if base is None else base.dtype)
-    S = x.new_empty((M, R), dtype=_rank_dtype(x, impl))
+    S = x.new_empty((M, R), dtype=_rank_dtype(x))
     words = _no_words(x) if seed is None else dropout.empty_words(M, K, x.device)
     return y, S, words, torch.empty_like(scaling)
 
@@ -148,9 +148,9 @@ def _on_host(scaling: Tensor) -> float | Tensor:
     return scaling.item() if scaling.is_cpu else scaling
 
 
-def _rank_dtype(x: Tensor, impl: str) -> torch.dtype:
-    """What S is stored in: float32 where kernels run, and there whoever computes it."""
-    return torch.float32 if impl.startswith("triton") or x.is_cuda else x.dtype
+def _rank_dtype(x: Tensor) -> torch.dtype:
+    """What S is stored in: the same for any number of rows, and nothing of it is lost."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _no_words(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ files or life cycle.
 
 Differences to PEFT where a layer is fused: another stream of random numbers decides which entries
 dropout drops; and where float32 adapters sit on a half-precision base, the adapter's products are
-taken in the dtype of ``x``, so that gradients are as accurate as that dtype.
+taken in the dtype of ``x`` (of few rows on a CPU in float32), so that gradients are as accurate as
+that dtype.
 """
 
 from __future__ import annotations

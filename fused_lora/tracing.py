@@ -6,6 +6,7 @@ from torch import compiler
 from torch._C import (
     _are_functorch_transforms_active,
     _is_any_autocast_enabled,
+    _is_tracing,
     _len_torch_dispatch_stack,
 )
 from torch.autograd import forward_ad
@@ -40,7 +41,9 @@ def is_transformed() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether any of the above may be so, or autocast is on: False is eager mode on a CPU or GPU.
+    """Whether any of the above may be so, autocast is on or ``torch.jit.trace`` records.
+
+    False is eager mode on a CPU or GPU.
 
     One question, since every name that is looked up costs host time where the products before have
     emptied the caches.
@@ -50,6 +53,7 @@ def is_observed() -> bool:
         or compiler._is_compiling_flag
         or _is_any_autocast_enabled()
         or _len_torch_dispatch_stack() > 0
+        or _is_tracing()
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

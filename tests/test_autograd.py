@@ -84,16 +84,18 @@ def test_output_may_be_changed_in_place():
             y.sum().backward()
 
 
-def test_batched_gradients():
-    inputs = make_inputs(5, 7, 6, 3, FP64)
-    inputs["lora_A"].requires_grad_()
-    y = fused_lora_linear(**inputs, impl="torch")
-    dys = torch.randn(4, *y.shape, dtype=FP64)
-    batched = torch.autograd.grad(
-        y, inputs["lora_A"], dys, is_grads_batched=True, retain_graph=True
-    )[0]
-    one_by_one = [torch.autograd.grad(y, inputs["lora_A"], dy, retain_graph=True)[0] for dy in dys]
-    torch.testing.assert_close(batched, torch.stack(one_by_one))
+@pytest.mark.parametrize(("dtype", "rows"), [(FP64, 5), (BF16, 5), (BF16, 40)])
+def test_batched_gradients(dtype, rows):
+    """PyTorch's older vmap, behind ``is_grads_batched``, has fewer rules than the other."""
+    inputs = make_inputs(rows, 7, 6, 3, dtype, adapter_dtype=torch.promote_types(dtype, FP32))
+    leaves = [inputs[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    y = fused_lora_linear(**inputs, dropout_p=0.4, impl="torch")
+    dys = torch.randn(4, *y.shape).to(dtype)
+    batched = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
+    for gradient, parts in zip(batched, zip(*alone, strict=True), strict=True):
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(gradient, torch.stack(parts), rtol=4 * unit, atol=4 * unit)
 
 
 def test_export_leaves_later_calls_right():
@@ -386,11 +388,3 @@ def test_gradients_are_the_same_with_a_graph_of_their_own(needs, p):
     dy = torch.randn_like(y)
     plain = torch.autograd.grad(y, leaves, dy, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(y, leaves, dy, create_graph=True), plain)
-
-
-def test_jit_trace_of_an_adapter_that_trains():
-    layer = FusedLoRALinear(8, 6, rank=2).eval()
-    torch.nn.init.normal_(layer.lora_B)
-    traced = torch.jit.trace(layer, (torch.randn(3, 8),), check_trace=False)
-    x = torch.randn(3, 8)
-    torch.testing.assert_close(traced(x), layer(x))

@@ -11,6 +11,7 @@ from support import make_inputs, run
 FP32 = torch.float32
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+needs_numpy = pytest.mark.skipif(not dropout._has_numpy(), reason="needs NumPy")
 
 IMPLS = ["torch", "reference", *(["triton"] if importlib.util.find_spec("triton") else [])]
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def test_bits_are_independent_of_their_neighbours_and_of_the_next_seed():
         assert (a * other).sum().abs() / n < 4
 
 
-@pytest.mark.skipif(not dropout._has_numpy(), reason="needs NumPy")
+@needs_numpy
 @pytest.mark.parametrize("keep", [1, 2, 3, 1 << 15, dropout.keep_count(0.1), dropout.KEEP_ALL - 1])
 def test_numpy_makes_the_same_bits(keep, monkeypatch):
     """In one block and in several, of whole lanes and of parts, of nothing, of any sign of seed."""
@@ -114,7 +115,20 @@ def test_numpy_makes_the_same_bits(keep, monkeypatch):
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.skipif(not dropout._has_numpy(), reason="needs NumPy")
+@needs_numpy
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int16])
+def test_numpy_expands_to_the_same_matrix(dtype, monkeypatch):
+    for shape in [(0, 8), (3, 0), (1, 1), (16, 64), (33, 129)]:
+        words = dropout.keep_words(torch.tensor(5), *shape, 40_000)
+        by_numpy = dropout._keep_matrix_by_numpy(words, shape[1], dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(dropout, "_has_numpy", lambda: False)
+            by_torch = dropout.keep_matrix(words, shape[1], dtype)
+        assert by_numpy.dtype == by_torch.dtype == dtype
+        assert torch.equal(by_numpy, by_torch)
+
+
+@needs_numpy
 def test_numpy_makes_small_masks_and_those_of_few_threads(monkeypatch):
     made = []
     real = dropout._keep_words_by_numpy
