@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fused_lora import tune
+
 
 class Shape(NamedTuple):
     """A layer's ``M`` tokens, ``K`` inputs and ``N`` outputs, and the rank ``R`` of its adapter."""
@@ -43,14 +45,9 @@ class Shape(NamedTuple):
         return self.forward_elements + M * N + K * N + 2 * M * K + 2 * R * (K + N)
 
 
-def _decoder(hidden: int, keys: int, intermediate: int) -> dict[str, tuple[int, int]]:
-    """``(K, N)`` of the projections of a Llama-like block; ``keys`` is the width of k and of v."""
-    return {
-        "q, o": (hidden, hidden),
-        "k, v": (hidden, keys),
-        "gate, up": (hidden, intermediate),
-        "down": (intermediate, hidden),
-    }
+def _decoder(layers: tuple[tuple[int, int], ...]) -> dict[str, tuple[int, int]]:
+    """``(K, N)`` of the projections of a Llama-like block."""
+    return dict(zip(("q, o", "k, v", "gate, up", "down"), layers, strict=True))
 
 
 # From the models' published configurations.
@@ -61,12 +58,8 @@ MODELS = {
         "up": (768, 3072),
         "down": (3072, 768),
     },
-    "smollm2-135m": _decoder(576, 192, 1536),
-    "llama3.2-1b": _decoder(2048, 512, 8192),
-    "llama3-8b": _decoder(4096, 1024, 14336),
-    "qwen2.5-7b": _decoder(3584, 512, 18944),
-    "qwen2.5-32b": _decoder(5120, 1024, 27648),
-    "llama3-70b": _decoder(8192, 1024, 28672),
+    "smollm2-135m": _decoder(((576, 576), (576, 192), (576, 1536), (1536, 576))),
+    **{name: _decoder(layers) for name, layers in tune.MODELS.items()},
 }
 
 

@@ -1,4 +1,4 @@
-"""Small models shared by the tests of whole models."""
+"""Small layers and models that tests share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fused_lora import lora_parameters
+from fused_lora import FusedLoRALinear, lora_parameters
 from fused_lora.layer import LoRALayer
 
 ALL = ["table", "conv", "hidden", "out"]  # the layers of Tiny
@@ -90,3 +90,10 @@ def assert_unchanged(model: nn.Module, before: tuple) -> None:
     assert parameters == before[1]
     assert state.keys() == before[2].keys()
     assert all(torch.equal(state[key], before[2][key]) for key in state)
+
+
+def trained_layer(K=40, N=24, **kwargs) -> FusedLoRALinear:
+    """A layer whose ``lora_B`` is not zero."""
+    layer = FusedLoRALinear(K, N, rank=4, **kwargs)
+    torch.nn.init.normal_(layer.lora_B)
+    return layer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fused_lora import FusedLoRALinear, dropout, fused_lora_linear, operators
+from fused_lora import dropout, fused_lora_linear, operators
 from support import make_inputs
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -158,24 +158,6 @@ def test_double_backward():
 
     assert torch.autograd.gradcheck(layer, leaves)
     assert torch.autograd.gradgradcheck(layer, leaves)
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_jit_trace(grad, tmp_path):
-    """The artefact is PyTorch's operators: it loads without the package, drops anew, and trains."""
-    layer = FusedLoRALinear(40, 24, rank=4, dropout=0.5)
-    torch.nn.init.normal_(layer.lora_B)
-    x = torch.randn(5, 40)
-    with torch.set_grad_enabled(grad):
-        torch.jit.save(torch.jit.trace(layer.eval(), (torch.randn(3, 40),)), tmp_path / "eval.pt")
-        evaluated = torch.jit.load(tmp_path / "eval.pt")
-        torch.testing.assert_close(evaluated(x), layer(x))
-        traced = torch.jit.trace(layer.train(), (torch.randn(3, 40),), check_trace=False)
-        assert not torch.equal(traced(x), traced(x))
-        if grad:
-            evaluated(x).sum().backward()
-            expected = torch.autograd.grad(layer.eval()(x).sum(), layer.lora_A)[0]
-            torch.testing.assert_close(evaluated.lora_A.grad, expected)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
