@@ -36,13 +36,15 @@ def forward(
     inv_keep: float,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``y (M,N)`` and ``S (M,R)`` from ``x (M,K)``, in x's dtype; S in either layout, or wider.
+    """``y (M,N)`` and ``S (M,R)`` from ``x (M,K)``, in x's dtype.
+
+    S may lie in either layout, and is wider where :func:`_thin_products` says so.
 
     With ``base (M,N)`` in place of a weight, ``y`` is ``base`` and the low-rank product, in base's
     dtype.
     """
     given = x.dtype
-    dtype, turned = _thin_products(x, given, lora_A)
+    dtype, turned = _thin_products(x, lora_A)
     A = lora_A if lora_A.dtype == dtype else lora_A.to(dtype)
     B = lora_B if lora_B.dtype == dtype else lora_B.to(dtype)
     if words is not None:
@@ -82,7 +84,7 @@ def backward(
     Without a weight, ``dx`` is the adapter's part alone.
     """
     given = dy.dtype
-    dtype, turned = _thin_products(dy, given, lora_A)
+    dtype, turned = _thin_products(dy, lora_A)
     dx = dA = dB = mask = None
     wide_dy = dy if dtype is given else dy.to(dtype)
     # The thin products come first: what they read is still in the cache, or will be.
@@ -122,8 +124,8 @@ def _input_gradient(dy, weight: Tensor | None, G, A, mask: Tensor | None) -> Ten
     return dx.addmm_(G, A) if G.dtype == dx.dtype else dx.add_(torch.mm(G, A))
 
 
-def _thin_products(tall: Tensor, dtype: torch.dtype, lora_A: Tensor) -> tuple[torch.dtype, bool]:
-    """The dtype of products with ``tall``, of ``dtype``, and whether their transposes are better.
+def _thin_products(tall: Tensor, lora_A: Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype of products with ``tall``, and whether they are better taken as the transpose.
 
     Two things that a CPU's GEMMs ask for. In half precision one takes 20 µs to start, in float32 3:
     few rows are widened, as long as products and casts are small. A step takes 0.6 to 1.04 of the
@@ -133,7 +135,7 @@ def _thin_products(tall: Tensor, dtype: torch.dtype, lora_A: Tensor) -> tuple[to
     0.95 of the time. Of few rows the views are what costs; one column is no GEMM; those of half
     precision gain nothing, and float16's lose.
     """
-    rows = tall.shape[0]
+    dtype, rows = tall.dtype, tall.shape[0]
     if not tall.is_cpu or type(rows) is not int:  # a graph must hold for any number of rows
         return dtype, False
     rank = lora_A.shape[0]

@@ -123,7 +123,7 @@ def _run(x, weight, lora_A, lora_B, bias, scaling, p, impl, base=None) -> Tensor
 
 
 def _compute(x, weight, lora_A, lora_B, bias, scaling, p, impl, base) -> Tensor:
-    if is_exporting() or torch.jit.is_tracing():
+    if is_exporting():
         return operators.exported(x, weight, lora_A, lora_B, bias, scaling, p, base)
     seed, keep = _draw(p, x.device) if p else (None, dropout.KEEP_ALL)
     args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)

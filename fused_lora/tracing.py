@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import compiler
+from torch import compiler, jit
 from torch._C import (
     _are_functorch_transforms_active,
     _is_any_autocast_enabled,
@@ -18,8 +18,11 @@ from torch.utils._python_dispatch import (
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` traces. Under Dynamo, PyTorch's own answer was always yes in 2.9."""
-    return compiler._is_exporting_flag
+    """Whether ``torch.export`` or ``torch.jit.trace`` records.
+
+    Of the first, PyTorch's own answer was always yes under Dynamo in 2.9.
+    """
+    return compiler._is_exporting_flag or jit.is_tracing()
 
 
 def is_traced() -> bool:
@@ -41,9 +44,7 @@ def is_transformed() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether any of the above may be so, autocast is on or ``torch.jit.trace`` records.
-
-    False is eager mode on a CPU or GPU.
+    """Whether any of the above may be so, or autocast is on: False is eager mode on a CPU or GPU.
 
     One question, since every name that is looked up costs host time where the products before have
     emptied the caches.

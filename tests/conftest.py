@@ -76,3 +76,24 @@ def _on_the_device():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_compiled():
+    """No graphs of other tests, whose number is limited."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def unpatched():
+    """PEFT as it was, whatever the test leaves patched."""
+    from peft.tuners.lora import Linear
+
+    from fused_lora import unpatch_peft
+
+    forward = Linear.forward
+    yield
+    unpatch_peft()
+    assert Linear.forward is forward

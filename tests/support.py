@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lora import peft_patch, reference
 
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 NAMES = ("y", "dx", "dA", "dB", "dbias")
 

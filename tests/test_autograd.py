@@ -14,11 +14,10 @@ from support import (
     in_eager,
     in_float64,
     make_inputs,
+    needs_triton,
     relative_rms,
     run,
 )
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 IMPLS = ["torch", "reference"]
@@ -84,12 +83,13 @@ def test_output_may_be_changed_in_place():
             y.sum().backward()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize(("dtype", "rows"), [(FP64, 5), (BF16, 5), (BF16, 40)])
-def test_batched_gradients(dtype, rows):
+def test_batched_gradients(dtype, rows, p):
     """PyTorch's older vmap, behind ``is_grads_batched``, has fewer rules than the other."""
     inputs = make_inputs(rows, 7, 6, 3, dtype, adapter_dtype=torch.promote_types(dtype, FP32))
     leaves = [inputs[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
-    y = fused_lora_linear(**inputs, dropout_p=0.4, impl="torch")
+    y = fused_lora_linear(**inputs, dropout_p=p, impl="torch")
     dys = torch.randn(4, *y.shape).to(dtype)
     batched = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
     alone = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]

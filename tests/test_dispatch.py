@@ -1,7 +1,6 @@
 """Who runs: explicit choices, automatic ones, the fallback, and the strategies."""
 
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,11 +11,9 @@ import torch
 
 from fused_lora import FusedLoRALinear, aten, cost, devices, dispatch, explain, fused_lora_linear
 from fused_lora.devices import KNOWN
-from support import make_inputs
+from support import make_inputs, needs_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
 @pytest.fixture(autouse=True)

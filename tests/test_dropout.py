@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from fused_lora import FusedLoRALinear, dropout, explain, fused_lora_linear
-from support import make_inputs, run
+from support import make_inputs, needs_triton, run
 
 FP32 = torch.float32
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 needs_numpy = pytest.mark.skipif(not dropout._has_numpy(), reason="needs NumPy")
 
 IMPLS = ["torch", "reference", *(["triton"] if importlib.util.find_spec("triton") else [])]

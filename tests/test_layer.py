@@ -1,6 +1,5 @@
 """The whole layer, forward and backward, every implementation and strategy, against float64."""
 
-import importlib.util
 import random
 
 import pytest
@@ -12,12 +11,11 @@ from support import (
     in_eager,
     in_float64,
     make_inputs,
+    needs_triton,
     pooled,
     relative_rms,
     run,
 )
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (0, 1, 17, 63, 123, 300)

@@ -1,7 +1,6 @@
 """Who looks on: checkpoints, counters, transforms, exporters, tracers and captured graphs."""
 
 import copy
-import importlib.util
 import os
 import subprocess
 import sys
@@ -19,16 +18,11 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import constants
+from support import needs_triton
 
-BF16, FP32 = torch.bfloat16, torch.float32
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+BF16 = torch.bfloat16
 
 
 def save_products(context, operator, *args, **kwargs):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import patch_peft, unpatch_peft
+from fused_lora import patch_peft
 from support import UNIT_ROUNDOFF, watch_patch
 
 peft = pytest.importorskip("peft")
@@ -17,13 +17,9 @@ from peft.tuners.lora import Linear  # noqa: E402
 from peft.tuners.lora import config as lora_config  # noqa: E402
 from peft_nets import assert_same, first, net, plain_call, results, second_adapter  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("unpatched")
+
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _unpatched():
-    yield
-    unpatch_peft()
 
 
 def each(model: nn.Module, change) -> nn.Module:

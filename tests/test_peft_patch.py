@@ -18,14 +18,9 @@ peft = pytest.importorskip("peft")
 from peft.tuners.lora import Linear  # noqa: E402
 from peft_nets import first, net, noisy, second_adapter  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("unpatched")
+
 FORWARD = Linear.forward
-
-
-@pytest.fixture(autouse=True)
-def _unpatched():
-    yield
-    unpatch_peft()
-    assert Linear.forward is FORWARD
 
 
 def test_dropout_drops_on_the_adapters_way_alone():

@@ -15,13 +15,9 @@ from support import UNIT_ROUNDOFF, kept_bytes, relative_rms
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.usefixtures("unpatched")
+
 BF16, FP32 = torch.bfloat16, torch.float32
-
-
-@pytest.fixture(autouse=True)
-def _unpatched():
-    yield
-    unpatch_peft()
 
 
 def nf4(linear: nn.Linear) -> nn.Module:

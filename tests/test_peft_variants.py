@@ -9,16 +9,12 @@ import torch
 from models import llama, tokens
 from torch import nn
 
-from fused_lora import patch_peft, unpatch_peft
+from fused_lora import patch_peft
 from support import watch_patch
 
 peft = pytest.importorskip("peft")
 
-
-@pytest.fixture(autouse=True)
-def _unpatched():
-    yield
-    unpatch_peft()
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 @pytest.fixture

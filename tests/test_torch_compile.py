@@ -1,6 +1,5 @@
 """torch.compile: whole graphs, few of them, and the masks of eager mode."""
 
-import importlib.util
 import subprocess
 import sys
 from functools import partial
@@ -9,9 +8,7 @@ import pytest
 import torch
 from models import ALL, Tiny, gpt2, llama, tokens, train_like, trained_layer
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import (
-    checkpoint,
-)
+from torch.utils.checkpoint import checkpoint
 
 from fused_lora import (
     apply_lora,
@@ -22,16 +19,11 @@ from fused_lora import (
     patch_peft,
     unmerge_lora,
 )
+from support import needs_triton
+
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 BF16, FP32 = torch.bfloat16, torch.float32
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def outcome(module, x, seed=4):
