@@ -88,11 +88,12 @@ def nothing_compiled():
 
 @pytest.fixture
 def unpatched():
-    """PEFT as it was, whatever the test leaves patched."""
+    """PEFT as it was, whatever the test, or one before it, leaves patched."""
     from peft.tuners.lora import Linear
 
     from fused_lora import unpatch_peft
 
+    unpatch_peft()
     forward = Linear.forward
     yield
     unpatch_peft()

@@ -1,18 +1,34 @@
-"""What the PyTorch path does for a CPU's sake: few rows of half precision are widened."""
+"""What the PyTorch path does for a CPU's sake: half precision is widened where it is slow."""
+
+import platform
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fused_lora import aten, fused_lora_add, fused_lora_linear
-from support import in_float64, make_inputs, relative_rms, run
+from support import UNIT_ROUNDOFF, in_float64, make_inputs, relative_rms, run
 
 HALF = [torch.bfloat16, torch.float16]
 
 
+@pytest.fixture
+def with_instructions(monkeypatch):
+    """A CPU that multiplies half precision, whatever this one can do."""
+    monkeypatch.setattr(aten, "lacks_gemm", lambda dtype: False)
+
+
+@pytest.fixture
+def without_instructions(monkeypatch):
+    """A CPU where PyTorch's products of half precision are loops; weights come in many blocks."""
+    monkeypatch.setattr(aten, "lacks_gemm", lambda dtype: dtype in HALF)
+    for name, size in {"_WEIGHTS": 1 << 10, "_OUTPUTS": 1 << 11, "_COLUMNS": 7}.items():
+        monkeypatch.setattr(aten, f"_WIDE{name}", size)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("rows", [1, 16])
-def test_few_rows_are_exact_but_for_the_base(rows, dtype):
+def test_few_rows_are_exact_but_for_the_base(rows, dtype, with_instructions):
     """float32 adapters, PEFT's default: gradients of float32 accuracy, and ``y`` rounded once."""
     inputs = make_inputs(rows, 96, 80, 8, dtype, adapter_dtype=torch.float32, bias=True)
     dy = torch.randn(rows, 80).to(dtype)
@@ -38,7 +54,7 @@ def test_few_rows_are_exact_but_for_the_base(rows, dtype):
         (64, 1, torch.bfloat16, False),
     ],
 )
-def test_which_rows_are_few(rows, rank, adapter_dtype, widened):
+def test_which_rows_are_few(rows, rank, adapter_dtype, widened, with_instructions):
     """As measured: where the products grow, what they take outgrows what they take to start."""
     x, weight = torch.randn(rows, 40).bfloat16(), torch.randn(24, 40).bfloat16()
     A, B = torch.randn(rank, 40, dtype=adapter_dtype), torch.randn(24, rank, dtype=adapter_dtype)
@@ -50,7 +66,9 @@ def test_which_rows_are_few(rows, rank, adapter_dtype, widened):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, None])
 @pytest.mark.parametrize("rows", [3, 40])  # widened, and not
-def test_dropout_in_half_precision_is_the_references(rows, adapter_dtype, dtype):
+@pytest.mark.parametrize("cpu", ["with_instructions", "without_instructions"])
+def test_dropout_in_half_precision_is_the_references(rows, adapter_dtype, dtype, cpu, request):
+    request.getfixturevalue(cpu)
     inputs = make_inputs(rows, 70, 48, 4, dtype, adapter_dtype=adapter_dtype)
     base = F.linear(inputs["x"], inputs["weight"])
     dy = torch.randn(rows, 48).to(dtype)
@@ -71,3 +89,53 @@ def test_dropout_in_half_precision_is_the_references(rows, adapter_dtype, dtype)
             if value is not None:
                 assert value.dtype == results[1][name].dtype
                 assert relative_rms(value, results[1][name]) < 8 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, None])
+@pytest.mark.parametrize(("rows", "rank"), [(0, 4), (3, 4), (9, 17), (140, 8), (140, 40)])
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+def test_without_instructions_every_result_is_rounded_once(
+    rows, rank, adapter_dtype, dtype, transposed, without_instructions
+):
+    """But for a product of few rows with vectors that lie in one piece, which PyTorch takes."""
+    inputs = make_inputs(rows, 96, 80, rank, dtype, adapter_dtype=adapter_dtype)
+    if transposed:
+        inputs["weight"] = inputs["weight"].t().contiguous().t()
+    dy = torch.randn(rows, 80).to(dtype)
+    actual, exact = run(fused_lora_linear, inputs, dy), in_float64(inputs, dy)
+    plain = "dx" if transposed else "y"
+    for name in ("y", "dx", "dA", "dB"):
+        if name == plain and 0 < rows <= 8:
+            assert relative_rms(actual[name], exact[name]) <= 2 * UNIT_ROUNDOFF[dtype]
+        else:
+            rounded = UNIT_ROUNDOFF[actual[name].dtype] * exact[name].abs()
+            error = (actual[name] - exact[name]).abs()
+            assert bool((error <= rounded + 1e-6 * exact[name].norm()).all()), name
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_without_instructions_gradients_come_in_batches(rows, without_instructions):
+    inputs = make_inputs(rows, 96, 80, 8, torch.bfloat16)
+    x = inputs["x"].requires_grad_()
+    y = fused_lora_linear(**inputs, dropout_p=0.3)
+    dys = torch.randn(3, rows, 80).bfloat16()
+    (batched,) = torch.autograd.grad(y, [x], dys, is_grads_batched=True, retain_graph=True)
+    for dy, dx in zip(dys, batched, strict=True):
+        torch.testing.assert_close(dx, torch.autograd.grad(y, [x], dy, retain_graph=True)[0])
+
+
+def test_whether_a_cpu_has_instructions_is_pytorchs_answer(monkeypatch):
+    ask = aten.lacks_gemm.__wrapped__
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    for dtype, name in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    ):
+        for answer in (False, True):
+            monkeypatch.setattr(torch.ops.mkldnn, name, lambda answer=answer: answer)
+            assert ask(dtype) is not answer
+    assert not ask(torch.float32)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")  # not measured
+    assert not ask(torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_lora import dropout, fused_lora_linear, operators
-from support import make_inputs
+from support import UNIT_ROUNDOFF, make_inputs, relative_rms
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 has_triton = importlib.util.find_spec("triton") is not None
@@ -169,5 +169,6 @@ def test_a_traced_graph_holds_for_any_number_of_rows(dtype):
     graph = make_fx(call, tracing_mode="symbolic")(*tensors)
     assert not graph.shape_env.guards
     for rows in (17, 200):
-        x = torch.randn(rows, 40).to(dtype)
-        torch.testing.assert_close(graph(x, *tensors[1:]), call(x, *tensors[1:]))
+        args = torch.randn(rows, 40).to(dtype), *tensors[1:]
+        # S, the base and the sum are rounded in one and not in the other, as it may be.
+        assert relative_rms(graph(*args), call(*args)) <= 3 * UNIT_ROUNDOFF[dtype]
