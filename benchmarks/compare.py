@@ -9,7 +9,7 @@ from shapes import Shape
 from timing import Quartiles
 
 # What decides whether two runs can be set beside each other.
-SAME = ("device_name", "threads", "thread_binding")
+SAME = ("device_name", "emulated", "threads", "thread_binding")
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def render(old: Report, new: Report) -> str:
     """Regressions first; ratios with their quartiles."""
     found = changes(old, new)
     lines = [
-        f"note: {key} was {old.machine[key]!r} and is {new.machine[key]!r}"
+        f"note: {key} was {old.machine.get(key)!r} and is {new.machine.get(key)!r}"
         for key in SAME
-        if old.machine[key] != new.machine[key]
+        if old.machine.get(key) != new.machine.get(key)
     ]
     named = {v: [c for c in found if c.verdict == v] for v in ("slower", "faster", "same")}
     counts = ", ".join(f"{len(items)} {verdict}" for verdict, items in named.items())

@@ -12,7 +12,7 @@ import torch
 import machine
 from problem import Layer, Problem, verified
 from providers import PROVIDERS, UnavailableError
-from shapes import Shape, default_set
+from shapes import Shape, default_set, is_for_emulation
 
 SLOW_TO_MAKE = ("compiled",)  # seconds of compilation a row: in the full suites only
 MEMORY = pytest.StashKey[list[str]]()
@@ -51,9 +51,12 @@ def _device(config) -> str:
 def _rows(device: str, full: bool) -> list[tuple[Shape, str, float]]:
     if full:
         shapes = default_set(device, full)
-        return [(s, d, p) for d in ("bfloat16", "float32") for p in (0.0, 0.1) for s in shapes]
-    small, _, wide, _ = default_set(device, full)
-    return [(small, "bfloat16", 0.0), (wide, "bfloat16", 0.1), (wide, "float32", 0.0)]
+        rows = [(s, d, p) for d in ("bfloat16", "float32") for p in (0.0, 0.1) for s in shapes]
+    else:
+        small, _, wide, _ = default_set(device, full)
+        rows = [(small, "bfloat16", 0.0), (wide, "bfloat16", 0.1), (wide, "float32", 0.0)]
+    emulated = machine.emulated(device)
+    return [row for row in rows if row[1] not in emulated or is_for_emulation(row[0], full)]
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@
 
     python benchmarks/headline.py [--check] [README.md]
 
-It stands between ``<!-- headline FILE.json -->`` and ``<!-- /headline -->``; FILE is relative to
-the README.
+It stands between ``<!-- headline FILE.json -->`` and ``<!-- /headline -->``, once or more; FILE is
+relative to the README. Of a CPU that emulates the table's dtype, it is those shapes that were
+measured, and no means.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pathlib import Path
 import records
 from records import Report
 from shapes import HEADLINE, MEANS, Shape
+from table import short
 
 COLUMNS = {"eager": "eager formula", "peft": "PEFT (default)", "fused": "**fused-lora**"}
 ROWS = ("bfloat16", 0.1)  # the dtype and dropout that the table shows
 MEAN = "cpu-targets"
-MARKED = re.compile(r"(<!-- headline (\S+) -->\n).*?(<!-- /headline -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- headline (\S+) -->\n).*?(?=<!-- /headline -->)", re.DOTALL)
 
 
 class HeadlineError(ValueError):
@@ -36,13 +38,13 @@ def updated(readme: Path) -> str:
         FormatError, OSError: the results cannot be read.
     """
     text = readme.read_text()
-    found = MARKED.search(text)
-    if found is None:
+    if MARKED.search(text) is None:
         raise HeadlineError(
             f"{readme}: expected <!-- headline FILE.json --> and <!-- /headline -->, got neither"
         )
-    report = records.load(readme.parent / found[2])
-    return text[: found.end(1)] + render(report, found[2]) + text[found.start(3) :]
+    return MARKED.sub(
+        lambda found: found[1] + render(records.load(readme.parent / found[2]), found[2]), text
+    )
 
 
 def render(report: Report, path: str) -> str:
@@ -51,6 +53,10 @@ def render(report: Report, path: str) -> str:
     machine = report.machine
     bound = "bound" if machine["thread_binding"] == "true" else "not bound"
     where = f"{machine['threads']} threads, {bound}" if machine["device"] == "cpu" else "a GPU"
+    shapes = HEADLINE
+    if is_partial := dtype in machine.get("emulated", ()):
+        where += f", no instructions for {dtype}"
+        shapes = [shape for shape in HEADLINE if report.row(shape, dtype, dropout)] or HEADLINE
     lines = [
         f"**Measured** on {machine['device_name']} ({where}, torch"
         f" {machine['versions']['torch'].partition('+')[0]}), {dtype}, dropout {dropout:g},",
@@ -59,9 +65,8 @@ def render(report: Report, path: str) -> str:
         "",
         f"| M, K, N, rank | {' | '.join(COLUMNS.values())} |",
         "|---" * (1 + len(COLUMNS)) + "|",
-        *(_line(report, shape) for shape in HEADLINE),
-        "",
-        *_means(report),
+        *(_line(report, shape) for shape in shapes),
+        *([] if is_partial else ["", *_means(report)]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -74,7 +79,7 @@ def _line(report: Report, shape: Shape) -> str:
             " results, got none: run benchmarks/run.py --full"
         )
     cells = [
-        f"{result.ratio.median:.2f} ({result.saved_bytes / row.x_bytes:.2f})"
+        f"{short(result.ratio.median)} ({result.saved_bytes / row.x_bytes:.2f})"
         for result in (row.results[name] for name in COLUMNS)
     ]
     cells[-1] = f"**{cells[-1]}**"

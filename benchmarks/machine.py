@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from fused_lora import aten
+
 PACKAGES = ("torch", "triton", "peft", "transformers", "loralib", "torchtune", "torchao", "numpy")
 
 
@@ -23,6 +25,7 @@ def describe(device: str | torch.device) -> dict:
     return {
         "device": torch.device(device).type,
         "device_name": device_name(device),
+        "emulated": emulated(device),
         "threads": torch.get_num_threads(),
         "thread_binding": os.environ.get("OMP_PROC_BIND", "unset"),
         "python": platform.python_version(),
@@ -42,6 +45,13 @@ def device_name(device: str | torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(models), platform.processor() or platform.machine())
+
+
+def emulated(device: str | torch.device) -> list[str]:
+    """The dtypes that a CPU has no instructions for, so that PyTorch's GEMM is a plain loop."""
+    if torch.device(device).type != "cpu":
+        return []
+    return [name for name in ("bfloat16", "float16") if aten.lacks_gemm(getattr(torch, name))]
 
 
 def version_of(package: str) -> str | None:

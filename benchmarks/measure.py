@@ -15,7 +15,7 @@ from shapes import Shape
 from timing import interleaved, quartiles, ratios
 
 BASE = "frozen"
-MIN_ROUNDS = 5
+MIN_ROUNDS, MAX_ROUNDS = 5, 500
 
 
 def measure(
@@ -30,7 +30,7 @@ def measure(
     """Forward and backward of one layer by each of ``providers``, and by the frozen layer.
 
     Args:
-        seconds: for all of it; MIN_ROUNDS are run in any case.
+        seconds: for all of it; MIN_ROUNDS are run in any case, and no more than MAX_ROUNDS.
 
     Raises:
         WrongResultError: a provider computes something else.
@@ -49,6 +49,7 @@ def measure(
         device=device,
         seconds=seconds - (time.perf_counter() - start),
         min_rounds=MIN_ROUNDS,
+        max_rounds=MAX_ROUNDS,
     )
     ratio = ratios(times, BASE)
     results = {name: Result(quartiles(times[name]), ratio[name], *memory[name]) for name in layers}

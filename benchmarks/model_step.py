@@ -161,9 +161,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     known = whole_models.MODELS
     add = parser.add_argument
     add("--models", type=command.names(known), default=list(known), metavar="NAME,…")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the base; not what a CPU emulates")
     add("--rounds", type=command.positive, help=f"{ROUNDS}, with --quick {QUICK_ROUNDS}")
     args = parser.parse_args(argv)
+    if args.dtype is None:
+        takes_hours = not args.quick and "bfloat16" in machine.emulated(args.device)
+        args.dtype = "float32" if takes_hours else "bfloat16"
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     return args
 

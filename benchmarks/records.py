@@ -157,6 +157,8 @@ def label(machine: dict) -> str:
     """The line under which numbers are shown."""
     threads = f"{machine['threads']} threads, OMP_PROC_BIND {machine['thread_binding']}"
     where = threads if machine["device"] == "cpu" else machine["device"]
+    if emulated := machine.get("emulated"):
+        where += f"; no instructions for {' and '.join(emulated)}"
     commit = machine["commit"]["id"] or "no commit"
     dirty = " with changes" if machine["commit"]["dirty"] else ""
     return (

@@ -27,11 +27,13 @@ from command import Parser, names, positive
 from measure import measure
 from problem import WrongResultError
 from providers import PROVIDERS
-from shapes import MODELS, Shape, default_set, of_model
+from shapes import MODELS, Shape, default_set, is_for_emulation, of_model
 
 DTYPES = ("bfloat16", "float16", "float32")
 SECONDS = {"quick": 150.0, "full": 1080.0}
 MODEL_TOKENS = {"cuda": 8192, "mps": 1024, "cpu": 512}
+
+Key = tuple[Shape, str, float]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +69,7 @@ def devices() -> list[str]:
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
-    """The rows that the options ask for."""
+    """Those that the options ask for."""
     if args.shapes:
         return args.shapes
     if args.models:
@@ -76,17 +78,42 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
     return list(default_set(args.device, args.size == "full"))
 
 
+def keys(args: argparse.Namespace) -> list[Key]:
+    """Shape, dtype and dropout of every row, in the table's order.
+
+    Of a set without those that would take hours in a dtype which the CPU emulates.
+    """
+    found = [(s, d, p) for d in args.dtype for p in args.dropout for s in shapes(args)]
+    if args.shapes or args.models:
+        return found
+    full = args.size == "full"
+    emulated = set(machine.emulated(args.device)).intersection(args.dtype)
+    kept = [key for key in found if key[1] not in emulated or is_for_emulation(key[0], full)]
+    if len(kept) < len(found):
+        print(
+            f"left out: {len(found) - len(kept)} large rows of {' and '.join(emulated)}, which this"
+            " CPU has no instructions for; --shapes asks for them",
+            file=sys.stderr,
+        )
+    return kept
+
+
 def run(args: argparse.Namespace) -> records.Report:
-    """Measure; each row gets an equal share of the time that is left."""
-    rows = [(s, d, p) for d in args.dtype for p in args.dropout for s in shapes(args)]
+    """Measure; each row gets an equal share of the time that is left.
+
+    What an emulated dtype overruns, others share; what small shapes leave, large ones have.
+    """
+    emulated = machine.emulated(args.device)
+    rows = keys(args)
+    in_turn = sorted(rows, key=lambda key: (key[1] not in emulated, key[0].step_flops))
     end = time.perf_counter() + (args.seconds or SECONDS[args.size])
-    done = []
-    for index, row in enumerate(progress := tqdm(rows, unit="row")):
-        shape, dtype, p = row
+    done = {}
+    for index, key in enumerate(progress := tqdm(in_turn, unit="row")):
+        shape, dtype, p = key
         progress.set_description(f"{shape}, {dtype}, dropout {p:g}")
         share = (end - time.perf_counter()) / (len(rows) - index)
-        done.append(measure(*row, device=args.device, providers=args.providers, seconds=share))
-    return records.Report(machine.describe(args.device), done)
+        done[key] = measure(*key, device=args.device, providers=args.providers, seconds=share)
+    return records.Report(machine.describe(args.device), [done[key] for key in rows])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -57,14 +57,19 @@ def _section(rows: list[Row]) -> list[str]:
 
 
 def _ratio(row: Row, name: str) -> str:
-    return f"{row.results[name].ratio.median:.2f}" if name in row.results else "-"
+    return short(row.results[name].ratio.median) if name in row.results else "-"
 
 
 def _spread(row: Row) -> str:
     if OURS not in row.results:
         return "-"
     ratio = row.results[OURS].ratio
-    return f"{ratio.q1:.2f}-{ratio.q3:.2f}"
+    return f"{short(ratio.q1)}-{short(ratio.q3)}"
+
+
+def short(ratio: float) -> str:
+    """Two decimals, or three of a small one."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
 
 
 def _times(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -28,6 +29,7 @@ def interleaved(
     device: str | torch.device,
     seconds: float,
     min_rounds: int = 5,
+    max_rounds: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds of every call, by name: the same number for each, one a round.
 
@@ -39,6 +41,7 @@ def interleaved(
         callables: what is timed; returns when its work is queued on ``device``.
         device: waited for before and after each call.
         seconds: after which no round starts, once ``min_rounds`` are complete.
+        max_rounds: after which none starts in any case.
     """
     device = torch.device(device)
     for function in callables.values():
@@ -49,7 +52,7 @@ def interleaved(
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + seconds
     rounds = 0
-    while rounds < min_rounds or time.perf_counter() < end:
+    while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < end):
         shuffle(order)
         for name in order:
             times[name].append(_call(callables[name], device))

@@ -168,7 +168,7 @@ def _runner(impl: str, device, dtype, M, N, K, R, dropped: bool, aligned: bool):
 @lru_cache(maxsize=4096)
 def _decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
     if impl == "torch":
-        return Decision("torch", None, None, "asked for")
+        return Decision("torch", None, None, f"asked for{_widened(device, dtype)}")
     problem = _not_worth_it(device) if impl == "auto" else None
     problem = problem or triton_problem(device) or _dtype_problem(dtype)
     if problem is not None:
@@ -179,7 +179,7 @@ def _decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
                 f"fused_lora: PyTorch's products are used on {device}: {problem}. impl='torch' asks"
                 " for them without this warning."
             )
-        return Decision("torch", None, None, problem)
+        return Decision("torch", None, None, f"{problem}{_widened(device, dtype)}")
     if 0 in (M, N, K):
         return Decision("torch", None, None, "an empty dimension: there is nothing to launch")
     asked = impl.partition(":")[2]
@@ -249,6 +249,14 @@ def _not_worth_it(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "GPUs before sm_80 lack bfloat16 matrix instructions and asynchronous copies"
     return None
+
+
+def _widened(device: torch.device, dtype: torch.dtype) -> str:
+    """What a reason says of a dtype that a CPU emulates."""
+    if device.type != "cpu" or not aten.lacks_gemm(dtype):
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return f"; this CPU has no instructions for {name}, whose products are taken in float32"
 
 
 @lru_cache

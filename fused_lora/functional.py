@@ -39,7 +39,7 @@ def fused_lora_linear(
         x: ``(..., in)``, float16, bfloat16, float32 or float64; any leading dimensions and strides.
         weight: ``(out, in)`` in x's dtype (any under autocast); must not require grad.
         lora_A: ``(rank, in)``, any of the dtypes above; cast to x's for the products, to float32
-            for those of few rows on a CPU.
+            for those of few rows on a CPU, and for all where that has no instructions for x's.
         lora_B: ``(out, rank)``, likewise.
         bias: ``(out,)`` or None.
         scaling: ``s``, a float or a constant 0-d tensor on x's device.

@@ -250,6 +250,23 @@ def test_headline_says_what_is_missing(readme, capsys, rows, text, message):
     assert readme.read_text() == before
 
 
+def test_headline_of_a_cpu_that_emulates_is_of_what_it_measured(readme):
+    few = _report(shapes.CPU_QUICK, fused=0.0234)
+    emulating = replace(few, machine=few.machine | {"emulated": ["bfloat16", "float16"]})
+    emulating.save(readme.parent / "results" / "other")
+    mark = "<!-- headline results/other.json -->\n<!-- /headline -->\n"
+    readme.write_text(readme.read_text() + mark)
+    assert headline.main([str(readme)]) == 0
+    first, second = readme.read_text().split("after\n")
+    assert "no instructions" not in first
+    assert "3.18 over peft" in first
+    assert "(2 threads, bound, no instructions for bfloat16, torch 2.13.0)" in second
+    assert "| 512, 768, 768, 8 | 1.50 (2.00) | 2.50 (0.00) | **0.023 (1.00)** |" in second
+    assert "960, 4096" not in second
+    assert "over peft" not in second
+    assert "no instructions for bfloat16 and float16" in table.render(emulating)
+
+
 @pytest.fixture
 def runner(monkeypatch):
     """benchmarks/run.py; what it asks of OpenMP must not reach this process's children."""
@@ -324,3 +341,22 @@ def test_models_rows(runner):
     args = runner.parse(["--models", "gpt2,llama3-8b", "--tokens", "64"])
     assert runner.shapes(args)[:2] == [Shape(64, 768, 2304, 16), Shape(64, 768, 768, 16)]
     assert Shape(64, 4096, 14336, 16) in runner.shapes(args)
+
+
+def test_a_set_leaves_out_what_a_cpu_emulates_for_hours(runner, monkeypatch, capsys):
+    monkeypatch.setattr(runner.machine, "emulated", lambda device: ["bfloat16", "float16"])
+    small, large = Shape(512, 576, 576, 8), Shape(512, 2048, 2048, 16)
+    for size, count in (("--quick", 1), ("--full", 8)):
+        found = runner.keys(runner.parse([size, "--dropout", "0", "--device", "cpu"]))
+        narrow = [shape for shape, dtype, _ in found if dtype == "bfloat16"]
+        assert small in narrow
+        assert large not in narrow
+        assert len(narrow) == count
+        assert (large, "float32", 0.0) in found
+        assert "large rows of bfloat16, which this CPU" in capsys.readouterr().err
+    asked = ["--shapes", "512,2048,2048,16", "--dtype", "bfloat16", "--dropout", "0"]
+    assert runner.keys(runner.parse(asked)) == [(large, "bfloat16", 0.0)]
+    assert runner.keys(runner.parse(["--quick", "--dtype", "float32", "--dropout", "0"])) == [
+        (shape, "float32", 0.0) for shape in shapes.CPU_QUICK
+    ]
+    assert not capsys.readouterr().err

@@ -144,6 +144,11 @@ def test_rounds_are_interleaved_in_changing_order():
     assert {r[:2] for r in rounds} == {tuple(p) for p in ("ab", "ac", "ba", "bc", "ca", "cb")}
 
 
+def test_rounds_end_at_the_most_of_them():
+    times = timing.interleaved({"a": int}, device="cpu", seconds=60, min_rounds=2, max_rounds=7)
+    assert len(times["a"]) == 7
+
+
 def test_quartiles_and_paired_ratios():
     assert timing.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == Quartiles(3.0, 2.0, 4.0)
     assert timing.quartiles([7.0]) == Quartiles(7.0, 7.0, 7.0)

@@ -72,6 +72,17 @@ def test_float64_is_not_for_triton():
         layer(torch.randn(5, 8, dtype=torch.float64))
 
 
+def test_explain_tells_of_a_dtype_that_the_cpu_emulates(monkeypatch):
+    layer = FusedLoRALinear(8, 6, rank=2, dtype=torch.bfloat16)
+    for emulates in (True, False):
+        monkeypatch.setattr(aten, "lacks_gemm", lambda dtype, answer=emulates: answer)
+        dispatch.clear_decisions()
+        for impl in ("auto", "torch"):
+            reason = explain(layer, impl=impl).reason
+            assert ("no instructions for bfloat16, whose products" in reason) is emulates
+    dispatch.clear_decisions()
+
+
 def test_triton_explains_its_strategies():
     pytest.importorskip("triton")
     decision = explain(FusedLoRALinear(80, 60, rank=2, impl="triton"), tokens=1000)

@@ -154,6 +154,17 @@ def test_model_step_in_float32_has_one_kind_of_peft(tmp_path):
     assert list(results) == ["peft", "fused", "peft-patched"]
 
 
+def test_model_step_is_not_in_what_the_cpu_emulates_unless_asked(monkeypatch):
+    def dtype(*options):
+        return model_step.parse(["--device", "cpu", *options]).dtype
+
+    monkeypatch.setattr(model_step.machine, "emulated", lambda device: ["bfloat16"])
+    assert dtype() == "float32"
+    assert dtype("--dtype", "bfloat16") == dtype("--quick") == "bfloat16"
+    monkeypatch.setattr(model_step.machine, "emulated", lambda device: [])
+    assert dtype() == "bfloat16"
+
+
 def test_model_step_times_nobody_who_learns_otherwise(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
         whole_models.PROVIDERS, "fused", lambda model, p: whole_models.with_ours(model, 0.5)
