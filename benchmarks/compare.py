@@ -59,7 +59,7 @@ def render(old: Report, new: Report) -> str:
     lines = [
         f"note: {key} was {old.machine.get(key)!r} and is {new.machine.get(key)!r}"
         for key in SAME
-        if old.machine.get(key) != new.machine.get(key)
+        if (old.machine.get(key) or None) != (new.machine.get(key) or None)  # older files lack some
     ]
     named = {v: [c for c in found if c.verdict == v] for v in ("slower", "faster", "same")}
     counts = ", ".join(f"{len(items)} {verdict}" for verdict, items in named.items())

@@ -51,7 +51,7 @@ def emulated(device: str | torch.device) -> list[str]:
     """The dtypes that a CPU has no instructions for, so that PyTorch's GEMM is a plain loop."""
     if torch.device(device).type != "cpu":
         return []
-    return [name for name in ("bfloat16", "float16") if aten.lacks_gemm(getattr(torch, name))]
+    return [name for name in ("bfloat16", "float16") if getattr(torch, name) in aten.EMULATED]
 
 
 def version_of(package: str) -> str | None:

@@ -87,7 +87,7 @@ def keys(args: argparse.Namespace) -> list[Key]:
     if args.shapes or args.models:
         return found
     full = args.size == "full"
-    emulated = set(machine.emulated(args.device)).intersection(args.dtype)
+    emulated = [dtype for dtype in machine.emulated(args.device) if dtype in args.dtype]
     kept = [key for key in found if key[1] not in emulated or is_for_emulation(key[0], full)]
     if len(kept) < len(found):
         print(

@@ -5,13 +5,13 @@ only; the low-rank product accumulates into the base output in place; nothing of
 made but the results, and with dropout the mask and in backward one temporary.
 
 On a CPU without instructions for a half-precision dtype, PyTorch's products of that dtype are plain
-loops, 10 to 60 times slower than float32's. Ours are then float32's, on widened operands.
+loops, 10 to 60 times slower than float32's. Ours are then float32's, on widened operands: ``x`` and
+``dY`` whole, the weight in blocks.
 """
 
 from __future__ import annotations
 
 import platform
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -72,15 +72,20 @@ def forward(
             weight = weight.to(given)
         if bias is not None and bias.dtype != given:
             bias = bias.to(given)
-        if dtype is not given and _is_widened(x, weight.t()):
+        if dtype is not given and _is_widened(x, weight, 1):
             if words is not None:
+                del operand
                 operand = x.to(dtype)
             return _wide_product(operand, weight.t(), S, Bt, given, bias=bias), S
         y = F.linear(x, weight, bias)
         return y.addmm_(S, Bt) if dtype is given else y.add_(torch.mm(S, Bt)), S
     if base.dtype == dtype:
         return torch.addmm(base, S, Bt), S
-    return (base + torch.mm(S, Bt)).to(base.dtype), S
+    del operand
+    branch = torch.mm(S, Bt)
+    if torch.promote_types(base.dtype, dtype) == dtype:
+        return branch.add_(base).to(base.dtype), S
+    return (base + branch).to(base.dtype), S
 
 
 def backward(
@@ -122,6 +127,7 @@ def backward(
         else:
             dropped = x if dtype is given else x.to(dtype)
         dA = _mm_as(G.t(), dropped, lora_A.dtype)
+        del dropped  # widened, it is as large as two of x
     if needs[0] and mask is None:
         dx = _input_gradient(dy, wide_dy, weight, G, A, None)
     return dx, dA, dB
@@ -136,7 +142,7 @@ def _input_gradient(dy, wide_dy, weight: Tensor | None, G, A, mask: Tensor | Non
         return dx if dx.dtype == dy.dtype else dx.to(dy.dtype)
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
-    if wide_dy is not dy and _is_widened(dy, weight):
+    if wide_dy is not dy and _is_widened(dy, weight, 0):
         return _wide_product(wide_dy, weight, G, A, dy.dtype, mask=mask)
     dx = torch.mm(dy, weight)
     if mask is not None:
@@ -172,28 +178,37 @@ def _wide_product(
     return product
 
 
-def _is_widened(tall: Tensor, matrix: Tensor) -> bool:
-    """Whether ``tall matrix`` of half precision is to be taken in float32, on a CPU.
+def _is_widened(tall: Tensor, weight: Tensor, summed: int) -> bool:
+    """Whether a product of half precision is to be taken in float32, on a CPU.
+
+    Args:
+        summed: the dimension of ``weight`` that the product sums over.
 
     PyTorch's loop over dot products of contiguous vectors is good enough for few rows, where most
-    of the work is to read the weight.
+    of the work is to read the weight; only there float16's base can overflow before the adapter is
+    added. A subclass, as a quantised weight is, may know no product but its own.
     """
-    return lacks_gemm(tall.dtype) and (tall.shape[0] > 8 or matrix.stride(0) != 1)
+    return (
+        tall.dtype in EMULATED
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and (tall.shape[0] > 8 or weight.stride(summed) != 1)
+    )
 
 
-@lru_cache
-def lacks_gemm(dtype: torch.dtype) -> bool:
-    """Whether a CPU's GEMM of ``dtype`` is a plain loop, for want of instructions."""
-    supported = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }
-    if dtype not in supported or not torch.backends.mkldnn.is_available():
-        return False
+def _emulated() -> frozenset[torch.dtype]:
+    """The dtypes that this CPU has no instructions for, so that PyTorch's GEMM is a plain loop."""
     if platform.machine().lower() not in ("x86_64", "amd64"):  # others have loops of their own
-        return False
-    ask = getattr(torch.ops.mkldnn, supported[dtype], None)
-    return ask is not None and not ask()
+        return frozenset()
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    ask = {
+        d: getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported") for d, name in names.items()
+    }
+    return frozenset(dtype for dtype, is_supported in ask.items() if not is_supported())
+
+
+EMULATED = _emulated()  # asked once, outside of what compilers and dispatch modes see
 
 
 def _thin_products(tall: Tensor, lora_A: Tensor) -> tuple[torch.dtype, bool]:
@@ -211,9 +226,10 @@ def _thin_products(tall: Tensor, lora_A: Tensor) -> tuple[torch.dtype, bool]:
     if not tall.is_cpu or type(rows) is not int:  # a graph must hold for any number of rows
         return dtype, False
     rank = lora_A.shape[0]
-    wide = lacks_gemm(dtype)
-    if wide or dtype not in _HALF:
-        return torch.float32 if wide else dtype, rows >= 128 and 1 < rank <= 16
+    if dtype in EMULATED:
+        dtype = torch.float32
+    if dtype not in _HALF:
+        return dtype, rows >= 128 and 1 < rank <= 16
     if lora_A.dtype == torch.float32:
         small = rows * rank <= 512
     else:

@@ -8,8 +8,8 @@ files or life cycle.
 
 Differences to PEFT where a layer is fused: another stream of random numbers decides which entries
 dropout drops; and where float32 adapters sit on a half-precision base, the adapter's products are
-taken in the dtype of ``x`` (of few rows on a CPU in float32), so that gradients are as accurate as
-that dtype.
+taken in the dtype of ``x`` (on a CPU in float32 if rows are few or it has no instructions for that
+dtype), so that gradients are as accurate as that dtype.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from . import aten
 from .functional import fused_lora_add, fused_lora_linear
 from .patch_report import PatchReport
 from .sharding import is_shard
@@ -169,10 +170,10 @@ class _Parts:
     def narrowed(self) -> bool:
         """Whether the adapter's products are taken in less than its own precision."""
         weight = self.base._parameters.get("weight") if self.beside else self.weight
-        return self.lora_A.dtype == torch.float32 and getattr(weight, "dtype", None) not in (
-            None,
-            torch.float32,
-        )
+        dtype = getattr(weight, "dtype", None)
+        if self.lora_A.is_cpu and dtype in aten.EMULATED:
+            return False
+        return self.lora_A.dtype == torch.float32 and dtype not in (None, torch.float32)
 
 
 def _fused(x: Tensor, parts: _Parts) -> Tensor:

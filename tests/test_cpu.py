@@ -1,10 +1,12 @@
 """What the PyTorch path does for a CPU's sake: half precision is widened where it is slow."""
 
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo import compiled_autograd
 
 from fused_lora import aten, fused_lora_add, fused_lora_linear
 from support import UNIT_ROUNDOFF, in_float64, make_inputs, relative_rms, run
@@ -15,14 +17,14 @@ HALF = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def with_instructions(monkeypatch):
     """A CPU that multiplies half precision, whatever this one can do."""
-    monkeypatch.setattr(aten, "lacks_gemm", lambda dtype: False)
+    monkeypatch.setattr(aten, "EMULATED", frozenset())
 
 
 @pytest.fixture
 def without_instructions(monkeypatch):
     """A CPU where PyTorch's products of half precision are loops; weights come in many blocks."""
-    monkeypatch.setattr(aten, "lacks_gemm", lambda dtype: dtype in HALF)
-    for name, size in {"_WEIGHTS": 1 << 10, "_OUTPUTS": 1 << 11, "_COLUMNS": 7}.items():
+    monkeypatch.setattr(aten, "EMULATED", frozenset(HALF))
+    for name, size in {"_WEIGHTS": 960, "_OUTPUTS": 256 * 8, "_COLUMNS": 7}.items():
         monkeypatch.setattr(aten, f"_WIDE{name}", size)
 
 
@@ -125,17 +127,71 @@ def test_without_instructions_gradients_come_in_batches(rows, without_instructio
         torch.testing.assert_close(dx, torch.autograd.grad(y, [x], dy, retain_graph=True)[0])
 
 
-def test_whether_a_cpu_has_instructions_is_pytorchs_answer(monkeypatch):
-    ask = aten.lacks_gemm.__wrapped__
-    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
-    for dtype, name in (
-        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
-        (torch.float16, "_is_mkldnn_fp16_supported"),
-    ):
-        for answer in (False, True):
-            monkeypatch.setattr(torch.ops.mkldnn, name, lambda answer=answer: answer)
-            assert ask(dtype) is not answer
-    assert not ask(torch.float32)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")  # not measured
-    assert not ask(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("rows", "transposed", "widened"),
+    [(8, False, False), (9, False, True), (8, True, True), (1, True, True)],
+)
+def test_without_instructions_few_rows_are_left_to_dot_products(
+    rows, transposed, widened, without_instructions, monkeypatch
+):
+    """The weight comes in blocks, none larger than the limits and no narrower than the least."""
+    weight = torch.randn(80, 96).bfloat16()
+    if transposed:
+        weight = weight.t().contiguous().t()
+    blocks = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: blocks.append(b.shape) or mm(a, b))
+    A, B = torch.randn(4, 96), torch.randn(80, 4)
+    x = torch.randn(rows, 96).bfloat16()
+    aten.forward(x, weight, A, B, None, 1.0, None, 1.0)
+    found = [columns for inner, columns in blocks if inner == 96 and columns != 4]
+    assert found == ([10] * 8 if widened else [])
+    blocks.clear()
+    x = torch.randn(256, 96).bfloat16()
+    aten.forward(x, weight, A, B, None, 1.0, None, 1.0)
+    assert [columns for inner, columns in blocks if inner == 96] == [8] * 10
+
+
+def test_without_instructions_a_subclass_is_multiplied_by_itself(without_instructions):
+    """As a quantised weight, which may have no views and no other dtype."""
+
+    class Quantised(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            assert function not in (torch.Tensor.__getitem__, torch.Tensor.to), function
+            return super().__torch_function__(function, types, args, kwargs)
+
+    inputs = make_inputs(20, 40, 24, 4, torch.bfloat16)
+    expected = run(fused_lora_linear, inputs, dy := torch.randn(20, 24).bfloat16())
+    weight = inputs["weight"].as_subclass(Quantised)
+    actual = run(fused_lora_linear, inputs | {"weight": weight}, dy)
+    for name in ("y", "dx"):
+        unit = UNIT_ROUNDOFF[torch.bfloat16]
+        assert relative_rms(actual[name], expected[name]) <= 2 * unit
+
+
+def test_compiled_autograd_follows_the_backward(without_instructions, nothing_compiled):
+    inputs = make_inputs(20, 40, 24, 4, torch.bfloat16, adapter_dtype=torch.float32)
+    leaves = [inputs[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    y = fused_lora_linear(**inputs, dropout_p=0.3)
+    expected = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        y.sum().backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)
+
+
+def test_what_a_cpu_emulates_is_pytorchs_answer(monkeypatch):
+    def ask(machine, has_mkldnn=True, bf16=False, fp16=False):
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_mkldnn)
+        mkldnn = SimpleNamespace(
+            _is_mkldnn_bf16_supported=lambda: bf16, _is_mkldnn_fp16_supported=lambda: fp16
+        )
+        monkeypatch.setattr(torch.ops, "mkldnn", mkldnn)
+        return aten._emulated()
+
+    assert ask("AMD64") == ask("x86_64") == set(HALF)
+    assert ask("x86_64", bf16=True) == {torch.float16}
+    assert ask("x86_64", bf16=True, fp16=True) == set()
+    assert ask("x86_64", has_mkldnn=False) == ask("arm64") == set()  # neither was measured

@@ -74,12 +74,12 @@ def test_float64_is_not_for_triton():
 
 def test_explain_tells_of_a_dtype_that_the_cpu_emulates(monkeypatch):
     layer = FusedLoRALinear(8, 6, rank=2, dtype=torch.bfloat16)
-    for emulates in (True, False):
-        monkeypatch.setattr(aten, "lacks_gemm", lambda dtype, answer=emulates: answer)
+    for dtypes in ({torch.bfloat16}, {torch.float16}):
+        monkeypatch.setattr(aten, "EMULATED", frozenset(dtypes))
         dispatch.clear_decisions()
         for impl in ("auto", "torch"):
             reason = explain(layer, impl=impl).reason
-            assert ("no instructions for bfloat16, whose products" in reason) is emulates
+            assert ("no instructions for bfloat16" in reason) is (layer.weight.dtype in dtypes)
     dispatch.clear_decisions()
 
 

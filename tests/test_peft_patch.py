@@ -11,7 +11,7 @@ import torch
 from models import gpt2, llama, tokens
 from torch import nn
 
-from fused_lora import PatchReport, patch_peft, unpatch_peft
+from fused_lora import PatchReport, aten, patch_peft, unpatch_peft
 from support import kept_bytes
 
 peft = pytest.importorskip("peft")
@@ -135,6 +135,13 @@ def test_a_later_replacement_is_not_overwritten(monkeypatch):
     monkeypatch.undo()
 
 
+def test_report_says_whose_adapters_are_narrowed(monkeypatch):
+    said = "2 with float32 adapters compute in half precision"
+    for emulated in (frozenset(), frozenset([torch.bfloat16])):
+        monkeypatch.setattr(aten, "EMULATED", emulated)
+        assert (said in patch_peft(net(torch.bfloat16)).summary) is not bool(emulated)
+
+
 def test_report():
     model = second_adapter(net())
     report = patch_peft(model)
@@ -149,10 +156,6 @@ def test_report():
         "  base_model.model.second: fused",
     ]
     assert "<td>base_model.model.first</td><td>fused</td>" in report._repr_html_()
-    assert (
-        "2 with float32 adapters compute in half precision"
-        in patch_peft(net(torch.bfloat16)).summary
-    )
     assert patch_peft().summary.startswith("PEFT's LoRA layers run fused where they are plain")
 
 
