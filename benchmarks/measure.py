@@ -16,6 +16,7 @@ from timing import interleaved, quartiles, ratios
 
 BASE = "frozen"
 MIN_ROUNDS, MAX_ROUNDS = 5, 500
+MIN_SECONDS = 2.0  # of rounds, so that a row of microseconds has many when time has run out
 
 
 def measure(
@@ -30,7 +31,8 @@ def measure(
     """Forward and backward of one layer by each of ``providers``, and by the frozen layer.
 
     Args:
-        seconds: for all of it; MIN_ROUNDS are run in any case, and no more than MAX_ROUNDS.
+        seconds: for all of it; MIN_ROUNDS and MIN_SECONDS of rounds are run in any case, and no
+            more than MAX_ROUNDS.
 
     Raises:
         WrongResultError: a provider computes something else.
@@ -47,7 +49,7 @@ def measure(
     times = interleaved(
         {name: layer.step for name, layer in layers.items()},
         device=device,
-        seconds=seconds - (time.perf_counter() - start),
+        seconds=max(MIN_SECONDS, seconds - (time.perf_counter() - start)),
         min_rounds=MIN_ROUNDS,
         max_rounds=MAX_ROUNDS,
     )
