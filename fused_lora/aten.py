@@ -201,11 +201,13 @@ def _emulated() -> frozenset[torch.dtype]:
         return frozenset()
     if not torch.backends.mkldnn.is_available():
         return frozenset()
+
+    def is_lacking(name: str) -> bool:
+        is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+        return is_supported is not None and not is_supported()
+
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    ask = {
-        d: getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported") for d, name in names.items()
-    }
-    return frozenset(dtype for dtype, is_supported in ask.items() if not is_supported())
+    return frozenset(dtype for dtype, name in names.items() if is_lacking(name))
 
 
 EMULATED = _emulated()  # asked once, outside of what compilers and dispatch modes see

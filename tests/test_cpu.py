@@ -182,16 +182,16 @@ def test_compiled_autograd_follows_the_backward(without_instructions, nothing_co
 
 
 def test_what_a_cpu_emulates_is_pytorchs_answer(monkeypatch):
-    def ask(machine, has_mkldnn=True, bf16=False, fp16=False):
+    def ask(machine, has_mkldnn=True, **supported):
         monkeypatch.setattr(platform, "machine", lambda: machine)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_mkldnn)
-        mkldnn = SimpleNamespace(
-            _is_mkldnn_bf16_supported=lambda: bf16, _is_mkldnn_fp16_supported=lambda: fp16
-        )
-        monkeypatch.setattr(torch.ops, "mkldnn", mkldnn)
+        answers = {f"_is_mkldnn_{k}_supported": lambda v=v: v for k, v in supported.items()}
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**answers))
         return aten._emulated()
 
-    assert ask("AMD64") == ask("x86_64") == set(HALF)
-    assert ask("x86_64", bf16=True) == {torch.float16}
+    none = {"bf16": False, "fp16": False}
+    assert ask("AMD64", **none) == ask("x86_64", **none) == set(HALF)
+    assert ask("x86_64", bf16=True, fp16=False) == {torch.float16}
     assert ask("x86_64", bf16=True, fp16=True) == set()
-    assert ask("x86_64", has_mkldnn=False) == ask("arm64") == set()  # neither was measured
+    assert ask("x86_64") == set()  # a PyTorch that no longer has the question
+    assert ask("x86_64", has_mkldnn=False, **none) == ask("arm64", **none) == set()  # not measured
