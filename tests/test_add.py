@@ -120,14 +120,17 @@ def test_a_strided_base_and_gradient(impl):
     torch.testing.assert_close(got, expected)
 
 
-def test_keeps_x_the_thin_product_and_bits():
+@pytest.mark.parametrize(
+    ("emulated", "S_bytes"), [((), 2), ((BF16,), 4)], ids=["plain", "emulated"]
+)
+def test_keeps_x_the_thin_product_and_bits(emulated, S_bytes, monkeypatch):
+    monkeypatch.setattr(aten, "EMULATED", frozenset(emulated))
     tensors = make(64, 256, 32, 8, BF16, adapter_dtype=FP32)
     kept = []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fused_lora_add(**tensors, dropout_p=0.1)
     own = {t.data_ptr() for t in (tensors["lora_A"], tensors["lora_B"])}
     size = sum(t.nbytes for t in kept if t.data_ptr() not in own)
-    S_bytes = 4 if BF16 in aten.EMULATED else 2
     assert size == 64 * 256 * 2 + 64 * 8 * S_bytes + 64 * 256 // 8
     with torch.no_grad(), saved_tensors_hooks(lambda t: pytest.fail("kept"), lambda t: t):
         fused_lora_add(**tensors)
