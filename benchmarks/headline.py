@@ -23,6 +23,7 @@ from table import short
 COLUMNS = {"eager": "eager formula", "peft": "PEFT (default)", "fused": "**fused-lora**"}
 ROWS = ("bfloat16", 0.1)  # the dtype and dropout that the table shows
 MEAN = "cpu-targets"
+MARK = "<!-- headline "
 MARKED = re.compile(r"(<!-- headline (\S+) -->\n).*?(?=<!-- /headline -->)", re.DOTALL)
 
 
@@ -38,9 +39,11 @@ def updated(readme: Path) -> str:
         FormatError, OSError: the results cannot be read.
     """
     text = readme.read_text()
-    if MARKED.search(text) is None:
+    marks, found = text.count(MARK), len(MARKED.findall(text))
+    if not marks or found < marks:
         raise HeadlineError(
-            f"{readme}: expected <!-- headline FILE.json --> and <!-- /headline -->, got neither"
+            f"{readme}: expected <!-- headline FILE.json --> and <!-- /headline -->, got {marks} of"
+            f" the first and {found} with the second"
         )
     return MARKED.sub(
         lambda found: found[1] + render(records.load(readme.parent / found[2]), found[2]), text

@@ -149,6 +149,11 @@ def test_compare_says_that_the_machine_is_another():
     old = _report()
     new = replace(old, machine=old.machine | {"threads": 8})
     assert "note: threads was 2 and is 8" in compare.render(old, new)
+    for emulated, said in (([], False), (["bfloat16"], True)):
+        new = replace(old, machine=old.machine | {"emulated": emulated})
+        text = compare.render(old, new)
+        assert ("note: emulated was None and is ['bfloat16']" in text) is said
+        assert ("note:" in text) is said
 
 
 def _without_dropout(fused: float, addmm: float, floor: float) -> Report:
@@ -233,11 +238,16 @@ def test_headline(readme, capsys):
     ("rows", "text", "message"),
     [
         (shapes.CPU_TARGETS, "no markers", "expected <!-- headline"),
+        (
+            shapes.CPU_TARGETS,
+            "<!-- headline results/cpu.json -->\n<!-- /headline -->\n<!-- headline b.json -->\n",
+            "got 2 of the first and 1 with the second",
+        ),
         (shapes.CPU_TARGETS, "<!-- headline gone.json -->\n<!-- /headline -->", "gone.json"),
         (shapes.CPU_QUICK, None, "expected 960x4096x4096 r64"),
         (shapes.HEADLINE, None, "expected every shape of cpu-targets"),
     ],
-    ids=["no markers", "no file", "no row", "no mean"],
+    ids=["no markers", "no end", "no file", "no row", "no mean"],
 )
 def test_headline_says_what_is_missing(readme, capsys, rows, text, message):
     _report(rows).save(readme.parent / "results" / "cpu")
