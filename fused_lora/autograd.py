@@ -158,13 +158,20 @@ def _flatten(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
+# Kinds of device without autocast. The tuple is a constant for compilers: Dynamo of PyTorch before
+# 2.13 cannot trace ``is_autocast_available``.
+_WITHOUT_AUTOCAST = tuple(
+    kind for kind in ("meta", "lazy", "vulkan") if not torch.amp.is_autocast_available(kind)
+)
+
+
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on for operators on ``tensor``."""
     # One question for all devices but some, MPS among them; to ask for one costs six times more.
     if (tensor.is_cpu or tensor.is_cuda) and not _is_any_autocast_enabled():
         return False
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from . import aten
+from .autograd import autocasts
 from .functional import fused_lora_add, fused_lora_linear
 from .patch_report import PatchReport
 from .sharding import is_shard
@@ -310,7 +311,7 @@ def _input_reason(layer: nn.Module, x: Tensor, parts: _Parts) -> str | None:
         return "an input that is no plain tensor"
     if x.layout != torch.strided or x.device != device or x.dtype not in FLOATS:
         return "an input of another kind or device"
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = autocasts(x)
     if autocast:
         if torch.float64 in (x.dtype, lora_A.dtype):
             return "float64 under autocast"

@@ -16,8 +16,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .interpreter import INTERPRETED
+
 # Whose compiled kernels are known to be run as :class:`_Plan` does; others are launched plainly.
-KNOWN = {"3.7", "3.8", "3.9"}
+KNOWN = {"3.6", "3.7", "3.8", "3.9"}
 _IS_KNOWN = ".".join(triton.__version__.split(".")[:2]) in KNOWN
 _BUFFERS_HAVE_SIZES = torch.version.hip is not None  # Triton specialises on them there
 _BUFFER_BYTES = 1 << 31
@@ -116,7 +118,7 @@ def _observed(kernel) -> bool:
     """Whether somebody looks at launches, or wants other code than usual."""
     runtime = knobs.runtime
     return bool(
-        type(kernel) is not triton.JITFunction  # interpreted
+        INTERPRETED
         or runtime.debug
         or kernel.debug
         or kernel.pre_run_hooks

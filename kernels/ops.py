@@ -10,12 +10,12 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from ..constants import constant, scalar
 from . import configs
 from .dropout import dropout_mask
+from .interpreter import INTERPRETED
 from .lora_add import lora_add
 from .lora_gemm import lora_gemm
 from .rank_grad import rank_grad
@@ -23,8 +23,6 @@ from .shrink import shrink
 from .single_pass import single_pass
 
 __all__ = ["INTERPRETED", "backward", "dropout_mask", "forward"]
-
-INTERPRETED = triton.knobs.runtime.interpret  # decided when the kernels were decorated
 
 _VECTOR_BYTES = 16
 

@@ -6,52 +6,11 @@ import tempfile
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 
-import numpy as np
 import pytest
 import torch
 
-try:
-    import triton.language as tl
-    from triton.runtime import interpreter
-except ImportError:
-    interpreter = None
-
-
-def _mend_interpreter() -> None:
-    """Two faults of Triton's interpreter (seen in 3.7 to 3.9) would hide ours.
-
-    bfloat16 lives in uint16 arrays there: ``tl.dot`` multiplies the bit patterns as integers, and
-    casts from float32 truncate instead of rounding to nearest even. Both go through PyTorch here.
-    """
-    builder = interpreter.InterpreterBuilder
-    create_dot, cast_impl = builder.create_dot, builder.cast_impl
-
-    def to_float(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(wide, tl.float32)
-
-    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        return create_dot(self, to_float(a), to_float(b), d, input_precision, max_num_imprecise_acc)
-
-    def cast(self, src, dst_type):
-        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
-            data = rounded.view(torch.int16).numpy().view(np.uint16)
-            return interpreter.TensorHandle(data, tl.bfloat16)
-        return cast_impl(self, src, dst_type)
-
-    builder.create_dot = dot
-    builder.cast_impl = cast
-    for name in ("create_fp_trunc", "create_fp_ext"):
-        setattr(builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
-
-
 _cache = tempfile.TemporaryDirectory()
 os.environ["FUSED_LORA_CACHE"] = _cache.name  # what the machine's user has tuned is no test's
-if interpreter is not None:
-    _mend_interpreter()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the threads
 

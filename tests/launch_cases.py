@@ -62,7 +62,7 @@ def described(argument):
     if isinstance(argument, TensorDescriptor):
         base, shape, strides = argument.base, tuple(argument.shape), tuple(argument.strides)
         place = base.data_ptr(), base.dtype, shape, strides, tuple(argument.block_shape)
-        return "descriptor", *place, argument.padding, argument.round_f32_to_tf32
+        return "descriptor", *place, argument.padding, getattr(argument, "round_f32_to_tf32", None)
     return type(argument), argument
 
 
