@@ -76,9 +76,9 @@ def plain(run: Callable[[], object]) -> Callable[[], None]:
     """``run`` with Triton's own look-up."""
 
     def runs():
-        launch._IS_KNOWN = False
+        launch.REPEATS = False
         run()
-        launch._IS_KNOWN = True
+        launch.REPEATS = True
 
     return runs
 

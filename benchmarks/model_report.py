@@ -126,9 +126,12 @@ def make_row(gpu: str, model: str, layer: str, c: Product) -> Row:
     device = KNOWN[gpu]
     auto = tuple(
         cost.choose_strategy(
-            device, c.itemsize, c.M, columns, inner, c.R, masked_operand=masked, aligned=True
+            device, c.itemsize, c.M, columns, inner, c.R, masked=masked, aligned=True
         )[0]
-        for columns, inner, masked in ((c.N, c.L, bool(c.masked)), (c.L, c.N, False))
+        for columns, inner, masked in (
+            (c.N, c.L, c.masked),
+            (c.L, c.N, "output" if c.masked else None),
+        )
     )
     schedules = {"frozen": peer_traffic.frozen(device, c)}
     schedules |= {name: run(device, c) for name, run in peer_traffic.PEERS.items()}

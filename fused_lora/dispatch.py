@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,6 +15,15 @@ from .runner import TritonRunner, described, forget_failures
 from .sharding import is_shard
 from .validation import check_dropout, check_impl, check_tensors
 
+# The oldest that runs every test; torch 2.11 brings it.
+MIN_TRITON = (3, 6)
+_OLDEST = ".".join(map(str, MIN_TRITON))
+_CURE = (
+    f"the kernels need Triton {_OLDEST} or newer: a GPU build of torch 2.11 or newer brings it, and"
+    " on Linux pip install -U triton adds it"
+)
+_UNTUNED = "; modelled, nothing was measured for this shape (python -m fused_lora.tune does)"
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -21,7 +31,8 @@ class Decision:
 
     Attributes:
         impl: "triton", "torch" or "reference".
-        forward: Triton's strategy ("split", "single_pass", "addmm"), or None.
+        forward: the strategy: Triton's "split", "single_pass" or "addmm", or "torch" (PyTorch's
+            operators, with Triton's mask and the other direction's kernels); None without Triton.
         backward: likewise.
         reason: one sentence.
     """
@@ -187,24 +198,35 @@ def _decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
     def strategy(direction: str, rows_aligned: bool) -> tuple[str, str]:
         aligned = rows_aligned and K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
         call = tuned.Call(direction, dtype, M, K, N, R, dropped, aligned)
+        allowed = call.strategies if impl == "auto" else call.kernel_strategies
         if asked:
-            if asked not in call.strategies:
-                able = " or ".join(call.strategies)
+            if asked not in allowed:
+                able = " or ".join(allowed)
                 raise ValueError(f"impl={impl!r} cannot run here: expected {able} for {call.key}")
             return asked, "asked for"
-        if entry := tuned.lookup(call, device):
-            return entry.strategy, f"tuned entry {call.key!r}: {entry}"
-        return modelled(call, device)
+        entry = tuned.lookup(call, device)
+        if entry is not None and (best := entry.best(allowed)):
+            return best, f"tuned entry {call.key!r}: {entry}"
+        chosen, reason = modelled(call, device, with_torch=impl == "auto")
+        return chosen, f"{reason}{_UNTUNED if device.type == 'cuda' else ''}"
 
     forward, reason = strategy("forward", aligned)
     backward, backward_reason = strategy("backward", True)
     if backward_reason != reason:
         reason = f"forward: {reason}; backward: {backward_reason}"
+    if forward == backward == "torch" and not dropped:  # not even the mask is Triton's
+        return Decision("torch", None, None, reason)
     return Decision("triton", forward, backward, reason)
 
 
-def modelled(call: tuned.Call, device: torch.device) -> tuple[str, str]:
-    """The strategy that the cost model takes for ``call``, and its reason."""
+def modelled(call: tuned.Call, device: torch.device, *, with_torch: bool = True) -> tuple[str, str]:
+    """The strategy that the cost model chooses for ``call``, and its reason.
+
+    Args:
+        with_torch: whether PyTorch's operators alone are a candidate.
+    """
+    from .kernels import launch
+
     forward = call.direction == "forward"
     columns, inner = (call.N, call.K) if forward else (call.K, call.N)
     return cost.choose_strategy(
@@ -214,8 +236,10 @@ def modelled(call: tuned.Call, device: torch.device) -> tuple[str, str]:
         columns,
         inner,
         call.R,
-        masked_operand=call.dropped and forward,
+        masked=call.masked,
         aligned=call.aligned,
+        with_torch=with_torch,
+        repeated=launch.REPEATS,
     )
 
 
@@ -225,15 +249,24 @@ def triton_problem(device: torch.device) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"the kernels run on CUDA and ROCm devices, got {device.type}"
     try:
+        import triton
+
+        if _numbers(triton.__version__) < MIN_TRITON:
+            return f"Triton {triton.__version__} is older than {_OLDEST}; {_CURE}"
         from .kernels import ops
-    except Exception as error:  # an old Triton fails in other ways than ImportError
-        return f"Triton cannot be imported ({described(error)}); pip install triton, 3.7 or newer"
+    except Exception as error:  # a damaged or foreign Triton fails in other ways than ImportError
+        return f"Triton cannot be imported ({described(error)}); {_CURE}"
     if device.type == "cpu" and not ops.INTERPRETED:
         return (
             "the tensors are on a CPU, where Triton runs only interpreted; set TRITON_INTERPRET=1"
             " before the kernels are first used"
         )
     return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``(3, 6)`` of "3.6.0+git1234"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _dtype_problem(dtype: torch.dtype) -> str | None:

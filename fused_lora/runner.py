@@ -22,11 +22,28 @@ _CURES = (
 )
 
 
+def run_forward(ops, strategy: str, *args):
+    """As :func:`.aten.forward`, by a strategy of the kernels (``ops``) or by PyTorch ("torch")."""
+    if strategy == "torch":
+        return aten.forward(*args)
+    *args, base = args
+    return ops.forward(*args, strategy, base)
+
+
+def run_backward(ops, strategy: str, dy, x, weight, lora_A, lora_B, S, *args):
+    """As :func:`.aten.backward`, likewise; either reads what the other's forward has saved."""
+    if strategy == "torch":
+        return aten.backward(dy, x, weight, lora_A, lora_B, S, *args)
+    if S is not None and S.dtype != torch.float32:  # PyTorch's is in x's dtype
+        S = S.float()
+    return ops.backward(dy, x, weight, lora_A, lora_B, S, *args, strategy)
+
+
 class TritonRunner:
     """What :func:`.dispatch.choose` gives for the kernels.
 
     Args:
-        decision: with a strategy each way.
+        decision: with a strategy each way, "torch" perhaps for one of them.
         device: of the tensors.
         fallback_key: under "auto", what a failure is remembered by; None raises it.
     """
@@ -52,14 +69,14 @@ class TritonRunner:
     def forward(self, *args, base):
         """As :func:`.aten.forward`."""
         return self._run(
-            lambda: self.ops.forward(*args, self.decision.forward, base),
+            lambda: run_forward(self.ops, self.decision.forward, *args, base),
             lambda: aten.forward(*args, base),
         )
 
     def backward(self, *args):
         """As :func:`.aten.backward`."""
         return self._run(
-            lambda: self.ops.backward(*args, self.decision.backward),
+            lambda: run_backward(self.ops, self.decision.backward, *args),
             lambda: aten.backward(*args),
         )
 

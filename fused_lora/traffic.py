@@ -23,6 +23,7 @@ VENDOR_TILE = (128, 256, 8)  # rows, columns, row blocks of a group: with it the
 # Integer instructions of 64 columns of mask: 200 in the loop of one digit for 8 such words, and 352
 # around it [compiled, sm_90, Triton 3.7.1].
 _MASK_LOOP, _MASK_REST = 25, 44
+_TABLE_OPERATORS = ("arange", "arange", "shift", "and", "to")  # of dropout._byte_table
 _OWN = ("p", "q", "o")  # operands of the frozen product itself; an epilogue's are thin
 
 
@@ -40,6 +41,7 @@ class Kernel:
             if the kernel is none.
         speed: of its products, over the vendor's.
         integers: instructions of the integer units.
+        is_torch: whether a PyTorch operator launches it, else Triton.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Kernel:
     gemm: float = 0.0
     speed: float = 1.0
     integers: float = 0.0
+    is_torch: bool = False
 
     @property
     def gemm_bytes(self) -> float:
@@ -122,7 +125,8 @@ def vendor_gemm(
     if bias:
         reads["bias"] = N * itemsize
     written = {"o": M * N * itemsize}
-    return Kernel(name, reads, written, 2.0 * M * L * N, {"p": row, "q": column}, gemm=1.0)
+    again = {"p": row, "q": column}
+    return Kernel(name, reads, written, 2.0 * M * L * N, again, gemm=1.0, is_torch=True)
 
 
 def dropout_mask(M: int, L: int) -> Kernel:
@@ -205,9 +209,9 @@ def rank_grad(device: Device, c: Product) -> list[Kernel]:
     if not masked and c.M < configs.MIN_ROWS_PER_RANK * c.R:
         narrow, result = c.M * c.R * c.itemsize, c.R * c.L * c.itemsize
         return [
-            Kernel("cast", {"u": u}, {"u": narrow}),
-            Kernel("mm", {"u": narrow, "p": p}, {"o": result}, 2.0 * c.M * c.L * c.R),
-            Kernel("copy", {"o": result}, {"o": out}),
+            _torch("cast", {"u": u}, {"u": narrow}),
+            _torch("mm", {"u": narrow, "p": p}, {"o": result}, 2.0 * c.M * c.L * c.R),
+            _torch("copy", {"o": result}, {"o": out}),
         ]
     config = configs.rank_grad_config(
         device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned
@@ -225,13 +229,41 @@ def rank_grad(device: Device, c: Product) -> list[Kernel]:
 
 
 def product(device: Device, strategy: str, c: Product) -> list[Kernel]:
-    """The kernels of one direction by ``strategy``, as ``kernels/ops.py`` launches them."""
+    """The kernels of one direction by ``strategy``, as ``fused_lora/runner.py`` launches them."""
+    if strategy == "torch":
+        return torch_operators(device, c)
     if strategy == "single_pass":
         return single_pass(device, c)
     if strategy == "split":
         return [*shrink(device, c), lora_gemm(device, c)]
     gemm = vendor_gemm("mm", device.target.sms, c.M, c.L, c.N, c.itemsize, c.bias)
     return [*shrink(device, c), gemm, lora_add(device, c)]
+
+
+def torch_operators(device: Device, c: Product) -> list[Kernel]:
+    """The kernels of one direction by PyTorch alone, as ``fused_lora/aten.py`` runs it on a GPU."""
+    operand, thin, out = (size * c.itemsize for size in (c.M * c.L, c.M * c.R, c.M * c.N))
+    kernels = _cast(c.L * c.R, c)
+    if c.masked == "operand":
+        kernels += _expanded_mask(c.M, c.L, c.itemsize)
+        kernels.append(_torch("mul_", {"mask": operand, "p": operand}, {"p": operand}))
+    adapter = {"p": operand, "q": c.L * c.R * c.itemsize}
+    kernels += [
+        _torch("mm", adapter, {"u": thin}, 2.0 * c.M * c.L * c.R),
+        _torch("mul", {"scale": 4}, {"scale": 4}),  # by 1/(1-p); the scale is a tensor on a GPU
+        _torch("mul_", {"u": thin, "scale": 4}, {"u": thin}),
+        vendor_gemm("mm", device.target.sms, c.M, c.L, c.N, c.itemsize, c.bias),
+        *_cast(c.R * c.N, c),
+    ]
+    low_rank, flops = {"u": thin, "v": c.R * c.N * c.itemsize}, 2.0 * c.M * c.N * c.R
+    if c.masked != "output":
+        return [*kernels, _torch("addmm_", {"o": out} | low_rank, {"o": out}, flops)]
+    return [
+        *kernels,
+        *_expanded_mask(c.M, c.N, c.itemsize),
+        _torch("mm", low_rank, {"branch": out}, flops),
+        _torch("addcmul_", {"o": out, "branch": out, "mask": out}, {"o": out}),
+    ]
 
 
 def layer(device: Device, c: Product, forward: str, backward: str) -> list[Kernel]:
@@ -260,7 +292,22 @@ def _cast(elements: int, c: Product) -> list[Kernel]:
     if c.adapter_itemsize == c.itemsize:
         return []
     written = {"cast": elements * c.itemsize}
-    return [Kernel("cast", {"adapter": elements * c.adapter_itemsize}, written)]
+    return [_torch("cast", {"adapter": elements * c.adapter_itemsize}, written)]
+
+
+def _expanded_mask(M: int, columns: int, itemsize: int) -> list[Kernel]:
+    """Keep bits as zeros and ones: a table of all bytes, and a row of it for each."""
+    table = [_torch(name, {}, {"table": 2048 * itemsize}) for name in _TABLE_OPERATORS]
+    octets = 4 * M * _pitch(columns)
+    return [
+        *table,
+        _torch("int", {"words": octets}, {"octets": 4 * octets}),
+        _torch("embedding", {"octets": 4 * octets}, {"mask": M * columns * itemsize}),
+    ]
+
+
+def _torch(name: str, reads: dict[str, int], writes: dict[str, int], flops=0.0) -> Kernel:
+    return Kernel(name, reads, writes, flops, is_torch=True)
 
 
 def _sum(splits: int, partial: int, out: int, scaled: bool = False) -> Kernel:

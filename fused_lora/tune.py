@@ -3,8 +3,8 @@
     python -m fused_lora.tune 8192x4096x4096x16 llama3-8b --dropout 0 0.1
 
 A shape is ``MxKxNxR`` (tokens, inputs, outputs, rank); a model's name stands for its projections.
-:func:`tune_model` takes the shapes from a live model. Strategies are tuned, not tiles: these are
-``kernels/configs.py``'s, alike for every candidate.
+:func:`tune_model` takes the shapes from a live model. Strategies are tuned, PyTorch's operators
+among them, not tiles: these are ``kernels/configs.py``'s, alike for every candidate.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 from . import dispatch, dropout, tuned
 from .layer import LoRALayer
+from .runner import run_backward, run_forward
 from .sharding import is_shard
-from .timing import device_seconds
+from .timing import Times, call_times
 from .tuned import Call, Entry
 from .validation import check_dropout
 
@@ -40,7 +42,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 CHECKED_ROWS = 256  # of the output, in float64: all of them would take longer than the timing
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
-Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, list[float]]]
+Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Times]]
 
 
 class Layer(NamedTuple):
@@ -60,18 +62,21 @@ def tune(
     *,
     timer: Timer | None = None,
     report: Callable[[str], object] = lambda line: None,
+    graphs: bool = False,
 ) -> dict[Call, Entry]:
     """Time every strategy of every layer, and keep the winners in :func:`.tuned.cache_path`.
 
     A candidate is checked first: its output errs at most twice as much as eager PyTorch's in that
     dtype, plus one unit round-off. It then takes the place of what would have run without tuning
-    only if it was faster in three of four rounds.
+    only if it was faster in three of four rounds. The time of an eager call is the device's or the
+    host's, whichever is longer; both are kept. A layer's entries are stored as soon as it is done.
 
     Args:
-        device: a GPU that the kernels run on.
-        timer: seconds by name of the callables that it is given, round by round; the device's own
-            clock by default, see :mod:`.timing`.
-        report: takes a line of text a direction.
+        device: a GPU that the kernels run on; it need not be the current one.
+        timer: both times by name of the callables that it is given, round by round;
+            :func:`.timing.call_times` by default.
+        report: takes a line of text per direction.
+        graphs: choose for calls that CUDA graphs replay, by the device's time alone.
 
     Returns:
         The entries that were kept, by call.
@@ -81,18 +86,22 @@ def tune(
         OSError: the file cannot be written.
     """
     device = _checked_device(torch.device(device))
-    timer = partial(device_seconds, device=device) if timer is None else timer
+    timer = partial(call_times, device=device) if timer is None else timer
     entries = {}
-    for layer in dict.fromkeys(layers):
-        for call, candidates, problem in _directions(layer, device):
-            modelled, _ = dispatch.modelled(call, device)
-            entry, line = _winner(call, candidates, problem, modelled, timer)
-            report(f"{call.key}: {line}")
-            if entry is not None:
-                entries[call] = entry
-    if entries:
-        tuned.store(entries, device)
-        dispatch.clear_decisions()
+    # Triton launches on the current device, whatever the tensors' device is.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for layer in dict.fromkeys(layers):
+            found = {}
+            for call, candidates, problem in _directions(layer, device):
+                modelled, _ = dispatch.modelled(call, device)
+                entry, line = _winner(call, candidates, problem, modelled, timer, graphs)
+                report(f"{call.key}: {line}")
+                if entry is not None:
+                    found[call] = entry
+            if found:
+                tuned.store(found, device)
+                dispatch.clear_decisions()
+            entries |= found
     return entries
 
 
@@ -147,7 +156,7 @@ def _directions(layer: Layer, device: torch.device):
     from .kernels import ops
 
     M, K, N, R, dtype, p = layer
-    scale = 2.0
+    scale = torch.tensor(2.0, device=device)  # a tensor in layers on a GPU, too
     make = partial(torch.randn, device=device)
     x, dy = make(M, K).to(dtype), make(M, N).to(dtype)
     weight, bias = (make(N, K) / K**0.5).to(dtype), make(N).to(dtype)
@@ -171,11 +180,11 @@ def _directions(layer: Layer, device: torch.device):
     saved = x, weight, A, B
 
     def forward(strategy):
-        return ops.forward(*saved, bias, scale, words, inv_keep, strategy)[0]
+        return run_forward(ops, strategy, *saved, bias, scale, words, inv_keep, None)[0]
 
     def backward(strategy):
         needs = True, False, False
-        return ops.backward(dy, *saved, None, scale, words, inv_keep, needs, strategy)[0]
+        return run_backward(ops, strategy, dy, *saved, None, scale, words, inv_keep, needs)[0]
 
     aligned = K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
     for name, run, exact in (("forward", forward, y), ("backward", backward, dx)):
@@ -206,7 +215,9 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-def _winner(call, candidates, problem, modelled: str, timer: Timer) -> tuple[Entry | None, str]:
+def _winner(
+    call, candidates, problem, modelled: str, timer: Timer, graphs: bool
+) -> tuple[Entry | None, str]:
     """The entry for ``call``, or None; and a line that says how it came about."""
     failed = {}
     for name, run in candidates.items():
@@ -222,12 +233,17 @@ def _winner(call, candidates, problem, modelled: str, timer: Timer) -> tuple[Ent
     said = "".join(f"; {name} left out ({reason})" for name, reason in failed.items())
     if not able:
         return None, f"nothing to keep{said}"
-    times = timer(able)
-    medians = {name: 1e6 * statistics.median(values) for name, values in times.items()}
+    both = timer(able)
+    times = {name: t.device if graphs else t.call_time() for name, t in both.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
     base = modelled if modelled in able else min(medians, key=medians.get)
     better = [name for name in able if _faster(times[name], times[base])]
     strategy = min(better, key=medians.get) if better else base
-    entry = Entry(strategy, medians)
+    entry = Entry(
+        strategy,
+        {name: 1e6 * statistics.median(t.device) for name, t in both.items()},
+        {name: 1e6 * statistics.median(t.host) for name, t in both.items()},
+    )
     kept = "as modelled" if strategy == modelled else f"in place of the model's {modelled}"
     return entry, f"{entry}, {kept}{said}"
 
@@ -268,7 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=16, help="R of a model's shapes")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
-    parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs")
+    parser.add_argument(
+        "--graphs", action="store_true", help="choose for replays of CUDA graphs, without the host"
+    )
     options = parser.parse_args(arguments)
     try:
         for p in options.dropout:
@@ -283,9 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    timer = partial(device_seconds, device=device, graphs=options.graphs)
     try:
-        kept = tune(layers, device, timer=timer, report=partial(print, flush=True))
+        kept = tune(layers, device, report=partial(print, flush=True), graphs=options.graphs)
     except OSError as error:
         print(f"nothing was kept: {error}; FUSED_LORA_CACHE names another folder", file=sys.stderr)
         return 1

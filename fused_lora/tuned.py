@@ -13,7 +13,7 @@ import os
 import stat
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +22,9 @@ import torch
 
 from .kernels.configs import SINGLE_PASS_MAX_RANK, SINGLE_PASS_MAX_ROWS
 
-FORMAT = 1
-STRATEGIES = ("single_pass", "split", "addmm")
+FORMAT = 2
+KERNEL_STRATEGIES = ("single_pass", "split", "addmm")
+STRATEGIES = (*KERNEL_STRATEGIES, "torch")
 _MOST_BYTES = 8 << 20  # some 50,000 entries
 _LOCK_SECONDS = 60.0
 
@@ -58,23 +59,54 @@ class Call:
         return f"{self.direction} {dtype} M{bucket} K{self.K} N{self.N} R{self.R}{flags}"
 
     @property
-    def strategies(self) -> tuple[str, ...]:
-        """Those that can run it."""
+    def masked(self) -> str | None:
+        """What is dropped: the "operand" of the contraction, the low-rank "output", or None."""
+        if not self.dropped:
+            return None
+        return "operand" if self.direction == "forward" else "output"
+
+    @property
+    def kernel_strategies(self) -> tuple[str, ...]:
+        """The strategies of the kernels that can run it."""
         few = self.M <= SINGLE_PASS_MAX_ROWS and self.R <= SINGLE_PASS_MAX_RANK
-        masked_operand = self.dropped and self.direction == "forward"
-        return STRATEGIES if few and not masked_operand else STRATEGIES[1:]
+        return KERNEL_STRATEGIES if few and self.masked != "operand" else KERNEL_STRATEGIES[1:]
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """All that can run it, PyTorch's operators among them."""
+        return (*self.kernel_strategies, "torch")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A measured choice: the strategy, and the median microseconds of each that was timed."""
+    """A measured choice, and what it was made from.
+
+    Attributes:
+        strategy: the fastest.
+        microseconds: of the device, the median for each strategy that was timed.
+        host_microseconds: of the host to queue the same.
+    """
 
     strategy: str
     microseconds: Mapping[str, float]
+    host_microseconds: Mapping[str, float]
+
+    def best(self, allowed: Collection[str]) -> str | None:
+        """The fastest of ``allowed``; None if none of them was timed."""
+        if self.strategy in allowed:
+            return self.strategy
+        return min((n for n in self.microseconds if n in allowed), key=self.call_time, default=None)
+
+    def call_time(self, strategy: str) -> float:
+        """Microseconds of an eager call: the host queues while the device works."""
+        return max(self.microseconds[strategy], self.host_microseconds[strategy])
 
     def __str__(self) -> str:
-        times = ", ".join(f"{name} {time:.1f} µs" for name, time in self.microseconds.items())
-        return f"{self.strategy} of {times}"
+        times = (
+            f"{name} {time:.1f} µs (host {self.host_microseconds[name]:.1f})"
+            for name, time in self.microseconds.items()
+        )
+        return f"{self.strategy} of {', '.join(times)}"
 
 
 def cache_path() -> Path:
@@ -124,7 +156,11 @@ def store(entries: Mapping[Call, Entry], device: torch.device) -> Path:
         kept |= {call.key: entry for call, entry in entries.items()}
         made = {
             name: {
-                key: {"strategy": e.strategy, "microseconds": dict(e.microseconds)}
+                key: {
+                    "strategy": e.strategy,
+                    "microseconds": dict(e.microseconds),
+                    "host_microseconds": dict(e.host_microseconds),
+                }
                 for key, e in sorted(found.items())
             }
             for name, found in sorted(environments.items())
@@ -198,11 +234,13 @@ def _entry(value: object) -> Entry:
     strategy = fields.get("strategy")
     if strategy not in STRATEGIES:
         raise ValueError(f"expected one of {', '.join(STRATEGIES)}, got {str(strategy)[:20]!r}")
-    times = _object(fields.get("microseconds"), "microseconds")
-    for name, time in times.items():
+    device, host = (_object(fields.get(k), k) for k in ("microseconds", "host_microseconds"))
+    for name, time in (*device.items(), *host.items()):
         if name not in STRATEGIES or type(time) is not float or not math.isfinite(time):
             raise ValueError(f"expected microseconds by strategy, got {name[:20]!r}")
-    return Entry(strategy, times)
+    if device.keys() != host.keys():
+        raise ValueError("expected the host's microseconds of the same strategies")
+    return Entry(strategy, device, host)
 
 
 def _object(value: object, name: str) -> dict:

@@ -1,10 +1,10 @@
 """Repairs of Triton's interpreter, which computes bfloat16 wrongly and without an error.
 
-Faults of Triton 3.6 to 3.9, each repaired when the kernels are interpreted (``TRITON_INTERPRET=1``):
+Faults of Triton 3.6 to 3.9, each repaired where kernels are interpreted (``TRITON_INTERPRET=1``):
 
 * bfloat16 is stored in uint16 arrays, and ``tl.dot`` multiplies the bit patterns as integers.
 * Casts from float32 to bfloat16 truncate; the GPUs round to nearest even.
-* ``int()`` of a scalar fails in 3.6 with NumPy 2.4 and newer: the array behind it has one dimension.
+* ``int()`` of a scalar fails in 3.6 with NumPy 2.4 or newer: the array behind it is not 0-d.
 
 The repairs hold for every kernel that is interpreted in the process.
 """

@@ -20,7 +20,8 @@ from .interpreter import INTERPRETED
 
 # Whose compiled kernels are known to be run as :class:`_Plan` does; others are launched plainly.
 KNOWN = {"3.6", "3.7", "3.8", "3.9"}
-_IS_KNOWN = ".".join(triton.__version__.split(".")[:2]) in KNOWN
+# Whether launches are repeated, unless something watches them: see :func:`_observed`.
+REPEATS = ".".join(triton.__version__.split(".")[:2]) in KNOWN and not INTERPRETED
 _BUFFERS_HAVE_SIZES = torch.version.hip is not None  # Triton specialises on them there
 _BUFFER_BYTES = 1 << 31
 _MOST_PLANS = 4096
@@ -77,7 +78,7 @@ def launch(
         scalars: floats, and integers of 32 bits that the kernel does not specialise.
         flags: hashable.
     """
-    if not _IS_KNOWN or _observed(kernel):
+    if not REPEATS or _observed(kernel):
         _launch_plainly(kernel, arguments(config, *tensors, *flags), scalars)
         return
     active = driver.active
@@ -118,8 +119,7 @@ def _observed(kernel) -> bool:
     """Whether somebody looks at launches, or wants other code than usual."""
     runtime = knobs.runtime
     return bool(
-        INTERPRETED
-        or runtime.debug
+        runtime.debug
         or kernel.debug
         or kernel.pre_run_hooks
         or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)

@@ -211,11 +211,11 @@ def cases(arch: str, folder: str) -> dict[str, object]:
 
 def plainly(run) -> list[tuple]:
     """What ``run`` launches by Triton alone."""
-    launch._IS_KNOWN = False
+    launch.REPEATS = False
     try:
         return caught(run)
     finally:
-        launch._IS_KNOWN = True
+        launch.REPEATS = True
 
 
 def caught(run) -> list[tuple]:

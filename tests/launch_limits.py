@@ -60,7 +60,7 @@ def while_watched() -> dict[str, int]:
         knobs.runtime.add_stages_inspection_hook = (lambda *args: ("a", "b")) if on else None
 
     def unknown(on):
-        launch._IS_KNOWN = not on
+        launch.REPEATS = not on
 
     run()
     result = {"nothing": passed_through(run)}

@@ -11,7 +11,7 @@ import torch
 
 from fused_lora import FusedLoRALinear, aten, cost, devices, dispatch, explain, fused_lora_linear
 from fused_lora.devices import KNOWN
-from support import make_inputs, needs_triton
+from support import assert_as_good_as_eager, make_inputs, needs_triton, run
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -176,15 +176,21 @@ STRATEGIES = [
     ("rtx5090", 2, {"L": 1024, "M": 65_536}, "addmm"),
     ("mi300x", 2, {"L": 1024, "M": 65_536}, "addmm"),
     ("h100", 2, {"M": 16, "N": 16_384}, "single_pass"),
-    ("h100", 2, {"M": 16, "N": 16_384, "masked_operand": True}, "addmm"),
+    ("h100", 2, {"M": 16, "N": 16_384, "masked": "operand"}, "addmm"),
     ("h100", 2, {"M": 16, "N": 16_384, "rank": 128}, "addmm"),
+    # The host is slower than the device: what launches less is chosen, by far or not at all.
+    ("h100", 2, {"M": 512, "N": 1024, "L": 1024}, "addmm"),
+    ("h100", 2, {"M": 512, "N": 1024, "L": 1024, "repeated": False}, "torch"),
+    ("h100", 2, {"M": 512, "N": 1024, "L": 1024, "repeated": False, "with_torch": False}, "addmm"),
+    ("h100", 2, {"M": 512, "N": 1024, "L": 1024, "repeated": False, "masked": "operand"}, "addmm"),
+    ("h100", 2, {"M": 16_384, "repeated": False}, "addmm"),  # the device is slower here
 ]
 
 
 @pytest.mark.parametrize("case", STRATEGIES, ids=str)
 def test_strategies(case):
     gpu, itemsize, changes, expected = case
-    arguments = SHAPE | {"masked_operand": False, "aligned": True} | changes
+    arguments = SHAPE | {"masked": None, "aligned": True} | changes
     strategy, reason = cost.choose_strategy(KNOWN[gpu], itemsize, **arguments)
     assert strategy == expected, reason
     assert reason
@@ -192,7 +198,7 @@ def test_strategies(case):
 
 def test_the_reason_names_the_modelled_gain():
     for L, sign in ((2048, "modelled gain of"), (4096, "is under 5%")):
-        arguments = SHAPE | {"L": L, "masked_operand": False, "aligned": True}
+        arguments = SHAPE | {"L": L, "masked": None, "aligned": True}
         assert sign in cost.choose_strategy(KNOWN["h100"], 2, **arguments)[1]
 
 
@@ -302,6 +308,70 @@ def test_the_alignment_of_x_reaches_the_choice(monkeypatch):
 
 
 def test_a_single_pass_needs_columns_for_half_the_gpu():
-    few = {"M": 16, "L": 4096, "rank": 16, "masked_operand": False, "aligned": True}
+    few = {"M": 16, "L": 4096, "rank": 16, "masked": None, "aligned": True}
     assert cost.choose_strategy(KNOWN["h100"], 2, N=66 * 64, **few)[0] == "single_pass"
     assert cost.choose_strategy(KNOWN["h100"], 2, N=65 * 64, **few)[0] == "addmm"
+
+
+def results_of(inputs: dict, dy: torch.Tensor, p: float, impl: str) -> dict:
+    """Output and gradients of one call; the mask is that of one seed in every dtype."""
+    torch.manual_seed(0)
+    return run(lambda **kw: fused_lora_linear(**kw, dropout_p=p, impl=impl), inputs, dy)
+
+
+# forward, backward, and who runs a call without dropout
+DIRECTIONS = [
+    ("torch", "split", "triton"),
+    ("addmm", "torch", "triton"),
+    ("torch", "torch", "torch"),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("case", DIRECTIONS, ids=str)
+def test_either_direction_may_be_pytorchs(case, p, pretended):
+    """What one direction saves, the other reads, whoever runs it; and the mask is the same."""
+    forward, backward, impl = case
+    chosen = {"forward": forward, "backward": backward}
+    pretended.setattr(
+        dispatch, "modelled", lambda call, device, **options: (chosen[call.direction], "modelled")
+    )
+    for dtype in (BF16, FP32):
+        inputs = make_inputs(70, 40, 24, 5, dtype)
+        dy = torch.randn(70, 24, dtype=torch.float64)
+        wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        exact = results_of(wide, dy, p, "reference")
+        eager = results_of(inputs, dy.to(dtype), p, "reference")
+        assert_as_good_as_eager(results_of(inputs, dy.to(dtype), p, "auto"), exact, eager)
+        tensors = inputs["x"], inputs["weight"], inputs["lora_A"]
+        assert explain(*tensors).impl == impl
+        assert explain(*tensors, dropout_p=0.3).impl == "triton"  # for the mask at least
+
+
+def test_a_choice_on_a_gpu_says_that_nothing_was_measured(pretended):
+    pytest.importorskip("triton")
+    pretended.setattr(devices, "device_of", lambda device: KNOWN["h100"])
+    pretended.setattr(dispatch, "triton_problem", lambda device: None)
+    pretended.setattr(dispatch.tuned, "lookup", lambda call, device: None)
+    gpu = torch.device("cuda", 0)
+    reason = dispatch._decide("auto", gpu, BF16, 8192, 4096, 4096, 16, False).reason
+    assert "modelled, nothing was measured for this shape" in reason
+    assert "python -m fused_lora.tune" in reason
+
+
+def test_untuned_on_an_h100_the_vendors_gemm_and_an_added_pass_run_nearly_every_shape():
+    """What the README and docs/tuning.md say."""
+    from shapes import GPU_FULL
+
+    counts = {}
+    for gpu in ("h100", "h200"):
+        for M, K, N, R in GPU_FULL:
+            for columns, inner, masked in (
+                (N, K, None), (N, K, "operand"), (K, N, None), (K, N, "output"),
+            ):  # fmt: skip
+                strategy, _ = cost.choose_strategy(
+                    KNOWN[gpu], 2, M, columns, inner, R, masked=masked, aligned=True
+                )
+                counts[strategy] = counts.get(strategy, 0) + 1
+    assert counts["addmm"] >= 0.9 * sum(counts.values()), counts

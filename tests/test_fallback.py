@@ -48,10 +48,21 @@ def test_training_goes_on(case):
     assert result["difference"] == 0.0
 
 
-def test_an_old_triton_is_a_reason_and_not_an_error(tmp_path):
+# what is found in Triton's place, and the reason given
+UNUSABLE = [
+    ("old", "__version__ = '3.5.1'", "Triton 3.5.1 is older than 3.6"),
+    ("a build of an old one", "__version__ = '3.5.0+gitabc'", "Triton 3.5.0+gitabc is older than"),
+    ("new but damaged", "__version__ = '3.7.1'", "Triton cannot be imported"),
+    ("broken", "raise RuntimeError('no')", "Triton cannot be imported (RuntimeError: no"),
+]
+
+
+@pytest.mark.parametrize("case", UNUSABLE, ids=lambda case: case[0])
+def test_an_unusable_triton_is_a_reason_and_not_an_error(case, tmp_path):
     """One without what the kernels import; it may be there for another library's sake."""
+    _, content, expected = case
     (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("__version__ = '2.0.0'\n")
+    (tmp_path / "triton" / "__init__.py").write_text(content + "\n")
     script = (
         "import torch, warnings\n"
         "from fused_lora import dispatch, fused_lora_linear\n"
@@ -62,8 +73,8 @@ def test_an_old_triton_is_a_reason_and_not_an_error(tmp_path):
         "print(dispatch.triton_problem(torch.device('cpu')))\n"
     )
     said = run("-c", script, path=tmp_path)
-    assert "Triton cannot be imported" in said
-    assert "pip install triton, 3.7 or newer" in said
+    assert expected in said
+    assert "the kernels need Triton 3.6 or newer: a GPU build of torch 2.11 or newer" in said
 
 
 def test_float64_needs_no_warning(recwarn, monkeypatch):

@@ -36,7 +36,7 @@ def test_works_with_triton_blocked():
         "layer(torch.randn(5, 8)).sum().backward()\n"
         "assert layer.lora_A.grad is not None\n"
         "try: explain(layer, impl='triton')\n"
-        "except ValueError as error: assert 'pip install triton' in str(error), error\n"
+        "except ValueError as error: assert 'pip install -U triton' in str(error), error\n"
         "else: raise SystemExit('no error')\n"
     )
     done = run(script)

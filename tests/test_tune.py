@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fused_lora import FusedLoRALinear, apply_lora, dispatch, explain, timing, tuned
+from fused_lora import tune as tune_module
 from fused_lora.tune import Layer, main, parse, tune, tune_model
 
 pytest.importorskip("triton")
@@ -32,16 +33,19 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 class Clock:
-    """Seconds by strategy: ``base`` of a round, and a share of the rounds in which it is half."""
+    """Times by strategy: the device's, with a share of the rounds that it wins; the host's."""
 
-    def __init__(self, **won):
-        self.won, self.asked = won, []
+    def __init__(self, host=None, **won):
+        self.host, self.won, self.asked = host or {}, won, []
 
     def __call__(self, calls):
         self.asked.append(set(calls))
         shares = {name: self.won.get(name, 0.0) for name in calls}
         return {
-            name: [1.0 if round_ < 20 * share else 2.0 + round_ for round_ in range(20)]
+            name: timing.Times(
+                [1.0 if round_ < 20 * share else 2.0 + round_ for round_ in range(20)],
+                [self.host.get(name, 0.0)] * 20,
+            )
             for name, share in shares.items()
         }
 
@@ -69,6 +73,54 @@ def test_the_winner_runs_from_then_on():
     assert "tuned entry" in decision.reason
 
 
+def test_the_hosts_time_decides_where_it_is_the_longer():
+    """Of a device that takes 2 to 21 s either way: the host takes 30 for the modelled choice."""
+    clock = Clock(host={"split": 30.0, "addmm": 25.0, "torch": 1.0})
+    entries = tune([SMALL], "cpu", timer=clock)
+    assert {entry.strategy for entry in entries.values()} == {"torch"}
+    entry = next(iter(entries.values()))
+    assert entry.host_microseconds == {"split": 30e6, "addmm": 25e6, "torch": 1e6}
+    assert entry.call_time("split") == 30e6
+    assert entry.call_time("torch") == entry.microseconds["torch"] == 11.5e6
+    in_graphs = tune([SMALL], "cpu", timer=clock, graphs=True)
+    assert {entry.strategy for entry in in_graphs.values()} == {"split"}
+
+
+def test_entries_are_stored_layer_by_layer(monkeypatch):
+    """What was measured before an error is not lost."""
+    broken, directions = SMALL._replace(M=81), tune_module._directions
+
+    def fail_for_the_second(layer, device):
+        if layer == broken:
+            raise torch.OutOfMemoryError("full")
+        return directions(layer, device)
+
+    monkeypatch.setattr(tune_module, "_directions", fail_for_the_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        tune([SMALL, broken], "cpu", timer=Clock(addmm=1.0))
+    assert explain(FusedLoRALinear(32, 48, rank=4, impl="triton"), tokens=80).forward == "addmm"
+
+
+def test_a_device_that_is_not_the_current_one_is_made_so(monkeypatch):
+    """Triton launches on the current device; here on a GPU that is not there."""
+    entered, ran = [], []
+
+    @contextlib.contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+        entered.pop()
+
+    other = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(tune_module, "_checked_device", lambda device: other)
+    monkeypatch.setattr(tune_module, "_directions", lambda layer, device: ran.append(list(entered)))
+    with pytest.raises(TypeError):  # nothing to go on with
+        tune([SMALL], other, timer=Clock())
+    assert ran == [[other]]
+    assert entered == [other]  # the fake context was left by an error
+
+
 def test_candidates_are_those_that_can_run():
     clock = Clock()
     tune([Layer(16, 32, 48, 4, FP32, 0.1), SMALL], "cpu", timer=clock)
@@ -91,7 +143,7 @@ def test_a_wrong_candidate_is_not_timed(case, monkeypatch):
     forward = ops.forward
 
     def broken(*args):
-        if args[-1] != "split":
+        if args[-2] != "split":
             return forward(*args)
         if how == "raises":
             raise RuntimeError("no\ndetails")
@@ -101,7 +153,7 @@ def test_a_wrong_candidate_is_not_timed(case, monkeypatch):
     monkeypatch.setattr(ops, "forward", broken)
     lines, clock = [], Clock()
     entries = tune([SMALL], "cpu", timer=clock, report=lines.append)
-    assert clock.asked == [{"addmm"}, {"split", "addmm"}]
+    assert clock.asked == [{"addmm", "torch"}, {"split", "addmm", "torch"}]
     assert [entry.strategy for entry in entries.values()] == ["addmm", "split"]
     assert f"split left out ({expected}" in lines[0]
     assert "details" not in lines[0]
@@ -111,8 +163,8 @@ def test_nothing_is_kept_where_nothing_is_right(monkeypatch):
     def fail(*args):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(ops, "forward", fail)
-    monkeypatch.setattr(ops, "backward", fail)
+    monkeypatch.setattr(tune_module, "run_forward", fail)
+    monkeypatch.setattr(tune_module, "run_backward", fail)
     assert tune([SMALL], "cpu", timer=Clock()) == {}
     assert not tuned.cache_path().exists()
 
@@ -175,7 +227,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FUSED_LORA_CACHE", str(tmp_path / "file" / "folder"))
     monkeypatch.setattr("fused_lora.tune._checked_device", lambda device: torch.device("cpu"))
-    monkeypatch.setattr("fused_lora.tune.device_seconds", lambda calls, **options: Clock()(calls))
+    monkeypatch.setattr(tune_module, "call_times", lambda calls, **options: Clock()(calls))
     assert main(["80x32x48x4", "--dtype", "float32", "--dropout", "0"]) == 1
     assert "FUSED_LORA_CACHE names another folder" in capsys.readouterr().err
 
@@ -189,7 +241,7 @@ def test_the_command_is_a_module():
 
 
 class FakeEvent:
-    """An event of a clock that ticks once a call."""
+    """An event of a clock that ticks once per entry of a log."""
 
     log: ClassVar[list[str]] = []
 
@@ -204,8 +256,25 @@ class FakeEvent:
         return float(end.at - self.at)
 
 
-def test_the_devices_clock_is_asked_in_interleaved_rounds(monkeypatch):
-    """On a fake device: the cache is overwritten before each call, and only the call is timed."""
+class FakeGraph:
+    """A CUDA graph; ``being_captured`` stands for the stream that records."""
+
+    being_captured: ClassVar[list] = []
+
+    @contextlib.contextmanager
+    def capture(self):
+        before = len(FakeEvent.log)
+        yield
+        self.calls = FakeEvent.log[before:]
+        del FakeEvent.log[before:]
+
+    def replay(self):
+        FakeEvent.log.append(f"replay of {' '.join(self.calls)}")
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """The log of what reaches a device that is not there."""
     log, empty = FakeEvent.log, torch.empty
     log.clear()
 
@@ -217,18 +286,38 @@ def test_the_devices_clock_is_asked_in_interleaved_rounds(monkeypatch):
     monkeypatch.setattr(timing.torch, "empty", lambda n, **kw: empty(1).as_subclass(Flush))
     cuda = types.SimpleNamespace(
         Event=FakeEvent,
+        CUDAGraph=FakeGraph,
+        graph=FakeGraph.capture,
         device=contextlib.nullcontext,
         synchronize=lambda device: log.append("wait"),
         get_device_properties=lambda device: types.SimpleNamespace(L2_cache_size=50 << 20),
     )
     monkeypatch.setattr(timing.torch, "cuda", cuda)
-    calls = {name: functools.partial(log.append, name) for name in ("split", "addmm")}
+    return log
+
+
+def test_the_device_is_timed_in_interleaved_rounds_of_replays(fake_gpu):
+    """The cache is overwritten before each replay, and only the replay is timed."""
+    calls = {name: functools.partial(fake_gpu.append, name) for name in ("split", "addmm")}
     times = timing.device_seconds(calls, device=torch.device("cpu"), rounds=4)
     assert times == {"split": [2e-3] * 4, "addmm": [2e-3] * 4}  # two ticks: itself and its start
-    warm_up, rounds = log[:6], log[6:-1]
+    warm_up, rounds = fake_gpu[:6], fake_gpu[6:-1]
     assert set(warm_up) == {"split", "addmm"}
-    assert log[-1] == "wait"
+    assert fake_gpu[-1] == "wait"
     for first in range(0, len(rounds), 8):
         both = [rounds[first : first + 4], rounds[first + 4 : first + 8]]
         assert all(part[:2] == ["flush", "event"] and part[3] == "event" for part in both)
-        assert {part[2] for part in both} == {"split", "addmm"}
+        assert {part[2] for part in both} == {"replay of split", "replay of addmm"}
+
+
+def test_the_hosts_time_is_that_of_calls_and_not_of_replays(fake_gpu, monkeypatch):
+    clock = types.SimpleNamespace(perf_counter=lambda: float(len(fake_gpu)))
+    monkeypatch.setattr(timing, "time", clock)
+    calls = {
+        "one": functools.partial(fake_gpu.append, "one"),
+        "two": lambda: fake_gpu.extend(("two", "two")),
+    }
+    times = timing.call_times(calls, device=torch.device("cpu"), rounds=3)
+    assert {name: t.host for name, t in times.items()} == {"one": [1.0] * 3, "two": [2.0] * 3}
+    assert all(t.device == [2e-3] * 3 for t in times.values())
+    assert times["two"].call_time() == [2.0] * 3

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
 CALL = Call("forward", FP32, 1000, 64, 48, 4, False)
-ENTRY = Entry("addmm", {"split": 12.5, "addmm": 10.0})
+ENTRY = Entry("addmm", {"split": 12.5, "addmm": 10.0}, {"split": 6.0, "addmm": 7.0})
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_an_entry_holds_for_its_key_alone(case):
 
 def test_a_strategy_that_cannot_run_the_call_is_not_taken():
     """A file may name one for any key."""
-    entry = Entry("single_pass", {"single_pass": 1.0})
+    entry = Entry("single_pass", {"single_pass": 1.0}, {"single_pass": 1.0})
     few, many = Call("forward", FP32, 64, 64, 48, 4, False), CALL
     tuned.store({few: entry, many: entry}, CPU)
     assert tuned.lookup(few, CPU) == entry
@@ -108,25 +108,32 @@ def file_with(entry) -> str:
     return json.dumps({"format": tuned.FORMAT, "environments": environments})
 
 
-GOOD = {"strategy": "addmm", "microseconds": {"addmm": 1.0}}
+GOOD = {
+    "strategy": "addmm",
+    "microseconds": {"addmm": 1.0},
+    "host_microseconds": {"addmm": 2.0},
+}
 # name, the file
 DAMAGED = [
     ("empty", ""),
     ("cut off", file_with(GOOD)[:-3]),
     ("a list", "[]"),
     ("no format", '{"environments": {}}'),
-    ("another format", '{"format": 2, "environments": {}}'),
-    ("no environments", '{"format": 1}'),
-    ("environments of another type", '{"format": 1, "environments": [1]}'),
-    ("an environment of another type", '{"format": 1, "environments": {"a": "b"}}'),
+    ("an older format", '{"format": 1, "environments": {}}'),
+    ("another format", '{"format": 3, "environments": {}}'),
+    ("no environments", '{"format": 2}'),
+    ("environments of another type", '{"format": 2, "environments": [1]}'),
+    ("an environment of another type", '{"format": 2, "environments": {"a": "b"}}'),
     ("an entry of another type", file_with("addmm")),
     ("an unknown strategy", file_with(GOOD | {"strategy": "os.system"})),
     ("a list for a strategy", file_with(GOOD | {"strategy": ["addmm"]})),
     ("no times", file_with({"strategy": "addmm"})),
+    ("no host times", file_with(GOOD | {"host_microseconds": None})),
+    ("host times of another strategy", file_with(GOOD | {"host_microseconds": {"split": 1.0}})),
     ("a text for a time", file_with(GOOD | {"microseconds": {"addmm": "1"}})),
     ("an infinite time", file_with(GOOD | {"microseconds": {"addmm": float("inf")}})),
     ("deep", "[" * 100_000),
-    ("a huge number", '{"format": 1' + "0" * 10_000 + "}"),
+    ("a huge number", '{"format": 2' + "0" * 10_000 + "}"),
     ("huge", " " * (tuned._MOST_BYTES + 1)),
     ("no text", b"\xff\xfe\x00\x01"),
 ]
@@ -160,7 +167,7 @@ def test_a_pipe_in_its_place_blocks_nobody():
 def test_entries_of_other_versions_are_ignored_with_one_warning():
     ours = tuned.environment(CPU)
     older = ours.replace("torch ", "torch 1.")
-    content = {"format": 1, "environments": {older: {CALL.key: GOOD}, "another GPU": {}}}
+    content = {"format": tuned.FORMAT, "environments": {older: {CALL.key: GOOD}, "another GPU": {}}}
     tuned.cache_path().write_text(json.dumps(content))
     found, said = warnings_of(lambda: [tuned.lookup(CALL, CPU) for _ in range(2)])
     assert found == [None, None]
@@ -196,7 +203,7 @@ def test_dispatch_asks_the_tuned_entry_before_the_model():
     dispatch.clear_decisions()
     decision = explain(layer, tokens=1000)
     assert (decision.forward, decision.backward) == ("addmm", "split")
-    assert f"tuned entry {CALL.key!r}: addmm of split 12.5 µs, addmm 10.0 µs" in decision.reason
+    assert f"tuned entry {CALL.key!r}: addmm of split 12.5 µs (host 6.0), addmm" in decision.reason
     explicit = explain(layer, tokens=1000, impl="triton:split")
     assert (explicit.forward, explicit.reason) == ("split", "asked for")
 
@@ -210,7 +217,21 @@ def test_the_file_is_read_once(monkeypatch):
     assert len(reads) == 1
 
 
-@pytest.mark.parametrize("strategy", tuned.STRATEGIES)
+def test_the_kernels_asked_for_run_the_best_of_theirs_where_pytorch_won():
+    """``impl="triton"`` promises the kernels; ``impl="auto"`` takes whatever was faster."""
+    entry = Entry(
+        "torch",
+        {"torch": 5.0, "split": 9.0, "addmm": 8.0},
+        {"torch": 5.0, "split": 6.0, "addmm": 10.0},
+    )
+    tuned.store({CALL: entry}, CPU)
+    assert entry.best(CALL.strategies) == "torch"
+    decision = explain(FusedLoRALinear(64, 48, rank=4, impl="triton"), tokens=1000)
+    assert decision.forward == "split"  # 9 µs: addmm's host takes 10
+    assert entry.best({"single_pass"}) is None
+
+
+@pytest.mark.parametrize("strategy", tuned.KERNEL_STRATEGIES)
 def test_a_strategy_asked_for_is_the_one_that_runs(strategy, monkeypatch):
     from fused_lora.kernels import ops
 

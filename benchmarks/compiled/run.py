@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import groupby
 
 from triton.errors import TritonError
@@ -37,7 +37,12 @@ def compile_cases(cases: list[Case], jobs: int) -> Iterator[tuple[Case, Row]]:
     for _, group in groupby(cases, key=lambda case: case.arch):
         of_arch = list(group)
         chunks += [of_arch[at : at + CHUNK] for at in range(0, len(of_arch), CHUNK)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        for chunk, rows in zip(chunks, pool.map(_compile_chunk, chunks), strict=True):
+    with ThreadPoolExecutor(jobs) as pool:
+        for chunk, rows in zip(chunks, pool.map(_in_a_process, chunks), strict=True):
             yield from zip(chunk, rows, strict=True)
+
+
+def _in_a_process(cases: list[Case]) -> list[Row]:
+    """A process per chunk: ``max_tasks_per_child`` needs Python 3.11."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_compile_chunk, cases).result()
