@@ -1,34 +1,39 @@
-"""The steps of ``gpu_acceptance.py``: each runs on a device and says what it found.
+"""The steps of ``gpu_acceptance.py``: generators of rows, each yielded as soon as it is known.
 
-A step that a GPU must pass returns a :class:`Step`; whatever it raises is a failure too.
+A row is a dictionary for a JSON line. ``case`` names what was run; ``passed`` is there where it can
+fail, with ``failures``, a line each. A row that is ``skipped`` says why.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
 import os
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+
+import checkout
+
+sys.path.append(str(checkout.ROOT / "tests"))
 
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-
 import machine
-from fused_lora import cost, devices, dropout, fused_lora_linear, traffic, tuned
-from fused_lora.kernels import configs
-from fused_lora.timing import device_seconds
+import probe as probes
+from fused_lora import cost, devices, dropout, fused_lora_linear, timing, traffic, tuned
+from fused_lora.kernels import configs, launch
+from fused_lora.timing import Times
 from fused_lora.tune import Layer, tune
-from measure import measure
+from measure import FAILED, measure
 from providers import PROVIDERS
-from shapes import Shape
+from shapes import GPU_TARGETS, Shape
 from support import (
     assert_as_good_as_eager,
     in_eager,
@@ -36,38 +41,33 @@ from support import (
     make_inputs,
 )
 
-ROOT = Path(__file__).parents[1]
-REPEATS = 3
+Row = dict
+ROOT = checkout.ROOT
+RUNS = 3
 P = 0.1
 MAX_SIGMAS = 6  # of a binomial: one correct mask in 10⁹ is refused
-# A file on a disk stands for its memory.
-NOT_ON_A_GPU = "two_to_the_31"
-
-
-@dataclass
-class Step:
-    """What a step found.
-
-    Attributes:
-        failures: one line each; none if it passed.
-        summary: one line.
-        details: for the JSON file.
-    """
-
-    summary: str
-    failures: list[str] = field(default_factory=list)
-    details: object = None
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
+NOT_ON_A_GPU = "two_to_the_31"  # a file on a disk stands for its memory
+TEST_SECONDS = 60  # of one test
+LAYER_SECONDS = 2.5  # of one layer's benchmark
+CORE = ("eager", "peft", "addmm", "fused", "fused-bf16", "fused-split")
 
 
 class Gpu:
-    """The device that everything runs on; what the tests replace."""
+    """The device that everything runs on, and what is run there."""
+
+    small = ((63, 300, 123, 8), (48, 1024, 2048, 16), (512, 1024, 1024, 64), (2048, 2048, 512, 128))
+    probed = tuple((*shape, rank) for shape in probes.SHAPES for rank in probes.RANKS)
+
+    test_processes = min(8, os.cpu_count() or 1)  # each has a context on the GPU
 
     def __init__(self, device: torch.device):
         self.device = device
+
+    @property
+    def layers(self) -> list[Layer]:
+        """What is tuned and timed, the largest first."""
+        shapes = sorted(GPU_TARGETS, key=lambda s: -s.M * s.K * s.N)
+        return [Layer(*shape, p=p) for shape in shapes for p in (0.0, P)]
 
     def environment(self) -> dict:
         """What the results hold for."""
@@ -79,6 +79,7 @@ class Gpu:
             "l2_bytes": getattr(properties, "L2_cache_size", None),
             "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
             "tuned_for": tuned.environment(self.device),
+            "repeated_launches": launch.REPEATS,
         }
 
     def capture(self, step: Callable[[], tuple[Tensor, ...]]):
@@ -94,83 +95,176 @@ class Gpu:
             results = step()
         return results, graph.replay
 
-    def timer(self, graphs: bool):
+    def device_seconds(self, calls) -> dict[str, list[float]] | None:
+        """For the probe."""
+        return timing.device_seconds(calls, device=self.device, rounds=15)
+
+    def call_times(self, calls) -> dict[str, Times]:
         """For :func:`fused_lora.tune.tune`."""
-        return partial(device_seconds, device=self.device, graphs=graphs)
+        return timing.call_times(calls, device=self.device)
 
 
-def numerics(gpu: Gpu, select: str = "") -> Step:
-    """The kernels' and the layer's tests against float64, on this device.
+class Rehearsal(Gpu):
+    """Triton's interpreter on a CPU: the same code on small shapes; times mean nothing there."""
+
+    small = ((17, 40, 24, 4),)
+    probed = ((96, 128, 64, 8),)
+    layers = (
+        Layer(80, 32, 48, 4, torch.float32),
+        Layer(80, 32, 48, 4, torch.float32, P),
+    )
+
+    def environment(self) -> dict:
+        return machine.describe(self.device) | {"rehearsal": "interpreted: no time is a GPU's"}
+
+    def capture(self, step):
+        results = step()
+
+        def replay():
+            for old, new in zip(results, step(), strict=True):
+                old.copy_(new)
+
+        return results, replay
+
+    def device_seconds(self, calls):
+        return None
+
+    def call_times(self, calls):
+        def seconds(call) -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return {name: Times([seconds(call)] * 8, [0.0] * 8) for name, call in calls.items()}
+
+
+class Allowance:
+    """The seconds that a step may start new cases in."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    @property
+    def is_spent(self) -> bool:
+        return time.monotonic() >= self.end
+
+    def skipped(self, case: object) -> Row:
+        """The row of a case for which no time was left."""
+        return {"case": case, "skipped": "no time left in this step's share of the budget"}
+
+
+def preflight(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
+    """Versions, and the strategies against float64, plain and as repeated launches."""
+    yield {"case": "environment", **gpu.environment()}
+    shape = (17, 40, 24, 4) if isinstance(gpu, Rehearsal) else (512, 1024, 1024, 16)
+    torch.manual_seed(0)
+    with gpu.device:
+        inputs, dy = make_inputs(*shape, torch.bfloat16), torch.randn(shape[0], shape[2]).bfloat16()
+    exact, eager = in_float64(inputs, dy), in_eager(inputs, dy)
+    for impl in ("triton:split", "triton:addmm", "torch"):
+        failures = []
+        for run in ("first", "second"):
+            leaves = {k: inputs[k].detach().requires_grad_() for k in ("x", "lora_A", "lora_B")}
+            y = fused_lora_linear(**inputs | leaves, impl=impl)
+            gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+            found = dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *gradients), strict=True))
+            try:
+                assert_as_good_as_eager(found, exact, eager)
+            except AssertionError as error:
+                failures.append(f"{run} run: {error}")
+        yield {"case": impl, "passed": not failures, "failures": failures}
+
+
+def probe(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
+    """Every candidate tile beside the vendor's products; see ``probe.py``."""
+    for shape in gpu.probed:
+        if allowance.is_spent:
+            yield allowance.skipped(shape)
+        else:
+            yield from probes.rows(gpu, shape)
+
+
+def numerics(gpu: Gpu, allowance: Allowance, select: str = "") -> Iterator[Row]:
+    """The kernels' and the layer's tests against float64, on this device, several at a time.
 
     Args:
         select: as pytest's ``-k``; everything that can run on a GPU by default.
     """
+    benchmarks = str(Path(__file__).parent)
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        environment = os.environ | {"FUSED_LORA_TEST_DEVICE": gpu.device.type}
-        environment["TRITON_INTERPRET"] = "1" if gpu.device.type == "cpu" else "0"
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-            + ["-k", select or f"not {NOT_ON_A_GPU}"]
-            + [str(ROOT / "tests" / name) for name in ("test_kernels.py", "test_layer.py")],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-            check=False,
-        )
-        if not report.is_file():
-            return Step("the tests did not run", [done.stdout[-1000:] + done.stderr[-1000:]])
-        cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
-    failures = [
-        f"{case.get('name')}: {problem.get('message', '').partition(chr(10))[0]}"
-        for case in cases
-        for problem in case
-        if problem.tag in ("failure", "error")
-    ]
-    skipped = sum(part.tag == "skipped" for case in cases for part in case)
-    if len(cases) == skipped:
-        failures.append("expected tests to run, got none")
-    return Step(f"{len(cases) - skipped} tests against float64, {skipped} skipped", failures)
+        path = Path(folder) / "rows.jsonl"
+        path.touch()
+        outer = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        environment = outer | {
+            "FUSED_LORA_TEST_DEVICE": gpu.device.type,
+            "FUSED_LORA_ROWS": str(path),
+            "TRITON_INTERPRET": "1" if isinstance(gpu, Rehearsal) else "0",
+            "CUDA_LAUNCH_BLOCKING": "1",  # so that an error is that of the test that caused it
+            "PYTHONPATH": os.pathsep.join([benchmarks, os.environ.get("PYTHONPATH", "")]),
+        }
+        options = ["-q", "-p", "no:cacheprovider", "-p", "numerics_rows", "--tb=short"]
+        options += ["-k", select or f"not {NOT_ON_A_GPU}"]
+        if importlib.util.find_spec("xdist") and gpu.test_processes > 1:
+            options += ["-n", str(gpu.test_processes)]
+        if importlib.util.find_spec("pytest_timeout"):
+            options += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
+        tests = [str(ROOT / "tests" / name) for name in ("test_kernels.py", "test_layer.py")]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
+        running = subprocess.Popen(command, stdout=sys.stderr, cwd=ROOT, env=environment)
+        finished, text, ended = False, "", None
+        with path.open(encoding="utf-8") as file:
+            while ended is None:
+                time.sleep(0.2)
+                ended = running.poll()  # before the last look: nothing is written after it
+                *lines, text = (text + file.read()).split("\n")
+                for row in map(json.loads, lines):
+                    finished = finished or row["case"] == "all tests"
+                    yield row
+    if not finished:
+        yield {"case": "all tests", "passed": False, "failures": [f"pytest ended with {ended}"]}
 
 
-def repeatability(gpu: Gpu, shapes: Iterable[tuple[int, int, int, int]]) -> Step:
+def repeatability(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
     """Every strategy's results are the same bits each time."""
-    failures, count = [], 0
-    for impl, shape, dtype, p in _every_call(shapes):
+    for impl, shape, dtype, p in _every_call(gpu.small):
+        case = f"{impl} of {shape} in {dtype}, dropout {p}"
+        if allowance.is_spent:
+            yield allowance.skipped(case)
+            continue
         step = _step(gpu, shape, dtype, p, impl)[0]
         results = []
-        for _ in range(REPEATS):
+        for _ in range(RUNS):
             torch.manual_seed(0)
             results.append([t.clone() for t in step()])
-        count += 1
-        if not all(torch.equal(t, same[0]) for same in zip(*results, strict=True) for t in same):
-            failures.append(f"{impl} of {shape} in {dtype}, dropout {p}: {REPEATS} runs differ")
-    return Step(f"{count} calls, {REPEATS} runs of each", failures)
+        columns = zip(*results, strict=True)
+        same = all(torch.equal(t, first) for first, *rest in columns for t in rest)
+        yield _judged(case, None if same else f"{RUNS} runs differ")
 
 
-def graphs(gpu: Gpu, shapes: Iterable[tuple[int, int, int, int]]) -> Step:
+def graphs(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
     """Captured calls compute what eager ones do, on new inputs and with a new mask each time."""
-    failures, count = [], 0
-    for impl, shape, dtype, p in _every_call(shapes):
+    for impl, shape, dtype, p in _every_call(gpu.small):
+        case = f"{impl} of {shape} in {dtype}, dropout {p}"
+        if allowance.is_spent:
+            yield allowance.skipped(case)
+            continue
         step, inputs, dy = _step(gpu, shape, dtype, p, impl)
         results, replay = gpu.capture(step)
         with torch.no_grad():
             inputs["x"].copy_(torch.randn_like(inputs["x"]))
-        problem = (
-            _wrong_masks(inputs, dy, results, replay) if p else _differs(step, results, replay)
-        )
-        count += 1
-        if problem:
-            failures.append(f"{impl} of {shape} in {dtype}, dropout {p}: {problem}")
-    return Step(f"{count} calls captured and replayed", failures)
+        wrong = _wrong_masks(inputs, dy, results, replay) if p else _differs(step, results, replay)
+        yield _judged(case, wrong)
+
+
+def _judged(case: str, failure: str | None) -> Row:
+    return {"case": case, "passed": failure is None, "failures": [failure] if failure else []}
 
 
 def _every_call(shapes):
     """``(impl, shape, dtype, p)`` of each strategy that can run."""
     dtypes = torch.bfloat16, torch.float16, torch.float32
     for shape, dtype, p in itertools.product(shapes, dtypes, (0.0, P)):
-        for strategy in tuned.Call("forward", dtype, *shape, dropped=p > 0).strategies:
+        for strategy in tuned.Call("forward", dtype, *shape, dropped=p > 0).kernel_strategies:
             yield f"triton:{strategy}", shape, dtype, p
 
 
@@ -226,40 +320,59 @@ def _wrong_masks(inputs: dict, dy: Tensor, results, replay) -> str | None:
     return "two replays drop the same entries" if torch.equal(*masks) else None
 
 
-def tuning(gpu: Gpu, layers: Iterable[Layer]) -> Step:
-    """Tune with CUDA graphs, kept nowhere, and without, kept for the user; all candidates right."""
-    layers, lines, found = list(layers), [], {}
-    cache = os.environ.get("FUSED_LORA_CACHE")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["FUSED_LORA_CACHE"] = folder
-        try:
-            found["graphs"] = tune(
-                layers, gpu.device, timer=gpu.timer(graphs=True), report=lines.append
-            )
-        finally:
-            del os.environ["FUSED_LORA_CACHE"]
-            if cache is not None:
-                os.environ["FUSED_LORA_CACHE"] = cache
-    found["eager"] = tune(layers, gpu.device, timer=gpu.timer(graphs=False), report=lines.append)
-    details = [
-        {
-            "call": call.key,
-            "strategy": entry.strategy,
-            "microseconds": dict(entry.microseconds),
-            "in graphs": dict(found["graphs"][call].microseconds)
-            if call in found["graphs"]
-            else {},
+def tuning(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
+    """Tune layer by layer: the device's time from CUDA graphs, the host's beside it."""
+    for layer in gpu.layers:
+        case = named(layer)
+        if allowance.is_spent:
+            yield allowance.skipped(case)
+            continue
+        lines: list[str] = []
+        entries = tune([layer], gpu.device, timer=gpu.call_times, report=lines.append)
+        wrong = [line for line in lines if "left out" in line or "nothing to keep" in line]
+        yield {"case": case, "passed": not wrong, "failures": wrong} | {
+            call.direction: asdict(entry) for call, entry in entries.items()
         }
-        for call, entry in found["eager"].items()
-    ]
-    wrong = [line for line in lines if "left out" in line or "nothing to keep" in line]
-    return Step(f"{len(details)} entries in {tuned.cache_path()}", wrong, details)
 
 
-def comparison(gpu: Gpu, layers: Iterable[Layer]) -> Step:
+def benchmark(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
+    """Everyone who computes the layer, verified, then timed; over the frozen layer's time.
+
+    The core of the providers first for every layer, then all of them, where time is left.
+    """
+    for providers in (CORE, tuple(PROVIDERS)):
+        for layer in gpu.layers:
+            case = f"{named(layer)}, {'core' if providers is CORE else 'all'} providers"
+            if allowance.is_spent:
+                yield allowance.skipped(case)
+                continue
+            row = measure(
+                Shape(*layer[:4]),
+                str(layer.dtype).removeprefix("torch."),
+                layer.p,
+                device=gpu.device.type,
+                providers=providers,
+                seconds=LAYER_SECONDS,
+                skip_failures=True,
+            )
+            ours = [
+                f"{name} {why}"
+                for name, why in row.skipped.items()
+                if name.startswith("fused") and why.startswith(FAILED)
+            ]
+            yield {"case": case, "passed": not ours, "failures": ours} | {
+                "rounds": row.rounds,
+                "frozen_ms": 1e3 * row.results["frozen"].seconds.median,
+                "ratios": {name: result.ratio.median for name, result in row.results.items()},
+                "results": {name: asdict(result) for name, result in row.results.items()},
+                "left out": row.skipped,
+            }
+
+
+def comparison(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
     """What tuning measured over what the model expected; nothing to pass or fail."""
-    device, details = devices.device_of(gpu.device), []
-    for layer in dict.fromkeys(layers):
+    device = devices.device_of(gpu.device)
+    for layer in gpu.layers:
         M, K, N, R, dtype, p = layer
         aligned = K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
         for direction, inner, columns in (("forward", K, N), ("backward", N, K)):
@@ -267,38 +380,25 @@ def comparison(gpu: Gpu, layers: Iterable[Layer]) -> Step:
             entry = tuned.lookup(call, gpu.device)
             if entry is None:
                 continue
-            masked = None if not p else "operand" if direction == "forward" else "output"
             product = traffic.Product(
-                M, inner, columns, R, dtype.itemsize, dtype.itemsize, masked, direction == "forward"
-            )
-            modelled = {
-                name: 1e6 * cost.seconds(traffic.product(device, name, product), device)
-                for name in entry.microseconds
-            }
-            ratios = {name: entry.microseconds[name] / modelled[name] for name in modelled}
-            details.append(
-                {"call": call.key, "modelled µs": modelled, "measured / modelled": ratios}
-            )
-    return Step(f"{len(details)} calls", [], details)
+                M, inner, columns, R, dtype.itemsize, dtype.itemsize, call.masked,
+                direction == "forward",
+            )  # fmt: skip
+            row = {"case": call.key}
+            for name in entry.microseconds:
+                kernels = traffic.product(device, name, product)
+                busy = 1e6 * cost.seconds(kernels, device)
+                host = 1e6 * cost.host_seconds(kernels, repeated=launch.REPEATS)
+                row[name] = {
+                    "modelled_us": busy,
+                    "measured / modelled": entry.microseconds[name] / busy,
+                    "modelled_host_us": host,
+                    "host measured / modelled": entry.host_microseconds[name] / host,
+                }
+            yield row
 
 
-def benchmark(gpu: Gpu, layers: Iterable[Layer], seconds: float) -> Step:
-    """Everyone who computes the layer, verified, then timed; over the frozen layer's time."""
-    details = []
-    for layer in layers:
-        dtype = str(layer.dtype).removeprefix("torch.")
-        row = measure(
-            Shape(*layer[:4]),
-            dtype,
-            layer.p,
-            device=gpu.device.type,
-            providers=PROVIDERS,
-            seconds=seconds,
-        )
-        ratios = {name: result.ratio.median for name, result in row.results.items()}
-        milliseconds = 1e3 * row.results["frozen"].seconds.median
-        details.append(
-            {"layer": str(row.shape), "dtype": dtype, "dropout": layer.p, "ms": milliseconds}
-            | {"ratios": ratios, "left out": row.skipped}
-        )
-    return Step(f"{len(details)} layers", [], details)
+def named(layer: Layer) -> str:
+    """A layer in a row."""
+    M, K, N, R, dtype, p = layer
+    return f"{M}x{K}x{N}x{R} {str(dtype).removeprefix('torch.')}, dropout {p}"

@@ -1,145 +1,227 @@
 """One command for whoever has a GPU: ``python benchmarks/gpu_acceptance.py``.
 
-Runs every kernel against float64, repeats results bit for bit, captures and replays CUDA graphs
-with dropout, tunes, benchmarks against the frozen layer, eager PyTorch, PEFT and torch.compile, and
-sets what was measured beside what was modelled. Writes ``results/<gpu>.json`` and ``.md``, and ends
-with one line: PASS, or what failed. Status 0, 1, or 2 without a GPU.
+Runs from a bare checkout, in eight minutes by default (``--budget``): checks the kernels against
+float64, times every candidate tile beside the vendor's products, runs the kernels' tests, repeats
+results bit for bit, captures CUDA graphs, tunes, and benchmarks against eager PyTorch and PEFT, the
+largest shapes first. Every step runs in a process of its own with a limit, and every row is written
+at once, so that a hang, a broken device or a kill costs what was not done yet and nothing else.
+
+Writes into ``--out``: ``rows.jsonl`` (a JSON line per result), ``summary.md``, ``tuned.json``
+(``FUSED_LORA_CACHE`` names that folder, to use it) and ``log.txt``. Ends with one line: PASS, or
+what failed. Status 0, 1, or 2 where nothing could be run. Without a GPU, ``TRITON_INTERPRET=1``
+rehearses all of it on small shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import re
+import os
+import signal
+import subprocess
 import sys
-import traceback
-from collections.abc import Callable
-from functools import partial
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
+import acceptance_report
 
-import acceptance
-from acceptance import Gpu, Step
-from fused_lora.tune import Layer
-from shapes import GPU_QUICK, GPU_TARGETS
-
-RESULTS = Path(__file__).with_name("results")
-SMALL = [(63, 300, 123, 8), (48, 1024, 2048, 16), (512, 1024, 1024, 64), (2048, 2048, 512, 128)]
-
-
-def layers(quick: bool) -> list[Layer]:
-    """What is tuned and timed."""
-    shapes = GPU_QUICK if quick else GPU_TARGETS
-    return [Layer(*shape, p=p) for shape in shapes for p in (0.0, 0.1)]
-
-
-def steps(gpu: Gpu, quick: bool, seconds: float) -> dict[str, Callable[[], Step]]:
-    """What is run, by name, in order."""
-    timed = layers(quick)
-    return {
-        "numerics": partial(acceptance.numerics, gpu),
-        "bitwise repeatability": partial(acceptance.repeatability, gpu, SMALL),
-        "CUDA graphs": partial(acceptance.graphs, gpu, SMALL),
-        "tuning": partial(acceptance.tuning, gpu, timed),
-        "benchmark": partial(acceptance.benchmark, gpu, timed, seconds),
-        "measured over modelled": partial(acceptance.comparison, gpu, timed),
-    }
+# By step: its share of the budget. One that ends early leaves the rest to those after it.
+STEPS = {
+    "preflight": 45,
+    "probe": 120,
+    "numerics": 100,
+    "repeatability": 20,
+    "graphs": 25,
+    "tuning": 70,
+    "benchmark": 95,
+    "comparison": 5,
+}
+BUDGET = 480
+SOFT = 0.85  # of a step's limit: no case starts after it
+LEAST_SECONDS = 5.0  # of a step: less is not worth its start
+NO_DEVICE = 2
 
 
-def accept(planned: dict[str, Callable[[], Step]]) -> dict[str, Step]:
-    """Run every step; one that raises has failed, and the others run nevertheless."""
-    done = {}
-    for name, run in planned.items():
-        print(f"{name} ...", flush=True)
-        try:
-            done[name] = run()
-        except Exception as error:
-            traceback.print_exc()
-            first_line = str(error).strip().partition("\n")[0]
-            done[name] = Step("did not finish", [f"{type(error).__name__}: {first_line}"])
-        print(f"  {'passed' if done[name].passed else 'FAILED'}: {done[name].summary}", flush=True)
-    return done
+def run_step(step: str, path: Path, seconds: float) -> int:
+    """Run one step in this process, and append its rows to ``path`` as they come."""
+    _die_with_the_parent()
+    import acceptance  # imports torch
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted:
+        gpu = acceptance.Rehearsal(acceptance.torch.device("cpu"))
+    elif acceptance.torch.cuda.is_available():
+        cuda = acceptance.torch.cuda
+        gpu = acceptance.Gpu(acceptance.torch.device("cuda", cuda.current_device()))
+    else:
+        return NO_DEVICE
+    start = time.monotonic()
+    passed = True
+    for row in getattr(acceptance, step)(gpu, acceptance.Allowance(SOFT * seconds)):
+        passed = passed and (row.get("passed", True) or row.get("near", False))
+        append(path, {"step": step, "seconds": round(time.monotonic() - start, 2)} | row)
+    return 0 if passed else 1
 
 
-def verdict(done: dict[str, Step]) -> str:
-    """PASS, or what failed."""
-    failed = [f"{name} ({len(s.failures)})" for name, s in done.items() if not s.passed]
-    return f"FAIL: {', '.join(failed)}" if failed else "PASS"
+def append(path: Path, row: dict) -> None:
+    """One row, whole, on the disk before the next is computed."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, default=str) + "\n")
 
 
-def write(folder: Path, environment: dict, done: dict[str, Step]) -> Path:
-    """Both files, named after the GPU; returns the JSON one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", environment["device_name"].lower()).strip("-")
-    found = {
-        step: {"passed": s.passed, "summary": s.summary, "failures": s.failures}
-        | ({} if s.details is None else {"details": s.details})
-        for step, s in done.items()
-    }
-    content = {"environment": environment, "verdict": verdict(done), "steps": found}
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(environment, done), encoding="utf-8")
-    return path
+class Run:
+    """All steps, each in a process of its own.
+
+    Args:
+        out: the folder of the results.
+        budget: seconds for everything.
+    """
+
+    def __init__(self, out: Path, budget: float):
+        self.out, self.end = out, time.monotonic() + budget
+        self.rows = out / "rows.jsonl"
+        self.process: subprocess.Popen | None = None
+        self.environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        self.environment.setdefault("FUSED_LORA_CACHE", str(out))
+
+    def steps(self, names: list[str]) -> Iterator[tuple[str, int | None]]:
+        """Run ``names``; each with its status, None if it was stopped or not started."""
+        for at, name in enumerate(names):
+            left = self.end - time.monotonic()
+            limit = left * STEPS[name] / sum(STEPS[later] for later in names[at:])
+            if limit < LEAST_SECONDS:
+                append(self.rows, {"step": name, "skipped": f"{left:.0f} s of the budget left"})
+                yield name, None
+                continue
+            status = self._step(name, limit)
+            if status is None:
+                failure = f"stopped after {limit:.0f} s, its limit"
+                append(self.rows, {"step": name, "passed": False, "failures": [failure]})
+            elif status not in (0, 1, NO_DEVICE):
+                failure = f"ended with status {status}: {self._last_line()}"
+                append(self.rows, {"step": name, "passed": False, "failures": [failure]})
+            yield name, status
+
+    def _step(self, name: str, limit: float) -> int | None:
+        command = [sys.executable, __file__, "--step", name, "--rows", self.rows]
+        with (self.out / "log.txt").open("a") as log:
+            log.write(f"== {name}\n")
+            log.flush()
+            self.process = subprocess.Popen(
+                [*map(str, command), "--seconds", str(limit)],
+                stdout=log, stderr=log, env=self.environment, start_new_session=True,
+            )  # fmt: skip
+            try:
+                status = self.process.wait(limit)
+                return 3 if status == 1 and not self._wrote_a_failure(name) else status
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                self.stop()
+
+    def stop(self) -> None:
+        """End the step that runs, and all that it started."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def _wrote_a_failure(self, name: str) -> bool:
+        """Whether a status of 1 is the step's verdict; Python's own errors have that status too."""
+        rows = acceptance_report.load(self.rows)
+        return any(row["step"] == name and row.get("passed") is False for row in rows)
+
+    def _last_line(self) -> str:
+        lines = (self.out / "log.txt").read_text(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else ""
 
 
-def markdown(environment: dict, done: dict[str, Step]) -> str:
-    """The summary; every time in it was measured on the GPU that it names."""
-    lines = [f"# {environment['device_name']}", "", f"**{verdict(done)}**", ""]
-    lines += [f"- {key}: {value}" for key, value in environment.items()]
-    lines += ["", "| step | | |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {'passed' if step.passed else 'failed'} | {step.summary} |"
-        for name, step in done.items()
-    ]
-    for name, step in done.items():
-        if step.failures:
-            lines += ["", f"## What failed: {name}", "", *(f"- {line}" for line in step.failures)]
-        if step.details:
-            lines += ["", f"## {name.capitalize()}", "", *_table(step.details)]
-    return "\n".join(lines) + "\n"
-
-
-def _table(rows: list[dict]) -> list[str]:
-    """``rows`` with nested numbers spread over columns."""
-    flat = [
-        {
-            (key if inner is None else f"{inner}" if key == "ratios" else f"{key}: {inner}"): value
-            for key, given in row.items()
-            for inner, value in (given.items() if isinstance(given, dict) else [(None, given)])
-            if key != "left out"
-        }
-        for row in rows
-    ]
-    heads = list(dict.fromkeys(head for row in flat for head in row))
-    body = [" | ".join(_cell(row.get(head, "")) for head in heads) for row in flat]
-    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {row} |" for row in body)]
-
-
-def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _die_with_the_parent() -> None:
+    """A step must not go on when the command was killed; on Linux the kernel sees to it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--quick", action="store_true", help="tune and time four shapes only")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of benchmark, a layer")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
+    options = parse(arguments)
+    if options.step:
+        return run_step(options.step, options.rows, options.seconds)
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = Run(options.out.resolve(), options.budget)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    heading = {"step": "run", "date": date, "budget": options.budget, "commit": options.commit}
+    append(run.rows, heading)
+    first = len(acceptance_report.load(run.rows)) - 1
+
+    def interrupted(number, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        for name, status in run.steps(options.only):
+            rows = acceptance_report.load(run.rows)[first:]
+            print(acceptance_report.line(name, rows), flush=True)
+            if status == NO_DEVICE:
+                print(
+                    "expected a GPU, got a machine without one: nothing was run;"
+                    " TRITON_INTERPRET=1 rehearses it on a CPU",
+                    file=sys.stderr,
+                )
+                return NO_DEVICE
+            acceptance_report.write(run.out / "summary.md", rows)
+            if name == "preflight" and status != 0:
+                print("the preflight failed: nothing after it would mean anything", flush=True)
+                break
+    except KeyboardInterrupt:
+        run.stop()
+        append(run.rows, {"step": "run", "passed": False, "failures": ["interrupted"]})
+    rows = acceptance_report.load(run.rows)[first:]
+    acceptance_report.write(run.out / "summary.md", rows)
+    print(f"{run.rows} and summary.md")
+    print(acceptance_report.verdict(rows))
+    return 0 if acceptance_report.verdict(rows) == "PASS" else 1
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; ``--step`` and what follows it are for the steps' own processes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--budget", type=_seconds, default=BUDGET, metavar="SECONDS", help="for everything"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP",
+        help=f"of {', '.join(STEPS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--commit", help="of the code, where the checkout does not know it (no .git folder)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results") / "gpu", help="folder of the results"
+    )
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=_seconds, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("expected a GPU, got a machine without one: nothing was run", file=sys.stderr)
-        return 2
-    gpu = Gpu(torch.device("cuda", torch.cuda.current_device()))
-    done = accept(steps(gpu, options.quick, options.seconds))
-    path = write(options.out, gpu.environment(), done)
-    for name, step in done.items():
-        for line in step.failures[:10]:
-            print(f"{name}: {line}")
-    print(f"{path} and {path.with_suffix('.md').name}")
-    print(verdict(done))
-    return 0 if verdict(done) == "PASS" else 1
+    options.only = [name for name in STEPS if name in options.only]
+    return options
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text}")
+    return value
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from shapes import Shape
 from timing import interleaved, quartiles, ratios
 
 BASE = "frozen"
+FAILED = "failed: "  # begins the reason of a provider that did not give its result
 MIN_ROUNDS, MAX_ROUNDS = 5, 500
 MIN_SECONDS = 2.0  # of rounds, so that a row of microseconds has many when time has run out
 
@@ -27,25 +28,36 @@ def measure(
     device: str,
     providers: Iterable[str],
     seconds: float,
+    skip_failures: bool = False,
 ) -> Row:
     """Forward and backward of one layer by each of ``providers``, and by the frozen layer.
 
     Args:
         seconds: for all of it; MIN_ROUNDS and MIN_SECONDS of rounds are run in any case, and no
             more than MAX_ROUNDS.
+        skip_failures: leave out a provider that raises or is wrong, with the reason; an error
+            after which the device is unusable is raised all the same.
 
     Raises:
         WrongResultError: a provider computes something else.
     """
     start = time.perf_counter()
     problem = Problem.make(shape, getattr(torch, dtype), device, p)
-    layers, skipped = {}, {}
+    layers, memory, skipped = {}, {}, {}
     for name in dict.fromkeys((BASE, *providers)):
         try:
             layers[name] = verified(PROVIDERS[name], problem, name)
+            memory[name] = saved_bytes(layers[name]), peak_bytes(layers[name])
         except UnavailableError as reason:
             skipped[name] = str(reason)
-    memory = {name: (saved_bytes(layer), peak_bytes(layer)) for name, layer in layers.items()}
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if not skip_failures or name == BASE:
+                raise
+            layers.pop(name, None)
+            first_line = str(error).strip().partition("\n")[0]
+            skipped[name] = f"{FAILED}{type(error).__name__}: {first_line}"
     times = interleaved(
         {name: layer.step for name, layer in layers.items()},
         device=device,

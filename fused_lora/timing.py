@@ -14,6 +14,7 @@ ROUNDS = 30
 _WARM_UPS = 3  # the first compiles; after it clocks and allocator settle
 _FLUSH_OF_L2 = 2  # times its size
 _LEAST_FLUSH_BYTES = 64 << 20  # where the device does not tell the size of its cache
+_HOST_ROUNDS = 5
 _HOST_CALLS = 10  # queued in a row: the queue must not fill, or the host waits for the device
 
 
@@ -22,7 +23,7 @@ class Times(NamedTuple):
 
     Attributes:
         device: of the GPU, a value per round.
-        host: of the host until the call returned, a value per round.
+        host: of the host until the call returned, a value per round of its own.
     """
 
     device: list[float]
@@ -37,7 +38,7 @@ class Times(NamedTuple):
 def call_times(
     calls: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int = ROUNDS
 ) -> dict[str, Times]:
-    """Both clocks for every call, by name: the same number of values for each, one per round.
+    """Both clocks for every call, by name.
 
     The host's time is the mean of a few calls in a row, queued on an idle device.
 
@@ -46,7 +47,7 @@ def call_times(
     """
     with torch.cuda.device(device):
         _warm_up(calls)
-        host = _host_seconds(calls, device, rounds)
+        host = _host_seconds(calls, device)
     seconds = device_seconds(calls, device=device, rounds=rounds)
     return {name: Times(seconds[name], host[name]) for name in calls}
 
@@ -75,10 +76,10 @@ def _warm_up(calls) -> None:
             call()
 
 
-def _host_seconds(calls, device: torch.device, rounds: int) -> dict[str, list[float]]:
+def _host_seconds(calls, device: torch.device) -> dict[str, list[float]]:
     order, shuffle = list(calls), random.Random(0).shuffle
     times = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(_HOST_ROUNDS):
         shuffle(order)
         for name in order:
             call = calls[name]

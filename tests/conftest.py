@@ -1,13 +1,22 @@
-"""Kernels run under Triton's interpreter on CPU tensors, and fresh memory is NaN."""
+"""Kernels run under Triton's interpreter on CPU tensors, and fresh memory is NaN.
+
+A GPU is hidden, so that every test is the same everywhere. ``test_gpu.py`` runs the tests of the
+kernels and of the layer again on a GPU that is there, compiled: with FUSED_LORA_TEST_DEVICE set.
+"""
 
 import contextlib
 import os
 import tempfile
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
+if "FUSED_LORA_TEST_DEVICE" not in os.environ:
+    os.environ.setdefault("FUSED_LORA_HIDDEN_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is initialised
 
 import pytest
 import torch
+
+import checkout  # noqa: F401  the package is found where it is not installed
 
 _cache = tempfile.TemporaryDirectory()
 os.environ["FUSED_LORA_CACHE"] = _cache.name  # what the machine's user has tuned is no test's

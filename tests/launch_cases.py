@@ -11,6 +11,7 @@ import random
 import sys
 import tempfile
 from functools import lru_cache
+from unittest.mock import patch
 
 import torch
 import triton.compiler
@@ -209,7 +210,14 @@ def cases(arch: str, folder: str) -> dict[str, object]:
     return made
 
 
-def plainly(run) -> list[tuple]:
+def caught(run) -> list[tuple]:
+    """What reaches the driver during ``run``."""
+    launched.clear()
+    run()
+    return list(launched)
+
+
+def plainly(run, caught=caught) -> list[tuple]:
     """What ``run`` launches by Triton alone."""
     launch.REPEATS = False
     try:
@@ -218,35 +226,32 @@ def plainly(run) -> list[tuple]:
         launch.REPEATS = True
 
 
-def caught(run) -> list[tuple]:
-    """What reaches the driver during ``run``."""
-    launched.clear()
-    run()
-    return list(launched)
+def compare(made: dict[str, object], active: FakeDriver, caught=caught) -> dict[str, object]:
+    """Launch every case plainly and twice through ``kernels/launch.py``, on each of two devices.
 
+    Args:
+        made: launches by name.
+        active: the active driver.
+        caught: gives what reaches it during a launch, each a tuple that starts with the binary.
 
-def main(arch: str) -> None:
-    """Print the names of the cases that differ, and of those that passed through Triton again."""
-    active = make_driver(arch)
-    torch.empty = same_buffer
-    launch._BUFFERS_HAVE_SIZES = arch.startswith("gfx")
-    counted, run = [], JITFunction.run
+    Returns:
+        The number of cases and of binaries, the names of the cases that differ, and of those that
+        passed through Triton again.
+    """
+    result = {"cases": len(made), "different": [], "not repeated": []}
+    binaries, counted, run = set(), [], JITFunction.run
 
     def counting(self, *args, **kwargs):
         counted.append(self)
         return run(self, *args, **kwargs)
 
-    JITFunction.run = counting
-    with tempfile.TemporaryDirectory() as folder:
-        made = cases(arch, folder)
-        result = {"cases": len(made), "different": [], "not repeated": []}
-        binaries = set()
+    with patch.object(JITFunction, "run", counting), patch.object(torch, "empty", same_buffer):
         for device in (0, 1):
             active.device = device
-            expected = {name: plainly(case) for name, case in made.items()}
+            expected = {name: plainly(case, caught) for name, case in made.items()}
             binaries |= {binary for records in expected.values() for binary, *_ in records}
             for case in made.values():
-                case()
+                caught(case)
             order = list(made)
             random.Random(0).shuffle(order)
             for name in order:
@@ -255,7 +260,15 @@ def main(arch: str) -> None:
                     result["different"].append(name)
                 if counted:
                     result["not repeated"].append(name)
-    print(json.dumps(result | {"binaries": len(binaries)}))
+    return result | {"binaries": len(binaries)}
+
+
+def main(arch: str) -> None:
+    """Print the names of the cases that differ, and of those that passed through Triton again."""
+    active = make_driver(arch)
+    launch._BUFFERS_HAVE_SIZES = arch.startswith("gfx")
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(compare(cases(arch, folder), active)))
 
 
 if __name__ == "__main__":

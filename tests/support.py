@@ -64,7 +64,12 @@ def assert_as_good_as_eager(actual: dict, expected: dict, eager: dict) -> None:
         assert value.dtype == eager[name].dtype, name
         error = relative_rms(value, expected[name])
         bound = 2 * relative_rms(eager[name], expected[name]) + unit
-        assert error <= bound, f"{name}: relative RMS {error:.2e}, bound {bound:.2e}"
+        assert_error(name, error, bound, value.dtype)
+
+
+def assert_error(name: str, error: float, bound: float, dtype: torch.dtype) -> None:
+    """``error`` is within ``bound``; ``benchmarks/numerics_rows.py`` reads the message."""
+    assert error <= bound, f"{name}: relative RMS {error:.2e}, bound {bound:.2e}, {dtype}"
 
 
 def pooled(results: list[dict]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from support import UNIT_ROUNDOFF, make_inputs, relative_rms
+from support import UNIT_ROUNDOFF, assert_error, make_inputs, relative_rms
 
 pytest.importorskip("triton")
 
@@ -42,8 +42,8 @@ def keep_bits(rows, columns):
 
 def check(actual, expected, dtype):
     """Two roundings to ``dtype`` (an operand cast for its dot, the result), the sum in fp32."""
-    error = relative_rms(actual, expected)
-    assert error <= 2 * UNIT_ROUNDOFF[dtype] + 4 * UNIT_ROUNDOFF[FP32], error
+    bound = 2 * UNIT_ROUNDOFF[dtype] + 4 * UNIT_ROUNDOFF[FP32]
+    assert_error("result", relative_rms(actual, expected), bound, dtype)
 
 
 # M, L, R, dtype, splits, descriptors, masked

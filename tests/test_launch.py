@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+HEADERS = (  # that Triton's launcher is built with
+    Path(sysconfig.get_path("include")) / "Python.h",
+    Path(triton.__file__).parent / "backends" / "nvidia" / "include" / "cuda.h",
+)
 
 
 def run(*command) -> dict:
@@ -29,6 +35,23 @@ def test_the_driver_gets_the_same_binary_and_arguments(arch):
     assert result["not repeated"] == []
     # Two devices, and most cases differ from all others in their binary: else they prove little.
     assert result["binaries"] > result["cases"]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc: builds a stub of the driver")
+@pytest.mark.skipif(not all(map(Path.is_file, HEADERS)), reason="needs Python.h and cuda.h")
+def test_the_real_launcher_gets_the_same_bytes(tmp_path):
+    result = run(HERE / "launch_real.py", tmp_path)
+    assert result["different"] == []
+    assert result["not repeated"] == []
+    assert result["cases"] >= 42
+    assert result["binaries"] > result["cases"]
+    # On two devices, plainly and twice repeated: one for each case, five more for "thin" and its
+    # neighbours, which launch two kernels, and sums where split.
+    assert result["launches"] == 2 * 3 * (result["cases"] + 5)
+    planted = result["planted"]
+    assert len(planted) == 9
+    for fault, found in planted.items():
+        assert found == (fault != "nothing"), fault
 
 
 @pytest.fixture(scope="module")

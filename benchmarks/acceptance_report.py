@@ -1,0 +1,121 @@
+"""What the rows of ``gpu_acceptance.py`` say: a line per step, a verdict, and a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+Row = dict
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of a file; a last line that was cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def failed(rows: list[Row]) -> list[Row]:
+    """Those that failed; a float32 result near its bound is reported apart."""
+    return [row for row in rows if row.get("passed") is False and not row.get("near")]
+
+
+def near(rows: list[Row]) -> list[Row]:
+    """The float32 results that miss their bound by less than a factor of two."""
+    return [row for row in rows if row.get("near")]
+
+
+def line(step: str, rows: list[Row]) -> str:
+    """One step in one line."""
+    own = [row for row in rows if row["step"] == step]
+    skipped = sum("skipped" in row for row in own)
+    parts = [f"{len(own) - skipped} rows"]
+    for row in own:
+        if tests := row.get("tests"):
+            parts = [", ".join(f"{count} {name}" for name, count in tests.items())]
+    if skipped:
+        parts.append(f"{skipped} without time left")
+    if close := near(own):
+        parts.append(f"{len(close)} float32 results within twice their bound")
+    if wrong := failed(own):
+        parts.append(f"{len(wrong)} FAILED")
+    return f"{step}: {', '.join(parts)}"
+
+
+def verdict(rows: list[Row]) -> str:
+    """PASS, or what failed, or that nothing was checked."""
+    steps = dict.fromkeys(row["step"] for row in failed(rows))
+    if steps:
+        counts = (f"{s} ({len(failed([r for r in rows if r['step'] == s]))})" for s in steps)
+        return f"FAIL: {', '.join(counts)}"
+    if not any(row.get("passed") for row in rows):
+        return "FAIL: nothing was checked"
+    return "PASS"
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """The page; every time on it was measured on the device that it names."""
+    environment = next((row for row in rows if row.get("case") == "environment"), {})
+    commit = environment.get("commit", {})
+    heading = next((row for row in rows if row["step"] == "run"), {})
+    title = environment.get("device_name", "no device")
+    if rehearsal := environment.get("rehearsal"):
+        title = f"{title} ({rehearsal})"
+    steps = dict.fromkeys(row["step"] for row in rows if row["step"] != "run")
+    lines = [f"# {title}", "", f"**{verdict(rows)}**", ""]
+    lines += [f"- commit {heading.get('commit') or commit.get('id')}, {heading.get('date')}"]
+    lines += [f"- {key}: {environment[key]}" for key in _SHOWN if key in environment]
+    lines += ["", *(f"- {line(step, rows)}" for step in steps)]
+    for name, chosen in (("What failed", failed(rows)), ("Near their bound", near(rows))):
+        if chosen:
+            lines += ["", f"## {name}", ""]
+            lines += [f"- {r['step']}, {r.get('case', '')}: {'; '.join(_texts(r))}" for r in chosen]
+    lines += _benchmark([row for row in rows if "ratios" in row])
+    lines += _tuning([row for row in rows if row["step"] == "tuning" and "forward" in row])
+    lines += _probe([row for row in rows if row["step"] == "probe" and "us" in row])
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+_SHOWN = ("python", "versions", "cuda", "arch", "multiprocessors", "l2_bytes", "repeated_launches")
+
+
+def _texts(row: Row) -> list[str]:
+    return [text[:300] for text in row.get("failures", [])]
+
+
+def _benchmark(rows: list[Row]) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    body = [
+        [row["case"], f"{row['frozen_ms']:.3f}"]
+        + [f"{row['ratios'][name]:.3f}" if name in row["ratios"] else "" for name in names]
+        for row in rows
+    ]
+    return _table("Time over the frozen layer's", ["layer", "frozen ms", *names], body)
+
+
+def _tuning(rows: list[Row]) -> list[str]:
+    body = []
+    for row in rows:
+        for direction in ("forward", "backward"):
+            if entry := row.get(direction):
+                times = entry["microseconds"].items()
+                shown = (f"{k} {v:.1f} ({entry['host_microseconds'][k]:.1f})" for k, v in times)
+                body.append([row["case"], direction, entry["strategy"], ", ".join(shown)])
+    heads = ["layer", "direction", "kept", "device µs (host µs)"]
+    return _table("Strategies", heads, body)
+
+
+def _probe(rows: list[Row]) -> list[str]:
+    body = [[r["case"], r["rank"], r["name"], r["us"], r["gb_per_s"]] for r in rows]
+    return _table("Candidates", ["product", "rank", "by", "µs", "GB/s"], body)
+
+
+def _table(title: str, heads: list[str], body: list[list]) -> list[str]:
+    if not body:
+        return []
+    lines = ["", f"## {title}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return lines + [f"| {' | '.join(map(str, cells))} |" for cells in body]

@@ -1,0 +1,43 @@
+"""The tests of the kernels and of the layer on a GPU, compiled; skipped where there is none."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import acceptance_report
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_acceptance.py"
+SECONDS = 1200
+
+
+def visible_gpus() -> dict[str, str]:
+    """The environment with the GPUs that conftest hides, and without the interpreter."""
+    hidden = os.environ["FUSED_LORA_HIDDEN_GPUS"]
+    changed = {"TRITON_INTERPRET", "FUSED_LORA_HIDDEN_GPUS", "CUDA_VISIBLE_DEVICES"}
+    environment = {k: v for k, v in os.environ.items() if k not in changed}
+    return environment if hidden == "all" else environment | {"CUDA_VISIBLE_DEVICES": hidden}
+
+
+@pytest.mark.skipif("FUSED_LORA_TEST_DEVICE" in os.environ, reason="runs there already")
+def test_the_kernels_and_the_layer_on_the_gpu(tmp_path):
+    command = [sys.executable, SCRIPT, "--only", "preflight", "numerics", "--budget", SECONDS]
+    done = subprocess.run(
+        [*map(str, command), "--out", str(tmp_path)],
+        capture_output=True, text=True, env=visible_gpus(), check=False,
+    )  # fmt: skip
+    if done.returncode == 2:
+        pytest.skip("needs a GPU")
+    rows = acceptance_report.load(tmp_path / "rows.jsonl")
+    assert acceptance_report.failed(rows) == []
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_gpu_is_hidden_from_all_other_tests():
+    import torch
+
+    assert os.environ.get("FUSED_LORA_TEST_DEVICE") or not torch.cuda.is_available()
