@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from fused_lora.runner import is_sticky
 from memory import peak_bytes, saved_bytes
 from problem import Problem, verified
 from providers import PROVIDERS, UnavailableError
@@ -50,10 +51,8 @@ def measure(
             memory[name] = saved_bytes(layers[name]), peak_bytes(layers[name])
         except UnavailableError as reason:
             skipped[name] = str(reason)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
-            if not skip_failures or name == BASE:
+            if not skip_failures or name == BASE or is_sticky(error):
                 raise
             layers.pop(name, None)
             first_line = str(error).strip().partition("\n")[0]

@@ -126,11 +126,19 @@ def make_row(gpu: str, model: str, layer: str, c: Product) -> Row:
     device = KNOWN[gpu]
     auto = tuple(
         cost.choose_strategy(
-            device, c.itemsize, c.M, columns, inner, c.R, masked=masked, aligned=True
+            device,
+            c.itemsize,
+            c.M,
+            columns,
+            inner,
+            c.R,
+            masked=masked,
+            aligned=True,
+            gradients=gradients,
         )[0]
-        for columns, inner, masked in (
-            (c.N, c.L, c.masked),
-            (c.L, c.N, "output" if c.masked else None),
+        for columns, inner, masked, gradients in (
+            (c.N, c.L, c.masked, False),
+            (c.L, c.N, "output" if c.masked else None, True),
         )
     )
     schedules = {"frozen": peer_traffic.frozen(device, c)}

@@ -13,7 +13,10 @@ import re
 
 import pytest
 
+import processes
+
 NEAR = 2.0
+PROGRESS = 50  # reports between two rows of the counts so far
 _MISSED = re.compile(r"relative RMS (\S+), bound (\S+), torch\.float32")
 
 _counts = {"passed": 0, "failed": 0, "near": 0, "skipped": 0}
@@ -30,6 +33,10 @@ def _write(row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def pytest_configure() -> None:
+    processes.die_with_the_parent()  # the controller with the step, a worker with the controller
+
+
 def pytest_runtest_logreport(report) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # its controller sees every report
         return
@@ -44,18 +51,23 @@ def pytest_runtest_logreport(report) -> None:
         _write({"case": report.nodeid, "passed": False, "near": near, "failures": [first_lines]})
     elif report.when == "call":
         _counts["passed"] += 1
+        if _counts["passed"] % PROGRESS == 0:
+            _write({"case": "tests so far", "tests": _counts})
 
 
-def pytest_sessionfinish(session) -> None:
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        passed = _counts["passed"] > 0 and _counts["failed"] == 0
-        _write({"case": "all tests", "passed": passed, "tests": _counts})
+def pytest_sessionfinish(session, exitstatus) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)  # else it was not run to its end
+    passed = exitstatus in ended and _counts["passed"] > 0 and _counts["failed"] == 0
+    row = {"case": "all tests", "passed": passed, "tests": _counts}
+    _write(row if passed else row | {"failures": [f"pytest's status is {int(exitstatus)}"]})
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_exception_interact(node, call, report) -> None:
     """End a worker whose device is unusable: another takes its place, and only this test fails."""
-    import torch
+    from fused_lora.runner import is_sticky
 
-    if "PYTEST_XDIST_WORKER" in os.environ and call.excinfo.errisinstance(torch.AcceleratorError):
+    if "PYTEST_XDIST_WORKER" in os.environ and is_sticky(call.excinfo.value):
         os._exit(70)

@@ -24,6 +24,7 @@ from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
+from fused_lora.runner import is_sticky
 
 # M, K, N of a decoder's square and MLP projections, the largest product first, then few rows.
 SHAPES = (
@@ -70,10 +71,11 @@ def _run(gpu, case, race: Race) -> Iterator[dict]:
     for name, call in race.calls.items():
         try:
             call()
+            gpu.synchronize()  # so that an error is that of this call
             able[name] = call
-        except torch.AcceleratorError:
-            raise
         except Exception as error:  # does not compile or fit here
+            if is_sticky(error):
+                raise RuntimeError(f"{race.what} by {name}") from error
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             yield {**place, "name": name, "passed": False, "failures": [failure]}
     times = gpu.device_seconds(able)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .devices import Device
 from .kernels import configs
-from .traffic import Kernel, Product, product
+from .traffic import Kernel, Product, product, rank_gradients
 
 # What cuBLAS reaches of the peak in large products: 716 of 989 TFLOPS on H100 (P. Shankhdhar,
 # "Outperforming cuBLAS on H100", 2024), 1610 of 2250 on B200 (pyptx.dev/performance, 2025).
@@ -68,6 +68,7 @@ def choose_strategy(
     *,
     masked: str | None,
     aligned: bool,
+    gradients: bool = False,
     with_torch: bool = True,
     repeated: bool = True,
 ) -> tuple[str, str]:
@@ -79,6 +80,7 @@ def choose_strategy(
         masked: what is dropped: "operand" (of the contraction, in forward), "output" (the low-rank
             product, in backward) or None.
         aligned: every row of the operands starts on 16 bytes.
+        gradients: whether those of A and B are computed too, as in backward.
         with_torch: whether PyTorch's operators alone are a candidate.
         repeated: whether Triton's launches are repeated, see ``kernels/launch.py``.
     """
@@ -106,6 +108,8 @@ def choose_strategy(
 
     def expected(strategy: str) -> float:
         kernels = product(device, strategy, case)
+        if gradients:
+            kernels += rank_gradients(device, strategy, case)
         return max(seconds(kernels, device), host_seconds(kernels, repeated=repeated))
 
     addmm = expected("addmm")

@@ -206,7 +206,8 @@ def _decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
             return asked, "asked for"
         entry = tuned.lookup(call, device)
         if entry is not None and (best := entry.best(allowed)):
-            return best, f"tuned entry {call.key!r}: {entry}"
+            other = "" if best == entry.strategy else f"; {best} is the fastest of the kernels'"
+            return best, f"tuned entry {call.key!r}: {entry}{other}"
         chosen, reason = modelled(call, device, with_torch=impl == "auto")
         return chosen, f"{reason}{_UNTUNED if device.type == 'cuda' else ''}"
 
@@ -238,6 +239,7 @@ def modelled(call: tuned.Call, device: torch.device, *, with_torch: bool = True)
         call.R,
         masked=call.masked,
         aligned=call.aligned,
+        gradients=not forward,
         with_torch=with_torch,
         repeated=launch.REPEATS,
     )

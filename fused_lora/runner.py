@@ -39,6 +39,10 @@ def run_backward(ops, strategy: str, dy, x, weight, lora_A, lora_B, S, *args):
     return ops.backward(dy, x, weight, lora_A, lora_B, S, *args, strategy)
 
 
+# Of the driver's messages, those after which its context is lost.
+_STICKY = ("illegal", "misaligned address", "launch failure", "assert", "hardware stack error")
+
+
 class TritonRunner:
     """What :func:`.dispatch.choose` gives for the kernels.
 
@@ -68,6 +72,8 @@ class TritonRunner:
 
     def forward(self, *args, base):
         """As :func:`.aten.forward`."""
+        if self.decision.forward == "torch":
+            return aten.forward(*args, base)
         return self._run(
             lambda: run_forward(self.ops, self.decision.forward, *args, base),
             lambda: aten.forward(*args, base),
@@ -75,6 +81,8 @@ class TritonRunner:
 
     def backward(self, *args):
         """As :func:`.aten.backward`."""
+        if self.decision.backward == "torch":
+            return aten.backward(*args)
         return self._run(
             lambda: run_backward(self.ops, self.decision.backward, *args),
             lambda: aten.backward(*args),
@@ -92,9 +100,7 @@ class TritonRunner:
                 return kernels()
         except Exception as error:
             # An asynchronous error leaves the device unusable, and memory is missing either way.
-            if self.key is None or isinstance(
-                error, (torch.OutOfMemoryError, torch.AcceleratorError)
-            ):
+            if self.key is None or isinstance(error, torch.OutOfMemoryError) or is_sticky(error):
                 raise
             _failed.add(self.key)
             warnings.warn(
@@ -104,6 +110,14 @@ class TritonRunner:
                 stacklevel=2,
             )
             return instead()
+
+
+def is_sticky(error: BaseException) -> bool:
+    """Whether the device is unusable after ``error``: everything that follows on it fails too."""
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    text = str(error)  # Triton's own are RuntimeErrors
+    return "Triton Error" in text and any(kind in text for kind in _STICKY)
 
 
 def forget_failures() -> None:

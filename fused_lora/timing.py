@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,8 +13,7 @@ ROUNDS = 30
 _WARM_UPS = 3  # the first compiles; after it clocks and allocator settle
 _FLUSH_OF_L2 = 2  # times its size
 _LEAST_FLUSH_BYTES = 64 << 20  # where the device does not tell the size of its cache
-_HOST_ROUNDS = 5
-_HOST_CALLS = 10  # queued in a row: the queue must not fill, or the host waits for the device
+_HOST_CALLS = 3  # queued in a row: the queue must not fill, or the host waits for the device
 
 
 class Times(NamedTuple):
@@ -23,7 +21,7 @@ class Times(NamedTuple):
 
     Attributes:
         device: of the GPU, a value per round.
-        host: of the host until the call returned, a value per round of its own.
+        host: of the host until the call returned, a value per round.
     """
 
     device: list[float]
@@ -31,8 +29,7 @@ class Times(NamedTuple):
 
     def call_time(self) -> list[float]:
         """Of an eager call in a loop, by round: the host queues while the device works."""
-        host = statistics.median(self.host)
-        return [max(seconds, host) for seconds in self.device]
+        return [max(pair) for pair in zip(self.device, self.host, strict=True)]
 
 
 def call_times(
@@ -47,7 +44,7 @@ def call_times(
     """
     with torch.cuda.device(device):
         _warm_up(calls)
-        host = _host_seconds(calls, device)
+        host = _host_seconds(calls, device, rounds)
     seconds = device_seconds(calls, device=device, rounds=rounds)
     return {name: Times(seconds[name], host[name]) for name in calls}
 
@@ -66,7 +63,7 @@ def device_seconds(
     """
     with torch.cuda.device(device):
         _warm_up(calls)
-        replays = {name: _captured(call) for name, call in calls.items()}
+        replays = {name: _captured(call, device) for name, call in calls.items()}
         return _timed(replays, device, rounds)
 
 
@@ -76,10 +73,10 @@ def _warm_up(calls) -> None:
             call()
 
 
-def _host_seconds(calls, device: torch.device) -> dict[str, list[float]]:
+def _host_seconds(calls, device: torch.device, rounds: int) -> dict[str, list[float]]:
     order, shuffle = list(calls), random.Random(0).shuffle
     times = {name: [] for name in calls}
-    for _ in range(_HOST_ROUNDS):
+    for _ in range(rounds):
         shuffle(order)
         for name in order:
             call = calls[name]
@@ -111,8 +108,9 @@ def _timed(calls, device: torch.device, rounds: int) -> dict[str, list[float]]:
     return {name: [s.elapsed_time(e) / 1e3 for s, e in pairs] for name, pairs in events.items()}
 
 
-def _captured(call: Callable[[], object]) -> Callable[[], None]:
+def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # By default the stream is one of the device that was current at the first capture of all.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         call()
     return graph.replay

@@ -266,12 +266,31 @@ def torch_operators(device: Device, c: Product) -> list[Kernel]:
     ]
 
 
+def rank_gradients(device: Device, strategy: str, back: Product) -> list[Kernel]:
+    """Both of the adapter's gradients, beside a backward product ``dY W``.
+
+    ``dA = Gᵀ D(x)`` reads what that product writes the gradient of, ``dB = dYᵀ S`` its operand.
+    """
+    ahead = replace(back, L=back.N, N=back.L, masked="operand" if back.masked else None)
+    if strategy != "torch":
+        return rank_grad(device, ahead) + rank_grad(device, back)
+    kernels = []
+    if back.masked:  # the mask is dx's, and expanded there
+        x = back.M * back.N * back.itemsize
+        kernels.append(_torch("mul_", {"mask": x, "p": x}, {"p": x}))
+    for columns in (back.N, back.L):
+        reads = {"p": back.M * columns * back.itemsize, "u": back.M * back.R * back.itemsize}
+        written = {"o": back.R * columns * back.adapter_itemsize}
+        kernels.append(_torch("mm", reads, written, 2.0 * back.M * columns * back.R))
+    return kernels
+
+
 def layer(device: Device, c: Product, forward: str, backward: str) -> list[Kernel]:
     """Forward of ``c`` by one strategy, and all three gradients by another."""
     back = replace(c, L=c.N, N=c.L, masked="output" if c.masked else None, bias=False)
     kernels = [dropout_mask(c.M, c.L)] if c.masked else []
     kernels += product(device, forward, c) + product(device, backward, back)
-    return kernels + rank_grad(device, c) + rank_grad(device, back)
+    return kernels + rank_gradients(device, backward, back)
 
 
 def _operands(c: Product) -> dict[str, int]:

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, dropout, tuned
+from . import aten, dispatch, dropout, tuned
 from .layer import LoRALayer
-from .runner import run_backward, run_forward
+from .runner import is_sticky, run_backward, run_forward
 from .sharding import is_shard
 from .timing import Times, call_times
 from .tuned import Call, Entry
@@ -151,7 +151,7 @@ def _checked_device(device: torch.device) -> torch.device:
 def _directions(layer: Layer, device: torch.device):
     """``(call, candidates, problem)`` each way; ``problem`` says why a candidate's output is wrong.
 
-    The backward is timed for ``dx``: the gradients of A and B are the same in every strategy.
+    All three gradients are timed; ``dx`` is checked.
     """
     from .kernels import ops
 
@@ -183,9 +183,11 @@ def _directions(layer: Layer, device: torch.device):
         return run_forward(ops, strategy, *saved, bias, scale, words, inv_keep, None)[0]
 
     def backward(strategy):
-        needs = True, False, False
-        return run_backward(ops, strategy, dy, *saved, None, scale, words, inv_keep, needs)[0]
+        S, needs = thin["torch" if strategy == "torch" else "kernels"], (True, True, True)
+        return run_backward(ops, strategy, dy, *saved, S, scale, words, inv_keep, needs)[0]
 
+    _, S = aten.forward(*saved, bias, scale, words, inv_keep)
+    thin = {"torch": S, "kernels": S.to(torch.float32)}  # as each one's forward saves it
     aligned = K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
     for name, run, exact in (("forward", forward, y), ("backward", backward, dx)):
         call = Call(name, dtype, M, K, N, R, words is not None, aligned)
@@ -223,9 +225,11 @@ def _winner(
     for name, run in candidates.items():
         try:
             reason = problem(run())
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
+        except torch.OutOfMemoryError:
             raise
         except Exception as error:  # does not compile or launch here
+            if is_sticky(error):
+                raise
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if reason is not None:
             failed[name] = reason
@@ -243,6 +247,7 @@ def _winner(
         strategy,
         {name: 1e6 * statistics.median(t.device) for name, t in both.items()},
         {name: 1e6 * statistics.median(t.host) for name, t in both.items()},
+        graphs,
     )
     kept = "as modelled" if strategy == modelled else f"in place of the model's {modelled}"
     return entry, f"{entry}, {kept}{said}"

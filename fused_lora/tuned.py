@@ -85,11 +85,13 @@ class Entry:
         strategy: the fastest.
         microseconds: of the device, the median for each strategy that was timed.
         host_microseconds: of the host to queue the same.
+        graphs: whether it was made for replays of CUDA graphs, which the host does not delay.
     """
 
     strategy: str
     microseconds: Mapping[str, float]
     host_microseconds: Mapping[str, float]
+    graphs: bool = False
 
     def best(self, allowed: Collection[str]) -> str | None:
         """The fastest of ``allowed``; None if none of them was timed."""
@@ -98,15 +100,16 @@ class Entry:
         return min((n for n in self.microseconds if n in allowed), key=self.call_time, default=None)
 
     def call_time(self, strategy: str) -> float:
-        """Microseconds of an eager call: the host queues while the device works."""
-        return max(self.microseconds[strategy], self.host_microseconds[strategy])
+        """Microseconds of a call: in eager mode the host queues while the device works."""
+        device, host = self.microseconds[strategy], self.host_microseconds[strategy]
+        return device if self.graphs else max(device, host)
 
     def __str__(self) -> str:
         times = (
             f"{name} {time:.1f} µs (host {self.host_microseconds[name]:.1f})"
             for name, time in self.microseconds.items()
         )
-        return f"{self.strategy} of {', '.join(times)}"
+        return f"{self.strategy} of {', '.join(times)}{' in CUDA graphs' if self.graphs else ''}"
 
 
 def cache_path() -> Path:
@@ -160,6 +163,7 @@ def store(entries: Mapping[Call, Entry], device: torch.device) -> Path:
                     "strategy": e.strategy,
                     "microseconds": dict(e.microseconds),
                     "host_microseconds": dict(e.host_microseconds),
+                    "graphs": e.graphs,
                 }
                 for key, e in sorted(found.items())
             }
@@ -240,7 +244,10 @@ def _entry(value: object) -> Entry:
             raise ValueError(f"expected microseconds by strategy, got {name[:20]!r}")
     if device.keys() != host.keys():
         raise ValueError("expected the host's microseconds of the same strategies")
-    return Entry(strategy, device, host)
+    graphs = fields.get("graphs")
+    if type(graphs) is not bool:
+        raise ValueError(f"expected graphs to be true or false, got {str(graphs)[:20]!r}")
+    return Entry(strategy, device, host, graphs)
 
 
 def _object(value: object, name: str) -> dict:

@@ -110,7 +110,7 @@ def backward(
         _rank_grad(dA, G, _inner_contiguous(x), target, words, inv_keep)
     if needs[2]:
         dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
-        _rank_grad(dB.t(), S, dy, target)
+        _rank_grad(dB.t(), _inner_contiguous(S), dy, target)
     return dx, dA, dB
 
 

@@ -1,7 +1,7 @@
 """Kernels run under Triton's interpreter on CPU tensors, and fresh memory is NaN.
 
 A GPU is hidden, so that every test is the same everywhere. ``test_gpu.py`` runs the tests of the
-kernels and of the layer again on a GPU that is there, compiled: with FUSED_LORA_TEST_DEVICE set.
+kernels and of the layer again, compiled, on a GPU that is there: with FUSED_LORA_TEST_DEVICE set.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fused_lora import dispatch
-from fused_lora.runner import described
+from fused_lora.runner import described, is_sticky
 
 pytest.importorskip("triton")
 
@@ -84,6 +84,25 @@ def test_float64_needs_no_warning(recwarn, monkeypatch):
     decision = dispatch._decide("auto", gpu, torch.float64, 8, 8, 8, 2, False)
     assert (decision.impl, "float64" in decision.reason) == ("torch", True)
     assert not recwarn.list
+
+
+# an error, and whether nothing runs on the device after it
+ERRORS = [
+    (torch.AcceleratorError("no"), True),
+    (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+    (RuntimeError("Triton Error [CUDA]: misaligned address"), True),
+    (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), True),
+    (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), False),
+    (RuntimeError("Triton Error [CUDA]: out of memory"), False),
+    (RuntimeError("illegal argument"), False),
+    (AssertionError("no"), False),
+]
+
+
+@pytest.mark.parametrize("case", ERRORS, ids=lambda case: str(case[0]))
+def test_errors_that_leave_the_device_unusable_are_known(case):
+    error, expected = case
+    assert is_sticky(error) is expected
 
 
 def test_an_error_is_described_by_its_first_line():

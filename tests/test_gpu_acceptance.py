@@ -100,6 +100,27 @@ def test_a_failing_test_is_a_row_of_its_own():
     assert not total["passed"]
 
 
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (pytest.ExitCode.OK, True),
+        (pytest.ExitCode.TESTS_FAILED, True),  # near their bounds, all of them
+        (pytest.ExitCode.INTERRUPTED, False),
+        (pytest.ExitCode.INTERNAL_ERROR, False),
+    ],
+)
+def test_tests_that_were_not_run_to_the_end_have_not_passed(
+    status, expected, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setenv("FUSED_LORA_ROWS", str(tmp_path / "rows"))
+    counts = {"passed": 5, "failed": 0, "near": 1, "skipped": 0}
+    monkeypatch.setattr(numerics_rows, "_counts", counts)
+    numerics_rows.pytest_sessionfinish(None, status)
+    (row,) = acceptance_report.load(tmp_path / "rows")
+    assert (row["passed"], row["tests"]) == (expected, counts)
+
+
 # error, dtype, and whether it is reported apart
 NEAR = [
     (1.9, torch.float32, True),
@@ -121,6 +142,28 @@ def test_only_float32_results_near_their_bound_are_reported_apart(case):
     said = acceptance_report.line("numerics", rows)
     assert ("1 float32 results within twice their bound" in said) is expected
     assert ("1 FAILED" in said) is not expected
+
+
+# rows, and the verdict
+VERDICTS = [
+    ([], "FAIL: nothing was checked"),
+    ([("graphs", "skipped")], "FAIL: nothing was checked"),
+    ([("graphs", "passed")], "PASS"),
+    ([("graphs", "passed"), ("tuning", "skipped")], "PASS; no time was left for tuning (1)"),
+    (
+        [("graphs", "passed"), ("numerics", "skipped"), ("tuning", "skipped")],
+        "INCOMPLETE: no time was left for numerics (1)",
+    ),
+    ([("graphs", "failed"), ("numerics", "skipped"), ("graphs", "failed")], "FAIL: graphs (2)"),
+]
+
+
+@pytest.mark.parametrize("case", VERDICTS, ids=lambda case: case[1])
+def test_the_verdict_does_not_pass_over_what_was_not_run(case):
+    given, expected = case
+    kinds = {"passed": {"passed": True}, "failed": {"passed": False}, "skipped": {"skipped": "no"}}
+    rows = [{"step": step} | kinds[kind] for step, kind in given]
+    assert acceptance_report.verdict(rows) == expected
 
 
 @pytest.mark.parametrize("run", [acceptance.repeatability, acceptance.graphs])
@@ -282,6 +325,26 @@ def test_the_largest_shapes_come_first():
         assert sizes == sorted(sizes, reverse=True)
 
 
+def test_the_plan_counts_the_binaries_of_real_sizes_once():
+    import acceptance_plan
+
+    acceptance_plan.binaries.clear()
+    steps = acceptance_plan.plan(Gpu(torch.device("meta")))
+    preflight, probing = next(steps), next(steps)
+    steps.close()
+    assert preflight[0] == "preflight"
+    assert preflight[1] >= 6  # forward and backward of two strategies
+    assert probing[1] >= 50
+    assert probing[1] + preflight[1] == len(acceptance_plan.binaries)
+    names = {binary[0] for binary in acceptance_plan.binaries}
+    expected = {"shrink", "lora_gemm", "lora_add", "rank_grad", "single_pass", "dropout_mask"}
+    assert {f"_{name}" for name in expected} <= names
+    assert probing[2] < gpu_acceptance.STEPS["probe"]
+    again = acceptance_plan.plan(Gpu(torch.device("meta")))
+    assert next(again)[1] == 0
+    again.close()
+
+
 # The command
 
 
@@ -304,12 +367,12 @@ def wait_for(path: Path, step: str) -> list[dict]:
 
 
 def processes_of(out) -> list[int]:
-    """Live processes whose command line names ``out``."""
+    """Live processes whose environment names ``out``, as those of the steps do."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            if str(out) in (folder / "cmdline").read_text() and state != "Z":
+            if str(out) in (folder / "environ").read_text(errors="replace") and state != "Z":
                 found.append(int(folder.name))
         except OSError:
             continue
@@ -340,6 +403,7 @@ def test_the_page_has_every_figure_and_every_failure(tmp_path):
         {"step": "preflight", "case": "environment", "device_name": "A GPU", "arch": "sm_90"},
         {"step": "probe", "case": "gemm 1x2x3", "rank": 8, "name": "mm", "us": 2.5, "gb_per_s": 9},
         {"step": "probe", "case": "gemm", "name": "bad", "passed": False, "failures": ["no room"]},
+        {"step": "numerics", "case": "t", "passed": False, "near": True, "failures": ["by 3 %"]},
         {"step": "benchmark", "case": "a", "frozen_ms": 1.25, "ratios": {"fused": 1.1}},
         {"step": "benchmark", "case": "b", "frozen_ms": 2.5, "ratios": {"eager": 1.3, "fused": 1}},
     ]
@@ -349,6 +413,8 @@ def test_the_page_has_every_figure_and_every_failure(tmp_path):
         "# A GPU\n\n**FAIL: probe (1)**\n",
         "- commit abc, today\n",
         "- probe, gemm: no room\n",
+        "## Float32 results within twice their bound\n\nThe bounds hold for exact sums",
+        "- numerics, t: by 3 %\n",
         "| layer | frozen ms | fused | eager |\n|---|---|---|---|\n| a | 1.250 | 1.100 |  |\n"
         "| b | 2.500 | 1.000 | 1.300 |\n",
         "| gemm 1x2x3 | 8 | mm | 2.5 | 9 |\n",
@@ -361,11 +427,17 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
     assert acceptance_report.load(tmp_path / "rows") == [{"step": "a"}]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_half_way_it_leaves_what_it_has(number, tmp_path):
+# The signal, and the step that runs when it comes
+KILLS = [(signal.SIGTERM, "probe"), (signal.SIGKILL, "probe"), (signal.SIGKILL, "numerics")]
+
+
+@pytest.mark.parametrize("case", KILLS, ids=str)
+def test_killed_half_way_it_leaves_what_it_has(case, tmp_path):
+    number, step = case
     out = tmp_path / "out"
-    running = start(out, "--only", "preflight", "probe", "repeatability")
-    wait_for(out / "rows.jsonl", "probe")
+    running = start(out, "--only", "preflight", step, "repeatability")
+    wait_for(out / "rows.jsonl", step)
+    assert processes_of(out)
     running.send_signal(number)
     running.wait(20)
     rows = acceptance_report.load(out / "rows.jsonl")
@@ -406,7 +478,7 @@ def raises(gpu, allowance):
     yield
 
 def ends(gpu, allowance):
-    yield {"case": "before"}
+    yield {"case": "before", "passed": False, "near": True, "failures": ["by 3 %"]}
     os._exit(9)
 
 def aborts(gpu, allowance):
@@ -434,8 +506,13 @@ def start_planted(tmp_path, planted: str, *arguments) -> subprocess.Popen:
 def test_a_step_that_dies_costs_itself_alone(tmp_path):
     planted = "'repeatability': raises, 'graphs': ends, 'tuning': aborts"
     steps = ("repeatability", "graphs", "tuning", "comparison")
+    path = tmp_path / "out" / "rows.jsonl"
+    path.parent.mkdir()
+    old = {"step": "repeatability", "passed": False, "failures": ["of an earlier run"]}
+    path.write_text(json.dumps(old) + '\n{"step": "cut o')
     out, err = start_planted(tmp_path, planted, "--only", *steps).communicate()
-    rows = acceptance_report.load(tmp_path / "out" / "rows.jsonl")
+    rows = acceptance_report.load(path)[1:]
+    assert rows[0]["step"] == "run"
     wrong = {row["step"]: row["failures"][0] for row in acceptance_report.failed(rows)}
     assert wrong.keys() == set(steps[:3]), out + err
     assert "RuntimeError: sticky" in wrong["repeatability"]
@@ -456,7 +533,7 @@ def test_a_step_that_hangs_costs_itself_alone(tmp_path):
     rows = acceptance_report.load(tmp_path / "out" / "rows.jsonl")
     (wrong,) = acceptance_report.failed(rows)
     assert wrong["step"] == "repeatability"
-    assert "stopped after 24 s, its limit" in wrong["failures"][0]
+    assert "stopped after 25 s, its limit" in wrong["failures"][0]
     assert any(row.get("case") == "before" for row in rows)
     assert "comparison: " in out
 

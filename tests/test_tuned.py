@@ -112,6 +112,7 @@ GOOD = {
     "strategy": "addmm",
     "microseconds": {"addmm": 1.0},
     "host_microseconds": {"addmm": 2.0},
+    "graphs": False,
 }
 # name, the file
 DAMAGED = [
@@ -129,6 +130,7 @@ DAMAGED = [
     ("a list for a strategy", file_with(GOOD | {"strategy": ["addmm"]})),
     ("no times", file_with({"strategy": "addmm"})),
     ("no host times", file_with(GOOD | {"host_microseconds": None})),
+    ("a text for graphs", file_with(GOOD | {"graphs": "yes"})),
     ("host times of another strategy", file_with(GOOD | {"host_microseconds": {"split": 1.0}})),
     ("a text for a time", file_with(GOOD | {"microseconds": {"addmm": "1"}})),
     ("an infinite time", file_with(GOOD | {"microseconds": {"addmm": float("inf")}})),
@@ -228,6 +230,7 @@ def test_the_kernels_asked_for_run_the_best_of_theirs_where_pytorch_won():
     assert entry.best(CALL.strategies) == "torch"
     decision = explain(FusedLoRALinear(64, 48, rank=4, impl="triton"), tokens=1000)
     assert decision.forward == "split"  # 9 µs: addmm's host takes 10
+    assert "; split is the fastest of the kernels'" in decision.reason
     assert entry.best({"single_pass"}) is None
 
 

@@ -1,0 +1,202 @@
+"""What ``gpu_acceptance.py`` would take on an H100: kernels counted, seconds modelled.
+
+    python benchmarks/acceptance_plan.py
+
+Every step's launches are made on meta tensors of their real sizes, and the binaries that Triton
+would compile for them are counted, each once: later steps find them in Triton's cache. Without a
+GPU; no time is measured. Needs TRITON_INTERPRET=1, for the kernels' tests (a minute).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+import acceptance
+import gpu_acceptance
+import probe
+from fused_lora import cost, dropout, traffic, tuned
+from fused_lora.devices import KNOWN
+from fused_lora.kernels import (
+    common,
+    configs,
+    launch,
+    lora_add,
+    lora_gemm,
+    ops,
+    rank_grad,
+    shrink,
+    single_pass,
+)
+from fused_lora.kernels import dropout as mask_kernel
+
+H100 = KNOWN["h100"]
+LAUNCHERS = (common, lora_add, lora_gemm, mask_kernel, rank_grad, shrink, single_pass)
+META = torch.device("meta")
+
+# On a core of an AMD EPYC a kernel of the probe takes 0.25 under Triton 3.6, which also builds a
+# launcher for every signature with gcc: 0.3.
+COMPILE_SECONDS = 0.6
+START_SECONDS = 12.0  # of a step: imports and a CUDA context; here the imports alone take 4
+TEST_SECONDS = 0.15  # of one of the kernels' tests beside its compiles
+TEST_PROCESSES = 8
+ROW_SECONDS = acceptance.LAYER_SECONDS + 1.5  # of a benchmark's row: its rounds, and its checks
+PROBE_REPEATS = 3 + 1 + 15  # of a call: warm-up, capture, rounds
+TUNE_REPEATS = 2 * 3 + 1 + 30 * 3 + 30  # the host's rounds among them
+FLUSH_SECONDS = 2 * H100.cache / H100.bandwidth
+
+binaries: set[tuple] = set()
+
+
+def key(kernel, made: launch.Arguments) -> tuple:
+    """What Triton compiles a binary of its own for."""
+    operands = []
+    for operand in made.operands:
+        if isinstance(operand, launch.Tile):
+            operands.append((operand.tensor.dtype, operand.block, operand.transposed))
+        else:
+            operands.append((operand.dtype, operand.data_ptr() % 16 == 0))
+    numbers = tuple((n == 1, n % 16 == 0) for n in made.numbers)
+    constants = tuple(sorted((k, str(v)) for k, v in made.constants.items()))
+    return kernel.__name__, tuple(operands), numbers, constants, tuple(made.options.items())
+
+
+@contextmanager
+def counted(run: bool) -> Iterator[None]:
+    """Count the binaries of all launches; ``run`` them too."""
+
+    def record(kernel, arguments, config, tensors, scalars, *flags):
+        binaries.add(key(kernel, arguments(config, *tensors, *flags)))
+        if run:
+            launch.launch(kernel, arguments, config, tensors, scalars, *flags)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in LAUNCHERS:
+            patch.setattr(module, "launch", record)
+        yield
+
+
+def both_ways(shape, dtype: torch.dtype, p: float, strategy: str) -> None:
+    """A forward and backward of ``strategy`` on meta tensors."""
+    M, K, N, R = shape
+    make = partial(torch.empty, dtype=dtype, device=META)
+    x, dy, weight, bias = make(M, K), make(M, N), make(N, K), make(N)
+    A, B = make(R, K), make(N, R)
+    scale = torch.empty((), device=META)
+    words, inv_keep = None, 1.0
+    if p:
+        words, inv_keep = dropout.empty_words(M, K, META), 1.1
+        ops.dropout_mask(words, torch.empty((), dtype=torch.int64, device=META), 1, 16)
+    _, S = ops.forward(x, weight, A, B, bias, scale, words, inv_keep, strategy)
+    ops.backward(dy, x, weight, A, B, S, scale, words, inv_keep, (True,) * 3, strategy)
+
+
+def seconds_of(layer: acceptance.Layer) -> float:
+    """Of the device, for every strategy of a layer, both ways. Modelled."""
+    M, K, N, R, dtype, p = layer
+    total = 0.0
+    for direction, inner, columns in (("forward", K, N), ("backward", N, K)):
+        call = tuned.Call(direction, dtype, M, K, N, R, p > 0)
+        case = traffic.Product(M, inner, columns, R, dtype.itemsize, masked=call.masked)
+        for name in call.strategies:
+            kernels = traffic.product(H100, name, case)
+            if direction == "backward":
+                kernels += traffic.rank_gradients(H100, name, case)
+            total += cost.seconds(kernels, H100)
+    return total
+
+
+def plan(gpu: acceptance.Gpu) -> Iterator[tuple[str, int, float]]:
+    """``(step, binaries it is the first to need, its seconds)``. Modelled."""
+
+    def new(before: int) -> int:
+        return len(binaries) - before
+
+    def serial(count: int, device_seconds: float = 0.0) -> float:
+        return START_SECONDS + count * COMPILE_SECONDS + device_seconds
+
+    with counted(run=False), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "target_of", lambda device: H100.target)
+        before = len(binaries)
+        for strategy in ("split", "addmm"):
+            both_ways((512, 1024, 1024, 16), torch.bfloat16, 0.0, strategy)
+        yield "preflight", new(before), serial(new(before))
+
+        before, busy = len(binaries), 0.0
+        for case in gpu.probed:
+            for race in probe.races(META, *case):
+                for call in race.calls.values():
+                    call()
+                # No call of a race is much slower than the vendor's product or a copy.
+                flops = 2.0 * case[0] * case[1] * case[2] if race.what == "gemm" else 0.0
+                each = 2 * max(race.moved / H100.bandwidth, flops / (cost.SUSTAINED * H100.flops))
+                busy += len(race.calls) * PROBE_REPEATS * (each + FLUSH_SECONDS)
+        yield "probe", new(before), serial(new(before), busy)
+
+    before, collected = len(binaries), Collected()
+    arguments = ["-q", "-p", "no:cacheprovider", "-k", f"not {acceptance.NOT_ON_A_GPU}"]
+    arguments += [str(acceptance.ROOT / "tests" / name) for name in acceptance.TESTS]
+    with counted(run=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "target_of", lambda device: H100.target)
+        pytest.main(arguments, plugins=[collected])
+    work = new(before) * COMPILE_SECONDS + collected.tests * TEST_SECONDS
+    yield "numerics", new(before), 2 * START_SECONDS + work / TEST_PROCESSES
+
+    with counted(run=False), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "target_of", lambda device: H100.target)
+        before, calls = len(binaries), list(acceptance._every_call(gpu.small))
+        for impl, shape, dtype, p in calls:
+            both_ways(shape, dtype, p, impl.partition(":")[2])
+        yield "repeatability", new(before), serial(new(before), 0.05 * len(calls))
+        yield "graphs", 0, serial(0, 0.1 * len(calls))
+
+        before, busy = len(binaries), 0.0
+        for layer in gpu.layers:
+            call = tuned.Call("forward", layer.dtype, *layer[:4], layer.p > 0)
+            for strategy in call.kernel_strategies:
+                both_ways(layer[:4], layer.dtype, layer.p, strategy)
+            busy += TUNE_REPEATS * (seconds_of(layer) + 6 * FLUSH_SECONDS)
+        yield "tuning", new(before), serial(new(before), busy)
+
+    yield "benchmark", 0, serial(0, len(gpu.layers) * ROW_SECONDS)
+    yield "comparison", 0, START_SECONDS
+
+
+class Collected:
+    """A pytest plugin that counts tests."""
+
+    tests = 0
+
+    def pytest_collection_finish(self, session) -> None:
+        self.tests = len(session.items)
+
+
+def main() -> int:
+    """Print the table; 1 if a step would be stopped, or keep from starting its last cases."""
+    lines, spent, short = [], 0.0, []
+    shares = dict(gpu_acceptance.STEPS)
+    for step, count, seconds in plan(acceptance.Gpu(META)):
+        limit = (gpu_acceptance.BUDGET - spent) * shares[step] / sum(shares.values())
+        del shares[step]
+        lines.append(f"{step:<15}{count:>9}{seconds:>10.0f}{limit:>8.0f}")
+        spent += seconds
+        short += [step] * (seconds > gpu_acceptance.SOFT * limit)
+    print("modelled on an H100, not measured: kernels compiled first in a step, seconds, its limit")
+    print(f"{'step':<15}{'kernels':>9}{'seconds':>10}{'limit':>8}")
+    print("\n".join(lines))
+    print(f"{'all':<15}{len(binaries):>9}{spent:>10.0f}{gpu_acceptance.BUDGET:>8}")
+    for step in short:
+        print(f"{step} would be cut short", file=sys.stderr)
+    return int(bool(short))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
