@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import acceptance_report
 
@@ -37,7 +38,15 @@ def test_the_kernels_and_the_layer_on_the_gpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif("FUSED_LORA_TEST_DEVICE" in os.environ, reason="a GPU is asked for")
 def test_a_gpu_is_hidden_from_all_other_tests():
-    import torch
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert not torch.cuda.is_available()
 
-    assert os.environ.get("FUSED_LORA_TEST_DEVICE") or not torch.cuda.is_available()
+
+@pytest.mark.parametrize("hidden", ["all", "", "1,2"])
+def test_the_gpus_that_were_visible_are_so_again(hidden, monkeypatch):
+    monkeypatch.setenv("FUSED_LORA_HIDDEN_GPUS", hidden)
+    visible = visible_gpus()
+    assert visible.get("CUDA_VISIBLE_DEVICES", "all") == hidden
+    assert "TRITON_INTERPRET" not in visible
