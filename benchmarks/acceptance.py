@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import checkout
@@ -29,6 +30,7 @@ import machine
 import probe as probes
 from fused_lora import cost, devices, dropout, fused_lora_linear, timing, traffic, tuned
 from fused_lora.kernels import configs, launch
+from fused_lora.runner import described, is_sticky
 from fused_lora.timing import Times
 from fused_lora.tune import Layer, tune
 from measure import FAILED, measure
@@ -42,6 +44,7 @@ from support import (
 )
 
 Row = dict
+Case = tuple[str, Callable[[], Row]]
 ROOT = checkout.ROOT
 RUNS = 3
 P = 0.1
@@ -153,19 +156,26 @@ class Allowance:
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
 
-    @property
-    def left(self) -> float:
-        """Seconds, negative once they are spent."""
-        return self.end - time.monotonic()
+    def run(self, cases: Iterable[Case], least: float = 0.0) -> Iterator[Row]:
+        """The row of each case; of those that no time is left for, that it was skipped.
 
-    @property
-    def is_spent(self) -> bool:
-        return self.left <= 0
+        An error is the row of its case alone, unless nothing runs on the device after it.
 
-    @staticmethod
-    def skipped(case: object) -> Row:
-        """The row of a case for which no time was left."""
-        return {"case": case, "skipped": "no time left in this step's share of the budget"}
+        Args:
+            least: seconds without which no case is started.
+        """
+        for case, run in cases:
+            if self.end - time.monotonic() <= least:
+                yield {"case": case, "skipped": "no time left in this step's share of the budget"}
+                continue
+            print(case, file=sys.stderr, flush=True)
+            try:
+                row = run()
+            except Exception as error:
+                if is_sticky(error):
+                    raise
+                row = _judged(described(error))
+            yield {"case": case} | row
 
 
 def preflight(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
@@ -193,10 +203,16 @@ def preflight(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
 def probe(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
     """Every candidate tile beside the vendor's products; see ``probe.py``."""
     for shape in gpu.probed:
-        if allowance.is_spent:
-            yield allowance.skipped(shape)
-        else:
-            yield from probes.rows(gpu, shape)
+        cases = (
+            (probes.named(race, shape), partial(_raced, gpu, race, shape))
+            for race in probes.races(gpu.device, *shape)
+        )
+        for row in allowance.run(cases):
+            yield from row.get("rows", [row])
+
+
+def _raced(gpu: Gpu, race: probes.Race, shape) -> Row:
+    return {"rows": list(probes.run(gpu, race, shape))}
 
 
 def numerics(gpu: Gpu, allowance: Allowance, select: str = "") -> Iterator[Row]:
@@ -240,38 +256,43 @@ def numerics(gpu: Gpu, allowance: Allowance, select: str = "") -> Iterator[Row]:
 
 def repeatability(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
     """Every strategy's results are the same bits each time."""
-    for impl, shape, dtype, p in _every_call(gpu.small):
-        case = f"{impl} of {shape} in {dtype}, dropout {p}"
-        if allowance.is_spent:
-            yield allowance.skipped(case)
-            continue
-        step = _step(gpu, shape, dtype, p, impl)[0]
-        results = []
-        for _ in range(RUNS):
-            torch.manual_seed(0)
-            results.append([t.clone() for t in step()])
-        columns = zip(*results, strict=True)
-        same = all(torch.equal(t, first) for first, *rest in columns for t in rest)
-        yield _judged(case, None if same else f"{RUNS} runs differ")
+    return allowance.run(_calls(gpu, _repeats))
+
+
+def _repeats(gpu: Gpu, *call) -> Row:
+    step = _step(gpu, *call)[0]
+    results = []
+    for _ in range(RUNS):
+        torch.manual_seed(0)
+        results.append([t.clone() for t in step()])
+    columns = zip(*results, strict=True)
+    same = all(torch.equal(t, first) for first, *rest in columns for t in rest)
+    return _judged(None if same else f"{RUNS} runs differ")
 
 
 def graphs(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
     """Captured calls compute what eager ones do, on new inputs and with a new mask each time."""
+    return allowance.run(_calls(gpu, _replays))
+
+
+def _replays(gpu: Gpu, shape, dtype: torch.dtype, p: float, impl: str) -> Row:
+    step, inputs, dy = _step(gpu, shape, dtype, p, impl)
+    results, replay = gpu.capture(step)
+    with torch.no_grad():
+        inputs["x"].copy_(torch.randn_like(inputs["x"]))
+    wrong = _wrong_masks(inputs, dy, results, replay) if p else _differs(step, results, replay)
+    return _judged(wrong)
+
+
+def _judged(failure: str | None) -> Row:
+    return {"passed": failure is None, "failures": [] if failure is None else [failure]}
+
+
+def _calls(gpu: Gpu, run: Callable[..., Row]) -> Iterator[Case]:
+    """``run`` for every call of :func:`_every_call`."""
     for impl, shape, dtype, p in _every_call(gpu.small):
         case = f"{impl} of {shape} in {dtype}, dropout {p}"
-        if allowance.is_spent:
-            yield allowance.skipped(case)
-            continue
-        step, inputs, dy = _step(gpu, shape, dtype, p, impl)
-        results, replay = gpu.capture(step)
-        with torch.no_grad():
-            inputs["x"].copy_(torch.randn_like(inputs["x"]))
-        wrong = _wrong_masks(inputs, dy, results, replay) if p else _differs(step, results, replay)
-        yield _judged(case, wrong)
-
-
-def _judged(case: str, failure: str | None) -> Row:
-    return {"case": case, "passed": failure is None, "failures": [failure] if failure else []}
+        yield case, partial(run, gpu, shape, dtype, p, impl)
 
 
 def _every_call(shapes):
@@ -336,17 +357,15 @@ def _wrong_masks(inputs: dict, dy: Tensor, results, replay) -> str | None:
 
 def tuning(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
     """Tune layer by layer: the device's time from CUDA graphs, the host's beside it."""
-    for layer in gpu.layers:
-        case = named(layer)
-        if allowance.is_spent:
-            yield allowance.skipped(case)
-            continue
-        lines: list[str] = []
-        entries = tune([layer], gpu.device, timer=gpu.call_times, report=lines.append)
-        wrong = [line for line in lines if "left out" in line or "nothing to keep" in line]
-        yield {"case": case, "passed": not wrong, "failures": wrong} | {
-            call.direction: asdict(entry) for call, entry in entries.items()
-        }
+    return allowance.run((named(layer), partial(_tuned, gpu, layer)) for layer in gpu.layers)
+
+
+def _tuned(gpu: Gpu, layer: Layer) -> Row:
+    lines: list[str] = []
+    entries = tune([layer], gpu.device, timer=gpu.call_times, report=lines.append)
+    wrong = [line for line in lines if "left out" in line or "nothing to keep" in line]
+    kept = {call.direction: asdict(entry) for call, entry in entries.items()}
+    return {"passed": not wrong, "failures": wrong} | kept
 
 
 def benchmark(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
@@ -354,33 +373,36 @@ def benchmark(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
 
     The core of the providers first for every layer, then all of them, where time is left.
     """
-    for providers, least in ((CORE, 0.0), (tuple(PROVIDERS), COMPILED_SECONDS)):
-        for layer in gpu.layers:
-            case = f"{named(layer)}, {'core' if providers is CORE else 'all'} providers"
-            if allowance.left <= least:
-                yield allowance.skipped(case)
-                continue
-            row = measure(
-                Shape(*layer[:4]),
-                str(layer.dtype).removeprefix("torch."),
-                layer.p,
-                device=gpu.device.type,
-                providers=providers,
-                seconds=LAYER_SECONDS,
-                skip_failures=True,
-            )
-            ours = [
-                f"{name} {why}"
-                for name, why in row.skipped.items()
-                if name.startswith("fused") and why.startswith(FAILED)
-            ]
-            yield {"case": case, "passed": not ours, "failures": ours} | {
-                "rounds": row.rounds,
-                "frozen_ms": 1e3 * row.results["frozen"].seconds.median,
-                "ratios": {name: result.ratio.median for name, result in row.results.items()},
-                "results": {name: asdict(result) for name, result in row.results.items()},
-                "left out": row.skipped,
-            }
+    for name, providers, least in (("core", CORE, 0.0), ("all", PROVIDERS, COMPILED_SECONDS)):
+        cases = (
+            (f"{named(layer)}, {name} providers", partial(_timed, gpu, layer, providers))
+            for layer in gpu.layers
+        )
+        yield from allowance.run(cases, least)
+
+
+def _timed(gpu: Gpu, layer: Layer, providers: Iterable[str]) -> Row:
+    row = measure(
+        Shape(*layer[:4]),
+        str(layer.dtype).removeprefix("torch."),
+        layer.p,
+        device=gpu.device.type,
+        providers=providers,
+        seconds=LAYER_SECONDS,
+        skip_failures=True,
+    )
+    ours = [
+        f"{name} {why}"
+        for name, why in row.skipped.items()
+        if name.startswith("fused") and why.startswith(FAILED)
+    ]
+    return {"passed": not ours, "failures": ours} | {
+        "rounds": row.rounds,
+        "frozen_ms": 1e3 * row.results["frozen"].seconds.median,
+        "ratios": {name: result.ratio.median for name, result in row.results.items()},
+        "results": {name: asdict(result) for name, result in row.results.items()},
+        "left out": row.skipped,
+    }
 
 
 def comparison(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:

@@ -130,8 +130,8 @@ def _tuning(rows: list[Row]) -> list[str]:
 
 
 def _probe(rows: list[Row]) -> list[str]:
-    body = [[r["case"], r["rank"], r["name"], r["us"], r["gb_per_s"]] for r in rows]
-    return _table("Candidates", ["product", "rank", "by", "µs", "GB/s"], body)
+    body = [[r["case"], r["name"], r["us"], r["gb_per_s"]] for r in rows]
+    return _table("Candidates", ["product", "by", "µs", "GB/s"], body)
 
 
 def _table(title: str, heads: list[str], body: list[list]) -> list[str]:

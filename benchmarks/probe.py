@@ -58,15 +58,15 @@ class Race(NamedTuple):
     calls: dict[str, Call]
 
 
-def rows(gpu, case: tuple[int, int, int, int]) -> Iterator[dict]:
-    """Every race of one ``(M, K, N, R)``; a call that fails is a row of its own."""
-    for race in races(gpu.device, *case):
-        yield from _run(gpu, case, race)
+def named(race: Race, shape: tuple[int, int, int, int]) -> str:
+    """A race on one ``(M, K, N, R)`` in a row."""
+    M, K, N, R = shape
+    return f"{race.what} {M}x{K}x{N}, rank {R}"
 
 
-def _run(gpu, case, race: Race) -> Iterator[dict]:
-    M, K, N, R = case
-    place = {"case": f"{race.what} {M}x{K}x{N}", "rank": R}
+def run(gpu, race: Race, shape: tuple[int, int, int, int]) -> Iterator[dict]:
+    """A row for each call of a race, the fastest first; one that fails is a row of its own."""
+    place = {"case": named(race, shape)}
     able = {}
     for name, call in race.calls.items():
         try:
@@ -116,15 +116,15 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
     for config in configs.add_candidates(target, 2, R):
         # S Bᵀ + b is written first, and the vendor's product accumulates onto it.
         write = partial(lora_add, o, u, B.t(), config, base=None, bias=bias)
-        gemms[f"seeded {named(config)}"] = lambda write=write: (write(), o.addmm_(x, W.t()))
+        gemms[f"seeded {tile(config)}"] = lambda write=write: (write(), o.addmm_(x, W.t()))
     for config in configs.gemm_candidates(target, 2, R, aligned=True):
         run = partial(lora_gemm, o, x, W.t(), u, B.t(), config)
-        gemms |= {f"lora_gemm {named(config)}": partial(run, bias=bias)}
-        gemms |= {f"lora_gemm masked {named(config)}": partial(run, **masked)}
+        gemms |= {f"lora_gemm {tile(config)}": partial(run, bias=bias)}
+        gemms |= {f"lora_gemm masked {tile(config)}": partial(run, **masked)}
     if M <= configs.SINGLE_PASS_MAX_ROWS and R <= configs.SINGLE_PASS_MAX_RANK:
         s = torch.empty(M, R, device=device)
         for config in configs.single_pass_candidates(target, 2, R, describable=True):
-            gemms[f"single_pass {named(config)}"] = partial(
+            gemms[f"single_pass {tile(config)}"] = partial(
                 single_pass, o, s, x, W.t(), A.t(), B.t(), scale, config, bias=bias
             )
     yield Race("gemm", product, gemms)
@@ -132,16 +132,16 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
     adds: dict[str, Call] = {"addmm_(S, B)": partial(o.addmm_, half, B.t())}
     for config in configs.add_candidates(target, 2, R):
         run = partial(lora_add, o, u, B.t(), config)
-        adds[f"lora_add {named(config)}"] = partial(run, base=o)
-        adds[f"lora_add masked {named(config)}"] = partial(run, base=o, **masked)
-        adds[f"write {named(config)}"] = partial(run, base=None)
+        adds[f"lora_add {tile(config)}"] = partial(run, base=o)
+        adds[f"lora_add masked {tile(config)}"] = partial(run, base=o, **masked)
+        adds[f"write {tile(config)}"] = partial(run, base=None)
     yield Race("add", 4 * M * N, adds)
 
     shrinks: dict[str, Call] = {"mm": partial(torch.mm, x, A.t())}
     for config in configs.shrink_candidates(target, 2, R, describable=True):
         for splits in SPLITS_OF_SHRINK:
             tried = replace(config, splits=splits)
-            shrinks[named(tried)] = partial(shrink, u, x, A.t(), scale, tried)
+            shrinks[tile(tried)] = partial(shrink, u, x, A.t(), scale, tried)
     yield Race("shrink", 2.0 * M * K, shrinks)
 
     dA = torch.empty(R, K, device=device)
@@ -152,11 +152,11 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
                 tried = replace(config, splits=splits, block_l=columns)
                 fits = configs.is_valid(tried, target, 2, R)
                 if fits and (M // splits >= LEAST_ROWS or splits == SPLITS_OF_RANK_GRAD[0]):
-                    grads[named(tried)] = partial(rank_grad, dA, u, x, tried)
+                    grads[tile(tried)] = partial(rank_grad, dA, u, x, tried)
     yield Race("rank_grad", 2.0 * M * K, grads)
 
 
-def named(config: configs.Config) -> str:
+def tile(config: configs.Config) -> str:
     """A config in a row."""
     shown = [f.name for f in fields(config) if f.name != "descriptors"]
     return " ".join(f"{name}={getattr(config, name)}" for name in shown)

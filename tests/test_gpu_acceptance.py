@@ -272,6 +272,26 @@ def test_a_layer_of_ours_that_raises_fails_the_benchmark(monkeypatch):
     assert "eager" in row["ratios"]
 
 
+def test_a_case_that_raises_is_a_row_and_the_next_are_run(monkeypatch):
+    """A capture that fails, say; but not an error after which the device is unusable."""
+    tune, errors = acceptance.tune, [RuntimeError("no\ndetails")]
+
+    def fail_first(*args, **kwargs):
+        if errors:
+            raise errors.pop()
+        return tune(*args, **kwargs)
+
+    monkeypatch.setattr(acceptance, "tune", fail_first)
+    gpu = Cpu()
+    gpu.layers = (LAYER._replace(M=90), LAYER)
+    first, second = acceptance.tuning(gpu, FOREVER)
+    assert (first["passed"], first["failures"]) == (False, ["RuntimeError: no"])
+    assert second["passed"]
+    errors.append(torch.AcceleratorError("lost"))
+    with pytest.raises(torch.AcceleratorError):
+        list(acceptance.tuning(gpu, FOREVER))
+
+
 def test_cases_that_no_time_is_left_for_are_said():
     spent = Allowance(-1.0)
     assert len(list(acceptance.preflight(Cpu(), spent))) == 4  # what all else stands on
@@ -296,8 +316,10 @@ def test_the_probe_tries_every_candidate_of_every_kernel():
     assert any("masked" in name for name in ran["gemm"])
     tiles = configs.shrink_candidates(configs.INTERPRETER, 2, 8, describable=True)
     assert len(ran["shrink"]) == 1 + 3 * len(tiles)  # the vendor's, and three numbers of splits
-    few = next(r for r in probe.rows(Cpu(), (16, 128, 64, 8)) if r["case"].startswith("gemm"))
-    assert any(name.startswith("single_pass") for name in few["ran"])
+    few = Cpu()
+    few.probed = ((16, 128, 64, 8),)
+    ran = {row["case"].split()[0]: row["ran"] for row in acceptance.probe(few, FOREVER)}
+    assert any(name.startswith("single_pass") for name in ran["gemm"])
 
 
 def test_a_candidate_that_fails_is_a_row_and_the_others_are_timed(monkeypatch):
@@ -401,7 +423,7 @@ def test_the_page_has_every_figure_and_every_failure(tmp_path):
     rows = [
         {"step": "run", "commit": "abc", "date": "today"},
         {"step": "preflight", "case": "environment", "device_name": "A GPU", "arch": "sm_90"},
-        {"step": "probe", "case": "gemm 1x2x3", "rank": 8, "name": "mm", "us": 2.5, "gb_per_s": 9},
+        {"step": "probe", "case": "gemm 1x2x3", "name": "mm", "us": 2.5, "gb_per_s": 9},
         {"step": "probe", "case": "gemm", "name": "bad", "passed": False, "failures": ["no room"]},
         {"step": "numerics", "case": "t", "passed": False, "near": True, "failures": ["by 3 %"]},
         {"step": "benchmark", "case": "a", "frozen_ms": 1.25, "ratios": {"fused": 1.1}},
@@ -417,7 +439,7 @@ def test_the_page_has_every_figure_and_every_failure(tmp_path):
         "- numerics, t: by 3 %\n",
         "| layer | frozen ms | fused | eager |\n|---|---|---|---|\n| a | 1.250 | 1.100 |  |\n"
         "| b | 2.500 | 1.000 | 1.300 |\n",
-        "| gemm 1x2x3 | 8 | mm | 2.5 | 9 |\n",
+        "| gemm 1x2x3 | mm | 2.5 | 9 |\n",
     ):
         assert text in page
 
