@@ -16,7 +16,7 @@ import pytest
 import processes
 
 NEAR = 2.0
-PROGRESS = 50  # reports between two rows of the counts so far
+PROGRESS = 25  # reports between two rows of the counts so far
 _MISSED = re.compile(r"relative RMS (\S+), bound (\S+), torch\.float32")
 
 _counts = {"passed": 0, "failed": 0, "near": 0, "skipped": 0}
