@@ -8,7 +8,8 @@ import contextlib
 import os
 import tempfile
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
+if os.environ.get("FUSED_LORA_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 if "FUSED_LORA_TEST_DEVICE" not in os.environ:
     os.environ.setdefault("FUSED_LORA_HIDDEN_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is initialised
