@@ -184,8 +184,9 @@ class _Split(torch.autograd.Function):
 
 def _parameter(p: Tensor, placements: Sequence[Placement], gradient: Sequence[Placement]) -> Tensor:
     """The local part of a parameter, whose gradient comes to lie as it does."""
-    # Redistributed even where it lies right: in backward that reduces the gradient, once.
-    return p.redistribute(placements=placements).to_local(grad_placements=gradient)
+    # Redistributed even where it lies right: in backward that reduces the gradient, once. Not by
+    # to_local: PyTorch 2.11 guesses the strides of an uneven gradient, and autograd then copies it.
+    return _Split.apply(p.redistribute(placements=placements), tuple(gradient))
 
 
 def _summands(outputs: Sequence[Placement], mesh: DeviceMesh) -> int:
