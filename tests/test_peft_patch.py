@@ -41,6 +41,15 @@ def test_dropout_drops_on_the_adapters_way_alone():
     assert not torch.equal(layer(x), once)
 
 
+def test_a_patched_model_on_the_meta_device_gives_shapes():
+    """Autocast's state cannot be queried for a device that has none."""
+    model = net().to("meta")
+    report = patch_peft(model)
+    y = model(torch.empty(5, 24, device="meta"))
+    assert "_LoRALinear" in type(first(model)(torch.empty(5, 24, device="meta")).grad_fn).__name__
+    assert y.device.type == "meta", report
+
+
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_whole_models_train_alike(make):
     base, ids = make(), tokens()
