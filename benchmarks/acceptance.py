@@ -26,16 +26,15 @@ sys.path.append(str(checkout.ROOT / "tests"))
 import torch
 from torch import Tensor
 
-import machine
 import probe as probes
-from fused_lora import cost, devices, dropout, fused_lora_linear, timing, traffic, tuned
-from fused_lora.kernels import configs, launch
+from acceptance_device import Gpu, P, Rehearsal
+from fused_lora import cost, devices, dropout, fused_lora_linear, traffic, tuned
+from fused_lora.kernels import launch
 from fused_lora.runner import described, is_sticky
-from fused_lora.timing import Times
 from fused_lora.tune import Layer, tune
 from measure import FAILED, measure
 from providers import PROVIDERS
-from shapes import GPU_TARGETS, Shape
+from shapes import Shape
 from support import (
     assert_as_good_as_eager,
     in_eager,
@@ -47,7 +46,6 @@ Row = dict
 Case = tuple[str, Callable[[], Row]]
 ROOT = checkout.ROOT
 RUNS = 3
-P = 0.1
 MAX_SIGMAS = 6  # of a binomial: one correct mask in 10⁹ is refused
 NOT_ON_A_GPU = "two_to_the_31"  # a file on a disk stands for its memory
 TESTS = ("test_kernels.py", "test_layer.py", "test_observers.py::test_cuda_graphs")
@@ -55,99 +53,6 @@ TEST_SECONDS = 60  # of one test
 LAYER_SECONDS = 2.5  # of one layer's benchmark
 COMPILED_SECONDS = 30.0  # that a row with torch.compile may take
 CORE = ("eager", "peft", "addmm", "fused", "fused-bf16", "fused-split")
-
-
-class Gpu:
-    """The device that everything runs on, and what is run there."""
-
-    small = ((63, 300, 123, 8), (48, 1024, 2048, 16), (2048, 2048, 512, 128))
-    probed = tuple((*shape, rank) for shape in probes.SHAPES for rank in probes.RANKS)
-
-    test_processes = min(8, os.cpu_count() or 1)  # each has a context on the GPU
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    @property
-    def layers(self) -> list[Layer]:
-        """What is tuned and timed, the largest first."""
-        shapes = sorted(GPU_TARGETS, key=lambda s: -s.M * s.K * s.N)
-        return [Layer(*shape, p=p) for shape in shapes for p in (0.0, P)]
-
-    def environment(self) -> dict:
-        """What the results hold for."""
-        properties = torch.cuda.get_device_properties(self.device)
-        return machine.describe(self.device) | {
-            "arch": configs.target_of(self.device).arch,
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "l2_bytes": getattr(properties, "L2_cache_size", None),
-            "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
-            "tuned_for": tuned.environment(self.device),
-            "repeated_launches": launch.REPEATS,
-        }
-
-    def capture(self, step: Callable[[], tuple[Tensor, ...]]):
-        """``(results, replay)``: a CUDA graph of ``step``, whose results each replay renews."""
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            results = step()
-        return results, graph.replay
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        torch.cuda.synchronize(self.device)
-
-    def device_seconds(self, calls) -> dict[str, list[float]] | None:
-        """For the probe."""
-        return timing.device_seconds(calls, device=self.device, rounds=15)
-
-    def call_times(self, calls) -> dict[str, Times]:
-        """For :func:`fused_lora.tune.tune`."""
-        return timing.call_times(calls, device=self.device)
-
-
-class Rehearsal(Gpu):
-    """Triton's interpreter on a CPU: the same code on small shapes; times mean nothing there."""
-
-    small = ((17, 40, 24, 4),)
-    probed = ((96, 128, 64, 8),)
-    layers = (
-        Layer(80, 32, 48, 4, torch.float32),
-        Layer(80, 32, 48, 4, torch.float32, P),
-    )
-
-    def environment(self) -> dict:
-        return machine.describe(self.device) | {"rehearsal": "interpreted: no time is a GPU's"}
-
-    def capture(self, step):
-        results = step()
-
-        def replay():
-            for old, new in zip(results, step(), strict=True):
-                old.copy_(new)
-
-        return results, replay
-
-    def synchronize(self) -> None:
-        pass
-
-    def device_seconds(self, calls):
-        return None
-
-    def call_times(self, calls):
-        def seconds(call) -> float:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-
-        return {name: Times([seconds(call)] * 8, [0.0] * 8) for name, call in calls.items()}
 
 
 class Allowance:

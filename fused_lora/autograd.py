@@ -158,8 +158,8 @@ def _flatten(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-# Kinds of device without autocast. The tuple is a constant for compilers: Dynamo of PyTorch before
-# 2.13 cannot trace ``is_autocast_available``.
+# Kinds of device without autocast. The tuple is a constant for compilers: Dynamo cannot trace
+# ``is_autocast_available`` in PyTorch 2.11.
 _WITHOUT_AUTOCAST = tuple(
     kind for kind in ("meta", "lazy", "vulkan") if not torch.amp.is_autocast_available(kind)
 )
