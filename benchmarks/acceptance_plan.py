@@ -20,23 +20,23 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
-import acceptance
-import gpu_acceptance
-import probe
-from fused_lora import cost, dropout, traffic, tuned
-from fused_lora.devices import KNOWN
 from fused_lora.kernels import (
     common,
-    configs,
     launch,
     lora_add,
     lora_gemm,
-    ops,
     rank_grad,
+    select_config,
     shrink,
     single_pass,
+    strategies,
 )
 from fused_lora.kernels import dropout as mask_kernel
+from fused_lora.ops import dropout
+from fused_lora.strategy import cost, traffic, tuning_cache
+from fused_lora.strategy.devices import KNOWN
+from gpu import probe, steps
+from gpu.budget import BUDGET, SOFT, STEPS
 
 H100 = KNOWN["h100"]
 LAUNCHERS = (common, lora_add, lora_gemm, mask_kernel, rank_grad, shrink, single_pass)
@@ -48,7 +48,7 @@ COMPILE_SECONDS = 0.6
 START_SECONDS = 12.0  # of a step: imports and a CUDA context; here the imports alone take 4
 TEST_SECONDS = 0.15  # of one of the kernels' tests beside its compiles
 TEST_PROCESSES = 8
-ROW_SECONDS = acceptance.LAYER_SECONDS + 1.5  # of a benchmark's row: its rounds, and its checks
+ROW_SECONDS = steps.LAYER_SECONDS + 1.5  # of a benchmark's row: its rounds, and its checks
 PROBE_REPEATS = 3 + 1 + 15  # of a call: warm-up, capture, rounds
 TUNE_REPEATS = 2 * 3 + 1 + 30 * 3 + 30  # the host's rounds among them
 FLUSH_SECONDS = 2 * H100.cache / H100.bandwidth
@@ -94,17 +94,17 @@ def both_ways(shape, dtype: torch.dtype, p: float, strategy: str) -> None:
     words, inv_keep = None, 1.0
     if p:
         words, inv_keep = dropout.empty_words(M, K, META), 1.1
-        ops.dropout_mask(words, torch.empty((), dtype=torch.int64, device=META), 1, 16)
-    _, S = ops.forward(x, weight, A, B, bias, scale, words, inv_keep, strategy)
-    ops.backward(dy, x, weight, A, B, S, scale, words, inv_keep, (True,) * 3, strategy)
+        strategies.dropout_mask(words, torch.empty((), dtype=torch.int64, device=META), 1, 16)
+    _, S = strategies.forward(x, weight, A, B, bias, scale, words, inv_keep, strategy)
+    strategies.backward(dy, x, weight, A, B, S, scale, words, inv_keep, (True,) * 3, strategy)
 
 
-def seconds_of(layer: acceptance.Layer) -> float:
+def seconds_of(layer: steps.Layer) -> float:
     """Of the device, for every strategy of a layer, both ways. Modelled."""
     M, K, N, R, dtype, p = layer
     total = 0.0
     for direction, inner, columns in (("forward", K, N), ("backward", N, K)):
-        call = tuned.Call(direction, dtype, M, K, N, R, p > 0)
+        call = tuning_cache.Call(direction, dtype, M, K, N, R, p > 0)
         case = traffic.Product(M, inner, columns, R, dtype.itemsize, masked=call.masked)
         for name in call.strategies:
             kernels = traffic.product(H100, name, case)
@@ -114,7 +114,7 @@ def seconds_of(layer: acceptance.Layer) -> float:
     return total
 
 
-def plan(gpu: acceptance.Gpu) -> Iterator[tuple[str, int, float]]:
+def plan(gpu: steps.Gpu) -> Iterator[tuple[str, int, float]]:
     """``(step, binaries it is the first to need, its seconds)``. Modelled."""
 
     def new(before: int) -> int:
@@ -124,7 +124,7 @@ def plan(gpu: acceptance.Gpu) -> Iterator[tuple[str, int, float]]:
         return START_SECONDS + count * COMPILE_SECONDS + device_seconds
 
     with counted(run=False), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "target_of", lambda device: H100.target)
+        patch.setattr(select_config, "target_of", lambda device: H100.target)
         before = len(binaries)
         for strategy in ("split", "addmm"):
             both_ways((512, 1024, 1024, 16), torch.bfloat16, 0.0, strategy)
@@ -142,17 +142,17 @@ def plan(gpu: acceptance.Gpu) -> Iterator[tuple[str, int, float]]:
         yield "probe", new(before), serial(new(before), busy)
 
     before, collected = len(binaries), Collected()
-    arguments = ["-q", "-p", "no:cacheprovider", "-k", f"not {acceptance.NOT_ON_A_GPU}"]
-    arguments += [str(acceptance.ROOT / "tests" / name) for name in acceptance.TESTS]
+    arguments = ["-q", "-p", "no:cacheprovider", "-k", f"not {steps.NOT_ON_A_GPU}"]
+    arguments += [str(steps.ROOT / "tests" / name) for name in steps.TESTS]
     with counted(run=True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "target_of", lambda device: H100.target)
+        patch.setattr(select_config, "target_of", lambda device: H100.target)
         pytest.main(arguments, plugins=[collected])
     work = new(before) * COMPILE_SECONDS + collected.tests * TEST_SECONDS
     yield "numerics", new(before), 2 * START_SECONDS + work / TEST_PROCESSES
 
     with counted(run=False), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "target_of", lambda device: H100.target)
-        before, calls = len(binaries), list(acceptance._every_call(gpu.small))
+        patch.setattr(select_config, "target_of", lambda device: H100.target)
+        before, calls = len(binaries), list(steps._every_call(gpu.small))
         for impl, shape, dtype, p in calls:
             both_ways(shape, dtype, p, impl.partition(":")[2])
         yield "repeatability", new(before), serial(new(before), 0.05 * len(calls))
@@ -160,7 +160,7 @@ def plan(gpu: acceptance.Gpu) -> Iterator[tuple[str, int, float]]:
 
         before, busy = len(binaries), 0.0
         for layer in gpu.layers:
-            call = tuned.Call("forward", layer.dtype, *layer[:4], layer.p > 0)
+            call = tuning_cache.Call("forward", layer.dtype, *layer[:4], layer.p > 0)
             for strategy in call.kernel_strategies:
                 both_ways(layer[:4], layer.dtype, layer.p, strategy)
             busy += TUNE_REPEATS * (seconds_of(layer) + 6 * FLUSH_SECONDS)
@@ -182,17 +182,17 @@ class Collected:
 def main() -> int:
     """Print the table; 1 if a step would be stopped, or keep from starting its last cases."""
     lines, spent, short = [], 0.0, []
-    shares = dict(gpu_acceptance.STEPS)
-    for step, count, seconds in plan(acceptance.Gpu(META)):
-        limit = (gpu_acceptance.BUDGET - spent) * shares[step] / sum(shares.values())
+    shares = dict(STEPS)
+    for step, count, seconds in plan(steps.Gpu(META)):
+        limit = (BUDGET - spent) * shares[step] / sum(shares.values())
         del shares[step]
         lines.append(f"{step:<15}{count:>9}{seconds:>10.0f}{limit:>8.0f}")
         spent += seconds
-        short += [step] * (seconds > gpu_acceptance.SOFT * limit)
+        short += [step] * (seconds > SOFT * limit)
     print("modelled on an H100, not measured: kernels compiled first in a step, seconds, its limit")
     print(f"{'step':<15}{'kernels':>9}{'seconds':>10}{'limit':>8}")
     print("\n".join(lines))
-    print(f"{'all':<15}{len(binaries):>9}{spent:>10.0f}{gpu_acceptance.BUDGET:>8}")
+    print(f"{'all':<15}{len(binaries):>9}{spent:>10.0f}{BUDGET:>8}")
     for step in short:
         print(f"{step} would be cut short", file=sys.stderr)
     return int(bool(short))

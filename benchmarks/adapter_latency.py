@@ -15,7 +15,7 @@ import argparse
 import copy
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers of milliseconds
@@ -23,13 +23,11 @@ os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers o
 import torch
 from torch import Tensor, nn
 
-import command
-import machine
-import timing
 from fused_lora import apply_lora, lora_layers, merge_lora, unload_lora
-from problem import WrongResultError, relative_rms
-from records import label
-from timing import Quartiles
+from harness import command, machine, timing
+from layer.problem import WrongResultError, relative_rms
+from report.records import label
+from whole_model.results import Point
 
 with command.imports():
     from transformers import BertConfig, BertModel
@@ -44,16 +42,6 @@ ROUNDS, QUICK_ROUNDS = 30, 10
 SEED = 0
 PLAIN = "plain"
 VARIANTS = ("bottleneck", "LoRA, unmerged", "LoRA, merged", "LoRA, unloaded")
-
-
-@dataclass(frozen=True)
-class Point:
-    """One depth and length of text; ``extra`` is over the plain model in the same round."""
-
-    depth: int
-    tokens: int
-    seconds: dict[str, Quartiles]
-    extra: dict[str, Quartiles]
 
 
 class Stack(nn.Module):
@@ -205,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 when measured; 2 with one line when that could not be."""
     args = parse(argv)
     with command.imports():
-        from latency_plot import draw
+        from whole_model.latency_plot import draw
     try:
         points = run(args)
         about = machine.describe(args.device)

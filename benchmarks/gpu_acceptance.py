@@ -27,22 +27,10 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-import acceptance_report
-import processes
+from gpu import summary
+from gpu.budget import BUDGET, SOFT, STEPS
+from harness import processes
 
-# By step: its share of the budget. One that ends early leaves the rest to those after it.
-STEPS = {
-    "preflight": 30,
-    "probe": 85,
-    "numerics": 95,
-    "repeatability": 75,
-    "graphs": 20,
-    "tuning": 60,
-    "benchmark": 100,
-    "comparison": 15,
-}
-BUDGET = 480
-SOFT = 0.85  # of a step's limit: no case starts after it
 LEAST_SECONDS = 5.0  # of a step: less is not worth its start
 PREFLIGHT_SECONDS = 120.0  # at least: it finds every file and library unread
 TRACE_SECONDS = 2.0  # before its limit a step writes where it is to the log
@@ -53,21 +41,21 @@ def run_step(step: str, path: Path, seconds: float) -> int:
     """Run one step in this process, and append its rows to ``path`` as they come."""
     processes.die_with_the_parent()
     faulthandler.dump_traceback_later(max(1.0, seconds - TRACE_SECONDS))
-    import acceptance  # imports torch
+    from gpu import steps  # imports torch
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted:
-        gpu = acceptance.Rehearsal(acceptance.torch.device("cpu"))
-    elif acceptance.torch.cuda.is_available():
-        cuda = acceptance.torch.cuda
-        gpu = acceptance.Gpu(acceptance.torch.device("cuda", cuda.current_device()))
+        gpu = steps.Rehearsal(steps.torch.device("cpu"))
+    elif steps.torch.cuda.is_available():
+        cuda = steps.torch.cuda
+        gpu = steps.Gpu(steps.torch.device("cuda", cuda.current_device()))
     else:
         return NO_DEVICE
     start, rows = time.monotonic(), []
-    for row in getattr(acceptance, step)(gpu, acceptance.Allowance(SOFT * seconds)):
+    for row in getattr(steps, step)(gpu, steps.Allowance(SOFT * seconds)):
         rows.append({"step": step, "seconds": round(time.monotonic() - start, 2)} | row)
         append(path, rows[-1])
-    return FAILED if acceptance_report.failed(rows) else 0
+    return FAILED if summary.failed(rows) else 0
 
 
 def append(path: Path, row: dict) -> None:
@@ -156,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     heading = {"step": "run", "date": date, "budget": options.budget, "commit": options.commit}
     append(run.rows, heading)
-    first = len(acceptance_report.load(run.rows)) - 1
+    first = len(summary.load(run.rows)) - 1
 
     def interrupted(number, frame):
         raise KeyboardInterrupt
@@ -164,8 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupted)
     try:
         for name, status in run.steps(options.only):
-            rows = acceptance_report.load(run.rows)[first:]
-            print(acceptance_report.line(name, rows), flush=True)
+            rows = summary.load(run.rows)[first:]
+            print(summary.line(name, rows), flush=True)
             if status == NO_DEVICE and name == options.only[0]:
                 print(
                     "expected a GPU, got a machine without one: nothing was run;"
@@ -173,18 +161,18 @@ def main(arguments: list[str] | None = None) -> int:
                     file=sys.stderr,
                 )
                 return NO_DEVICE
-            acceptance_report.write(run.out / "summary.md", rows)
+            summary.write(run.out / "summary.md", rows)
             if name == "preflight" and status != 0:
                 print("the preflight failed: nothing after it would mean anything", flush=True)
                 break
     except KeyboardInterrupt:
         run.stop()
         append(run.rows, {"step": "run", "passed": False, "failures": ["interrupted"]})
-    rows = acceptance_report.load(run.rows)[first:]
-    acceptance_report.write(run.out / "summary.md", rows)
+    rows = summary.load(run.rows)[first:]
+    summary.write(run.out / "summary.md", rows)
     print(f"{run.rows} and summary.md")
-    print(acceptance_report.verdict(rows))
-    return 0 if acceptance_report.verdict(rows).startswith("PASS") else 1
+    print(summary.verdict(rows))
+    return 0 if summary.verdict(rows).startswith("PASS") else 1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

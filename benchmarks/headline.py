@@ -15,10 +15,10 @@ import re
 import sys
 from pathlib import Path
 
-import records
-from records import Report
-from shapes import HEADLINE, MEANS, Shape
-from table import short
+from harness.shapes import HEADLINE, MEANS, Shape
+from report import records
+from report.records import Report
+from report.table import short
 
 COLUMNS = {"eager": "eager formula", "peft": "PEFT (default)", "fused": "**fused-lora**"}
 ROWS = ("bfloat16", 0.1)  # the dtype and dropout that the table shows

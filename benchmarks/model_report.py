@@ -1,6 +1,6 @@
 """Modelled traffic and time of a LoRA layer, ours and its peers': ``model_report.py --help``.
 
-Nothing here is measured: every figure comes from ``fused_lora.traffic`` and ``fused_lora.cost``,
+Nothing here is measured: every figure comes from ``strategy/traffic.py`` and ``strategy/cost.py``,
 for one forward and backward in bfloat16 with adapters of the same dtype. Thin bytes are all that
 the adapter adds outside the two frozen products, masks and partial sums included; GEMM bytes are
 the products' own, in groups of 8 row blocks for everybody.
@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from itertools import product as combinations
 from pathlib import Path
 
-import peer_traffic
-import shapes
-from fused_lora import cost, traffic
-from fused_lora.devices import KNOWN, Device
-from fused_lora.traffic import Kernel, Product
+from fused_lora.strategy import cost, traffic
+from fused_lora.strategy.devices import KNOWN, Device
+from fused_lora.strategy.traffic import Kernel, Product
+from harness import shapes
+from modelled import peer_traffic
 
 SQUARE = {str(width): (width, width) for width in (4096, 5120, 8192)}  # as published
 MODELS = {

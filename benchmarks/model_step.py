@@ -13,59 +13,26 @@ import argparse
 import copy
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers of milliseconds
 
 import torch
 from torch import nn
 
-import command
-import machine
-import memory
-import timing
-import whole_models
-from loss_curves import Check, check
-from problem import WrongResultError
-from process_memory import Resident, resident
-from records import label
-from timing import Quartiles
-from whole_models import PARTS, Setting, Trainer
+from harness import command, machine, timing
+from layer import memory
+from layer.problem import WrongResultError
+from report.records import label
+from whole_model import trainers
+from whole_model.loss_curves import Check, check
+from whole_model.process_memory import resident
+from whole_model.results import Result, Row
+from whole_model.trainers import PARTS, Setting, Trainer
 
 DROPOUTS = (0.0, 0.1)
 ROUNDS, QUICK_ROUNDS = 10, 5
 BASE = "peft"  # whose step is 1
-
-
-@dataclass(frozen=True)
-class Result:
-    """One provider's step, in one setting.
-
-    Attributes:
-        seconds, parts: of a whole step, and of its forward, backward and optimizer.
-        ratio: to PEFT's step on the same batch.
-        held_bytes: weights, adapters and the optimizer's state.
-        step_bytes: the most that a step has allocated at once beside them, gradients included; see
-            :func:`memory.peak_of`.
-        process: on a CPU under Linux, what a process of its own takes; of tiny models, which that
-            would not show, None.
-    """
-
-    seconds: Quartiles
-    parts: dict[str, Quartiles]
-    ratio: Quartiles
-    tokens_per_second: float
-    held_bytes: int
-    step_bytes: int
-    process: Resident | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """Every provider in one setting."""
-
-    setting: Setting
-    results: dict[str, Result]
 
 
 def measure(base: nn.Module, setting: Setting, names: list[str], rounds: int) -> Row:
@@ -98,11 +65,11 @@ def measure(base: nn.Module, setting: Setting, names: list[str], rounds: int) ->
 
 def run(args: argparse.Namespace) -> tuple[list[Check], list[Row]]:
     """Check, then measure; every model without and with dropout."""
-    names = whole_models.providers(args.dtype)
+    names = trainers.providers(args.dtype)
     checks, rows = [], []
     for model in args.models:
         setting = Setting(model, args.dtype, device=args.device, tiny=args.quick)
-        base = whole_models.base_model(setting)
+        base = trainers.base_model(setting)
         print(f"{model}: what everyone learns", file=sys.stderr, flush=True)
         checks.append(check(base, setting, names))
         for p in DROPOUTS:
@@ -121,7 +88,7 @@ def render(checks: list[Check], rows: list[Row], about: dict, rounds: int) -> st
         tiny = " (tiny)" if s.tiny else ""
         lines += [
             f"\n{s.model}{tiny}, {s.dtype}, dropout {s.dropout:g}: {texts} x {tokens} tokens,"
-            f" rank {whole_models.RANK}, {rounds} rounds",
+            f" rank {trainers.RANK}, {rounds} rounds",
             f"{'':<13}{head[0]:>22}{head[1]:>8}" + "".join(f"{h:>11}" for h in head[2:]),
         ]
         lines += [f"{name:<13}{_cells(result)}" for name, result in row.results.items()]
@@ -158,7 +125,7 @@ def _cells(result: Result) -> str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; ends with status 2 and one line for those that do not hold."""
     parser = command.options(__doc__, "model-step")
-    known = whole_models.MODELS
+    known = trainers.MODELS
     add = parser.add_argument
     add("--models", type=command.names(known), default=list(known), metavar="NAME,…")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; not what a CPU emulates")
@@ -175,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 when measured; 2 with one line when that could not be."""
     args = parse(argv)
     with command.imports():
-        from model_plot import draw
+        from whole_model.model_plot import draw
     try:
         checks, rows = run(args)
         about = machine.describe(args.device)

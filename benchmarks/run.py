@@ -19,15 +19,13 @@ os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers o
 import torch
 from tqdm import tqdm
 
-import compare
-import machine
-import records
-import table
-from command import Parser, names, positive
-from measure import measure
-from problem import WrongResultError
-from providers import PROVIDERS
-from shapes import MODELS, Shape, default_set, is_for_emulation, of_model
+from harness import machine
+from harness.command import Parser, names, positive
+from harness.shapes import MODELS, Shape, default_set, is_for_emulation, of_model
+from layer.measure import measure
+from layer.problem import WrongResultError
+from layer.providers import PROVIDERS
+from report import compare, records, table
 
 DTYPES = ("bfloat16", "float16", "float32")
 SECONDS = {"quick": 150.0, "full": 1080.0}
@@ -137,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plots(report: records.Report, stem: Path) -> list[Path]:
     try:
-        import plot
+        from report import plot
     except ModuleNotFoundError as error:
         print(f"no plots: {error}", file=sys.stderr)
         return []

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import records
-from records import Report, Row
-from table import OURS, PEERS
+from report import records
+from report.records import Report, Row
+from report.table import OURS, PEERS
 
 BEHIND = 1.05  # as many times the best peer's time
 MOST_BEHIND = 2 / 3  # of the runs

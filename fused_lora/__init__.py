@@ -7,25 +7,32 @@
 torch.Size([8, 32])
 """
 
-from .adapters import adapter_names, add_adapter, add_weighted_adapter, delete_adapter, set_adapter
-from .checkpoint import load_adapter, save_adapter
-from .conv import LoRAConv2d
-from .dispatch import Decision, explain
-from .embedding import LoRAEmbedding
-from .functional import fused_lora_add, fused_lora_linear
-from .lifecycle import disable_lora, merge_lora, unload_lora, unmerge_lora
-from .linear import FusedLoRAConv1D, FusedLoRALinear
-from .model import (
+from .explain import explain
+from .layers.conv import LoRAConv2d
+from .layers.embedding import LoRAEmbedding
+from .layers.linear import FusedLoRAConv1D, FusedLoRALinear
+from .models.adapt import apply_lora
+from .models.lifecycle import disable_lora, merge_lora, unload_lora, unmerge_lora
+from .models.named_adapters import (
+    adapter_names,
+    add_adapter,
+    add_weighted_adapter,
+    delete_adapter,
+    set_adapter,
+)
+from .models.parameters import (
     ParameterSummary,
-    apply_lora,
     assert_only_lora_gradients,
     lora_layers,
     lora_param_groups,
     lora_parameters,
     parameter_summary,
 )
-from .patch_report import PatchReport
-from .peft_patch import patch_peft, unpatch_peft
+from .ops.dispatch import Decision
+from .ops.functional import fused_lora_add, fused_lora_linear
+from .peft.checkpoint import load_adapter, save_adapter
+from .peft.patch import patch_peft, unpatch_peft
+from .peft.report import PatchReport
 
 __version__ = "0.1.0"
 

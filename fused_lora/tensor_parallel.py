@@ -6,7 +6,7 @@
 
 PyTorch's own ``ColwiseParallel`` and ``RowwiseParallel`` give the same numbers. They shard the
 column-wise layer's ``lora_A`` by rank, so that every forward gathers it, and keep the row-wise
-layer's whole, so that backward does. These place the adapter where :mod:`.placements` wants it.
+layer's whole, so that backward does. These place the adapter where :mod:`.dtensor` wants it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from .layer import LoRALayer
-from .linear import FusedLoRALinear
-from .sharding import is_shard
+from .distributed.sharding import is_shard
+from .layers.base import LoRALayer
+from .layers.linear import FusedLoRALinear
 
 __all__ = ["LoRAColwiseParallel", "LoRARowwiseParallel"]
 

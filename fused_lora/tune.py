@@ -4,7 +4,7 @@
 
 A shape is ``MxKxNxR`` (tokens, inputs, outputs, rank); a model's name stands for its projections.
 :func:`tune_model` takes the shapes from a live model. Strategies are tuned, PyTorch's operators
-among them, not tiles: these are ``kernels/configs.py``'s, alike for every candidate.
+among them, not tiles: these are ``kernels/select_config.py``'s, alike for every candidate.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import aten, dispatch, dropout, tuned
-from .layer import LoRALayer
-from .runner import is_sticky, run_backward, run_forward
-from .sharding import is_shard
-from .timing import Times, call_times
-from .tuned import Call, Entry
-from .validation import check_dropout
+from .distributed.sharding import is_shard
+from .layers.base import LoRALayer
+from .ops import dispatch, dropout, torch_impl
+from .ops.triton_impl import is_sticky, run_backward, run_forward
+from .ops.validation import check_dropout
+from .strategy import tuning_cache
+from .strategy.timing import Times, call_times
+from .strategy.tuning_cache import Call, Entry
 
 # Published configurations; (K, N) of q and o, of k and v, of gate and up, of down.
 MODELS = {
@@ -64,7 +65,7 @@ def tune(
     report: Callable[[str], object] = lambda line: None,
     graphs: bool = False,
 ) -> dict[Call, Entry]:
-    """Time every strategy of every layer, and keep the winners in :func:`.tuned.cache_path`.
+    """Time every strategy of every layer, and keep the winners in :func:`.tuning_cache.cache_path`.
 
     A candidate is checked first: its output errs at most twice as much as eager PyTorch's in that
     dtype, plus one unit round-off. It then takes the place of what would have run without tuning
@@ -99,7 +100,7 @@ def tune(
                 if entry is not None:
                     found[call] = entry
             if found:
-                tuned.store(found, device)
+                tuning_cache.store(found, device)
                 dispatch.clear_decisions()
             entries |= found
     return entries
@@ -153,7 +154,7 @@ def _directions(layer: Layer, device: torch.device):
 
     All three gradients are timed; ``dx`` is checked.
     """
-    from .kernels import ops
+    from .kernels import strategies
 
     M, K, N, R, dtype, p = layer
     scale = torch.tensor(2.0, device=device)  # a tensor in layers on a GPU, too
@@ -180,13 +181,13 @@ def _directions(layer: Layer, device: torch.device):
     saved = x, weight, A, B
 
     def forward(strategy):
-        return run_forward(ops, strategy, *saved, bias, scale, words, inv_keep, None)[0]
+        return run_forward(strategies, strategy, *saved, bias, scale, words, inv_keep, None)[0]
 
     def backward(strategy):
         S, needs = thin["torch" if strategy == "torch" else "kernels"], (True, True, True)
-        return run_backward(ops, strategy, dy, *saved, S, scale, words, inv_keep, needs)[0]
+        return run_backward(strategies, strategy, dy, *saved, S, scale, words, inv_keep, needs)[0]
 
-    _, S = aten.forward(*saved, bias, scale, words, inv_keep)
+    _, S = torch_impl.forward(*saved, bias, scale, words, inv_keep)
     thin = {"torch": S, "kernels": S.to(torch.float32)}  # as each one's forward saves it
     aligned = K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
     for name, run, exact in (("forward", forward, y), ("backward", backward, dx)):
@@ -311,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"nothing was kept: {error}; FUSED_LORA_CACHE names another folder", file=sys.stderr)
         return 1
-    print(f"{len(kept)} entries in {tuned.cache_path()}")
+    print(f"{len(kept)} entries in {tuning_cache.cache_path()}")
     return 0 if kept else 1
 
 

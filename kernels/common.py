@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import Config, cdiv
+from .config import Config, cdiv
 from .launch import Arguments, Tile, launch
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import cdiv
+from .config import cdiv
 from .launch import Arguments, launch
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .common import TL_DTYPE, add_low_rank, in_vectors, load_keep, multiple
-from .configs import AddConfig, cdiv
+from .config import AddConfig, cdiv
 from .launch import Arguments, launch
 
 

@@ -20,7 +20,7 @@ from .common import (
     multiple,
     operand,
 )
-from .configs import GemmConfig, cdiv
+from .config import GemmConfig, cdiv
 from .launch import Arguments, launch
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple, operand, sum_partials
-from .configs import RankGradConfig, cdiv, split_evenly
+from .config import RankGradConfig, cdiv, split_evenly
 from .launch import Arguments, launch
 
 

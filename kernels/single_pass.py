@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple, operand
-from .configs import SinglePassConfig, cdiv
+from .config import SinglePassConfig, cdiv
 from .launch import Arguments, launch
 
 
@@ -175,7 +175,7 @@ def single_pass(
 
     Args:
         o: ``(M, N)`` in p's dtype, inner stride 1.
-        u: ``(M, R)`` fp32, inner stride 1; ``R`` at most :data:`.configs.SINGLE_PASS_MAX_RANK`.
+        u: ``(M, R)`` fp32, inner stride 1; ``R`` at most :data:`.config.SINGLE_PASS_MAX_RANK`.
         p: ``(M, L)``, inner stride 1.
         q: ``(L, N)`` in p's dtype, one of its strides 1.
         z: ``(L, R)`` in p's dtype, any strides.

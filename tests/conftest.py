@@ -17,7 +17,7 @@ if "FUSED_LORA_TEST_DEVICE" not in os.environ:
 import pytest
 import torch
 
-import checkout  # noqa: F401  the package is found where it is not installed
+import harness.checkout  # noqa: F401  the package is found where it is not installed
 
 _cache = tempfile.TemporaryDirectory()
 os.environ["FUSED_LORA_CACHE"] = _cache.name  # what the machine's user has tuned is no test's

@@ -17,8 +17,10 @@ from fake_driver import FakeDriver
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
-from fused_lora import dispatch, fused_lora_linear
-from fused_lora.kernels import configs
+from fused_lora import fused_lora_linear
+from fused_lora.kernels import select_config
+from fused_lora.kernels.config import Target
+from fused_lora.ops import dispatch
 
 
 def no_driver() -> None:
@@ -57,7 +59,7 @@ def main(kind: str) -> None:
     {f.__name__: f for f in (no_driver, no_compiler, no_room, too_old)}[kind]()
     dispatch._may_run_triton = lambda x, weight: True
     dispatch._not_worth_it = dispatch.triton_problem = lambda device: None
-    configs.target_of = lambda device: configs.Target("sm_90", 132, 232_448)
+    select_config.target_of = lambda device: Target("sm_90", 132, 232_448)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         results = [step("auto") for _ in range(2)]

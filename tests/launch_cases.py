@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_lora.kernels import dropout, launch
 from fused_lora.kernels.common import sum_partials
-from fused_lora.kernels.configs import (
+from fused_lora.kernels.config import (
     AddConfig,
     GemmConfig,
     RankGradConfig,

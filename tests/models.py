@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora import FusedLoRALinear, lora_parameters
-from fused_lora.layer import LoRALayer
+from fused_lora.layers.base import LoRALayer
 
 ALL = ["table", "conv", "hidden", "out"]  # the layers of Tiny
 

@@ -23,7 +23,8 @@ _fused_calls = 0
 def pytest_configure(config) -> None:
     if os.environ.get(SWITCH) != "1":
         return
-    from fused_lora import patch_peft, peft_patch
+    from fused_lora import patch_peft
+    from fused_lora.peft import patch as peft_patch
 
     def counted(run):
         def count(*args):

@@ -17,7 +17,7 @@ from compiled.cases import Case
 from compiled.driver import activate
 from compiled.report import Expected, inspect
 from compiled.run import compile_cases
-from fused_lora.kernels.configs import GemmConfig, RankGradConfig
+from fused_lora.kernels.config import GemmConfig, RankGradConfig
 
 
 def gemm(arch: str, *config, dtype="bf16", rank=16) -> Case:

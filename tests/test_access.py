@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from access_recorder import AccessError, assert_guards, guarded, record
 
-from fused_lora import dropout
-from fused_lora.kernels import ops
-from fused_lora.kernels.configs import (
+from fused_lora.kernels import strategies
+from fused_lora.kernels.config import (
+    DIGITS,
     AddConfig,
     GemmConfig,
     RankGradConfig,
@@ -23,6 +23,7 @@ from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
+from fused_lora.ops import dropout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -54,10 +55,10 @@ def run_both_directions(case, tensors):
     words = None
     if dropped:
         words = dropout.empty_words(M, K, x.device)
-        ops.dropout_mask(words, torch.tensor(7), 50_000, dropout.DIGITS)
+        strategies.dropout_mask(words, torch.tensor(7), 50_000, DIGITS)
     bias = torch.randn(weight.shape[0])
-    _, S = ops.forward(x, weight, A, B, bias, 2.0, words, 1.3, strategy)
-    ops.backward(dy, x, weight, A, B, S, 2.0, words, 1.3, (True, True, True), strategy)
+    _, S = strategies.forward(x, weight, A, B, bias, 2.0, words, 1.3, strategy)
+    strategies.backward(dy, x, weight, A, B, S, 2.0, words, 1.3, (True, True, True), strategy)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from fused_lora import aten, dispatch, dropout, fused_lora_add, fused_lora_linear
+from fused_lora import fused_lora_add, fused_lora_linear
+from fused_lora.ops import cpu_gemm, dispatch, dropout
 from support import relative_rms
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -124,7 +125,7 @@ def test_a_strided_base_and_gradient(impl):
     ("emulated", "S_bytes"), [((), 2), ((BF16,), 4)], ids=["plain", "emulated"]
 )
 def test_keeps_x_the_thin_product_and_bits(emulated, S_bytes, monkeypatch):
-    monkeypatch.setattr(aten, "EMULATED", frozenset(emulated))
+    monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset(emulated))
     tensors = make(64, 256, 32, 8, BF16, adapter_dtype=FP32)
     kept = []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -170,7 +171,7 @@ def test_autocast(base_dtype):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_a_failure_falls_back_with_one_warning(monkeypatch):
-    from fused_lora.kernels import ops
+    from fused_lora.kernels import strategies
 
     def broken(*args, **kwargs):
         raise RuntimeError("no such kernel")
@@ -180,7 +181,7 @@ def test_a_failure_falls_back_with_one_warning(monkeypatch):
     monkeypatch.setattr(dispatch, "_may_run_triton", lambda *_: True)
     monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
     dispatch.clear_decisions()
-    monkeypatch.setattr(ops, "_add", broken)
+    monkeypatch.setattr(strategies, "_add", broken)
     with pytest.warns(UserWarning, match="no such kernel") as caught:
         got = results(fused_lora_add, tensors, torch.ones(5, 6))
     dispatch.clear_decisions()

@@ -8,7 +8,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import FusedLoRALinear, autograd, fused_lora_linear
+from fused_lora import FusedLoRALinear, fused_lora_linear
+from fused_lora.ops import modes
 from support import (
     assert_as_good_as_eager,
     in_eager,
@@ -100,7 +101,7 @@ def test_batched_gradients(dtype, rows, p):
 
 def test_export_leaves_later_calls_right():
     """Nothing that a tracer made is kept for real calls."""
-    from fused_lora import constants
+    from fused_lora.ops import constants
 
     layer = FusedLoRALinear(64, 6, rank=4, dropout=0.5, impl="torch")
     torch.nn.init.normal_(layer.lora_B)
@@ -124,7 +125,7 @@ def jvp(function, x):
 @pytest.mark.parametrize(("transform", "p"), [(vmap, 0.0), (jvp, 0.0), (jvp, 0.5)])
 def test_transforms_leave_later_calls_right(transform, p):
     """As above, for what torch.func wraps."""
-    from fused_lora import constants
+    from fused_lora.ops import constants
 
     inputs = make_inputs(5, 8, 6, 2, FP32)
     x = inputs.pop("x")
@@ -302,10 +303,10 @@ def test_autocast_of_every_device_is_seen(device):
     before = torch.is_autocast_enabled(device)
     torch.set_autocast_enabled(device, True)
     try:
-        assert autograd.autocasts(tensor)
+        assert modes.autocasts(tensor)
     finally:
         torch.set_autocast_enabled(device, before)
-    assert autograd.autocasts(tensor) == before
+    assert modes.autocasts(tensor) == before
 
 
 def test_autocast_leaves_float64_alone():

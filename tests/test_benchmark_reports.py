@@ -8,16 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-import compare
 import headline
 import plot
-import records
-import shapes
-import table
 import targets
-from records import Report, Result, Row
-from shapes import Shape
-from timing import Quartiles
+from harness import shapes
+from harness.shapes import Shape
+from harness.timing import Quartiles
+from report import compare, records, table
+from report.records import Report, Result, Row
 
 
 def test_a_mean_is_over_shapes_without_repeats():

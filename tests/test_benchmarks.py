@@ -11,13 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import memory
-import providers
-import schedules
-import timing
-from problem import SCALING, Layer, Problem, WrongResultError, verified
-from shapes import Shape
-from timing import Quartiles
+from harness import timing
+from harness.shapes import Shape
+from harness.timing import Quartiles
+from layer import memory, providers, schedules
+from layer.problem import SCALING, Layer, Problem, WrongResultError, verified
 
 SMALL = Shape(70, 96, 80, 5)
 COMPILED = ("compiled",)
@@ -56,7 +54,7 @@ def test_compiled():
 )
 def test_gpu_provider_interpreted(shape, dtype, p, strategy):
     pytest.importorskip("triton")
-    from stored_mask import StoredMask
+    from layer.stored_mask import StoredMask
 
     def make(problem):
         if strategy == "stored":
@@ -158,11 +156,11 @@ def test_quartiles_and_paired_ratios():
 
 
 def test_suites_run():
-    suites = ["bench_forward.py", "bench_memory.py", "bench_host_overhead.py", "bench_latency.py"]
+    suites = ["bench_layer.py", "bench_host_overhead.py", "bench_latency.py"]
     picked = "512x576 and (fused-512 or frozen) or unvalidated or patched or merged-1"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "-k", picked]
-        + [f"benchmarks/{name}" for name in suites],
+        + [f"benchmarks/layer/{name}" for name in suites],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

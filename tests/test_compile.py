@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from compiled import limits, sweep
 from compiled.cases import DTYPES, PRODUCTS
-from fused_lora.kernels import configs
+from fused_lora.kernels import select_config
+from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, Target, is_valid
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,8 +101,8 @@ def test_occupancy(case):
     assert limits.occupancy(*of) == expected
 
 
-def target_of(arch: str) -> configs.Target:
-    return configs.INTERPRETER if arch == "interpreter" else limits.target(arch)
+def target_of(arch: str) -> Target:
+    return select_config.INTERPRETER if arch == "interpreter" else limits.target(arch)
 
 
 @pytest.mark.parametrize("arch", [*sweep.ARCHS, "interpreter"])
@@ -112,24 +113,26 @@ def test_every_shape_gets_a_config_that_fits(arch, rank, itemsize):
     for M in (1, 64, 512, 32_768):
         for N in (17, 1024, 16_384):
             chosen = [
-                configs.gemm_config(target, itemsize, M, N, rank, aligned=N != 17),
-                configs.shrink_config(target, itemsize, M, N, rank, describable=N != 17),
-                configs.rank_grad_config(target, itemsize, M, N, rank, describable=N != 17),
-                configs.add_config(target, itemsize, M, N, rank),
+                select_config.gemm_config(target, itemsize, M, N, rank, aligned=N != 17),
+                select_config.shrink_config(target, itemsize, M, N, rank, describable=N != 17),
+                select_config.rank_grad_config(target, itemsize, M, N, rank, describable=N != 17),
+                select_config.add_config(target, itemsize, M, N, rank),
             ]
-            if rank <= configs.SINGLE_PASS_MAX_RANK:
+            if rank <= SINGLE_PASS_MAX_RANK:
                 chosen.append(
-                    configs.single_pass_config(target, itemsize, M, N, rank, describable=N != 17)
+                    select_config.single_pass_config(
+                        target, itemsize, M, N, rank, describable=N != 17
+                    )
                 )
             for config in chosen:
-                assert configs.is_valid(config, target, itemsize, rank), config
+                assert is_valid(config, target, itemsize, rank), config
 
 
 @pytest.mark.parametrize("arch", sweep.ARCHS)
 @pytest.mark.parametrize("rank", [8, 64])
 def test_large_shapes_get_large_tiles(arch, rank):
     target = limits.target(arch)
-    config = configs.gemm_config(target, 2, 8192, 4096, rank, aligned=True)
+    config = select_config.gemm_config(target, 2, 8192, 4096, rank, aligned=True)
     assert config.block_m >= 128, config
     assert config.block_n >= 128, config
 
@@ -147,14 +150,16 @@ def test_three_tiles_a_key(arch, kernel):
 def test_tiles_that_leave_fewer_slots_idle_are_chosen(arch):
     """A narrow weight at few rows: the largest tile would leave most SMs without one."""
     target = limits.target(arch)
-    largest = configs.gemm_candidates(target, 2, 16, aligned=True)[0]
+    largest = select_config.gemm_candidates(target, 2, 16, aligned=True)[0]
     for M, N in ((512, 1024), (128, 4096)):
-        config = configs.gemm_config(target, 2, M, N, 16, aligned=True)
-        assert configs.fill(config, target, M, N) >= 2 * configs.fill(largest, target, M, N)
+        config = select_config.gemm_config(target, 2, M, N, 16, aligned=True)
+        assert select_config.fill(config, target, M, N) >= 2 * select_config.fill(
+            largest, target, M, N
+        )
 
 
 def test_an_unknown_gpu_gets_the_conservative_tile():
-    target = configs.Target("sm_75", sms=40, shared_bytes=configs.DEFAULT_SHARED_BYTES)
-    config = configs.gemm_config(target, 2, 4096, 4096, 16, aligned=True)
+    target = Target("sm_75", sms=40, shared_bytes=select_config.DEFAULT_SHARED_BYTES)
+    config = select_config.gemm_config(target, 2, 4096, 4096, 16, aligned=True)
     assert (config.block_m, config.block_n, config.num_warps) == (64, 64, 4)
     assert not config.descriptors

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo import compiled_autograd
 
-from fused_lora import aten, fused_lora_add, fused_lora_linear
+from fused_lora import fused_lora_add, fused_lora_linear
+from fused_lora.ops import cpu_gemm, torch_impl
 from support import UNIT_ROUNDOFF, in_float64, make_inputs, relative_rms, run
 
 HALF = [torch.bfloat16, torch.float16]
@@ -17,15 +18,15 @@ HALF = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def with_instructions(monkeypatch):
     """A CPU that multiplies half precision, whatever this one can do."""
-    monkeypatch.setattr(aten, "EMULATED", frozenset())
+    monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset())
 
 
 @pytest.fixture
 def without_instructions(monkeypatch):
     """A CPU where PyTorch's products of half precision are loops; weights come in many blocks."""
-    monkeypatch.setattr(aten, "EMULATED", frozenset(HALF))
+    monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset(HALF))
     for name, size in {"_WEIGHTS": 960, "_OUTPUTS": 256 * 8, "_COLUMNS": 7}.items():
-        monkeypatch.setattr(aten, f"_WIDE{name}", size)
+        monkeypatch.setattr(torch_impl, f"_WIDE{name}", size)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -60,7 +61,7 @@ def test_which_rows_are_few(rows, rank, adapter_dtype, widened, with_instruction
     """As measured: where the products grow, what they take outgrows what they take to start."""
     x, weight = torch.randn(rows, 40).bfloat16(), torch.randn(24, 40).bfloat16()
     A, B = torch.randn(rank, 40, dtype=adapter_dtype), torch.randn(24, rank, dtype=adapter_dtype)
-    y, S = aten.forward(x, weight, A, B, None, 1.0, None, 1.0)
+    y, S = torch_impl.forward(x, weight, A, B, None, 1.0, None, 1.0)
     assert y.dtype == torch.bfloat16
     assert S.dtype == (torch.float32 if widened else torch.bfloat16)
 
@@ -143,12 +144,12 @@ def test_without_instructions_few_rows_are_left_to_dot_products(
     monkeypatch.setattr(torch, "mm", lambda a, b: blocks.append(b.shape) or mm(a, b))
     A, B = torch.randn(4, 96), torch.randn(80, 4)
     x = torch.randn(rows, 96).bfloat16()
-    aten.forward(x, weight, A, B, None, 1.0, None, 1.0)
+    torch_impl.forward(x, weight, A, B, None, 1.0, None, 1.0)
     found = [columns for inner, columns in blocks if inner == 96 and columns != 4]
     assert found == ([10] * 8 if widened else [])
     blocks.clear()
     x = torch.randn(256, 96).bfloat16()
-    aten.forward(x, weight, A, B, None, 1.0, None, 1.0)
+    torch_impl.forward(x, weight, A, B, None, 1.0, None, 1.0)
     assert [columns for inner, columns in blocks if inner == 96] == [8] * 10
 
 
@@ -187,7 +188,7 @@ def test_what_a_cpu_emulates_is_pytorchs_answer(monkeypatch):
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_mkldnn)
         answers = {f"_is_mkldnn_{k}_supported": lambda v=v: v for k, v in supported.items()}
         monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**answers))
-        return aten._emulated()
+        return cpu_gemm._emulated()
 
     none = {"bf16": False, "fp16": False}
     assert ask("AMD64", **none) == ask("x86_64", **none) == set(HALF)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_lora import cost, devices
-from fused_lora.devices import INTERPRETER, KNOWN, device_of, from_properties
-from fused_lora.kernels.configs import INTERPRETER as INTERPRETER_TARGET
-from fused_lora.kernels.configs import Target
+from fused_lora.kernels.config import Target
+from fused_lora.kernels.select_config import INTERPRETER as INTERPRETER_TARGET
+from fused_lora.strategy import cost, devices
+from fused_lora.strategy.devices import INTERPRETER, KNOWN, device_of, from_properties
 
 # Dense bfloat16 TFLOPS of the data sheets.
 PEAKS = {

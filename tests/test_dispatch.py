@@ -10,8 +10,10 @@ import warnings
 import pytest
 import torch
 
-from fused_lora import FusedLoRALinear, aten, cost, devices, dispatch, explain, fused_lora_linear
-from fused_lora.devices import KNOWN
+from fused_lora import FusedLoRALinear, explain, fused_lora_linear
+from fused_lora.ops import cpu_gemm, dispatch, torch_impl
+from fused_lora.strategy import cost, devices
+from fused_lora.strategy.devices import KNOWN
 from support import assert_as_good_as_eager, make_inputs, needs_triton, run
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -76,7 +78,7 @@ def test_float64_is_not_for_triton():
 def test_explain_tells_of_a_dtype_that_the_cpu_emulates(monkeypatch):
     layer = FusedLoRALinear(8, 6, rank=2, dtype=torch.bfloat16)
     for dtypes in ({torch.bfloat16}, {torch.float16}):
-        monkeypatch.setattr(aten, "EMULATED", frozenset(dtypes))
+        monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset(dtypes))
         dispatch.clear_decisions()
         for impl in ("auto", "torch"):
             reason = explain(layer, impl=impl).reason
@@ -94,8 +96,8 @@ def test_triton_explains_its_strategies():
 class BrokenKernels:
     """Stands for kernels that fail to compile or launch, in one direction or in all."""
 
-    def __init__(self, ops, broken):
-        self.ops, self.broken, self.calls = ops, broken, []
+    def __init__(self, strategies, broken):
+        self.ops, self.broken, self.calls = strategies, broken, []
 
     def __getattr__(self, name):
         self.calls.append(name)
@@ -107,11 +109,11 @@ class BrokenKernels:
 @pytest.mark.parametrize("broken", [("forward",), ("backward",), ("dropout_mask",)])
 def test_auto_falls_back_with_one_warning(broken, monkeypatch):
     pytest.importorskip("triton")
-    from fused_lora.kernels import ops
+    from fused_lora.kernels import strategies
 
     monkeypatch.setattr(dispatch, "_may_run_triton", lambda x, weight: True)
     monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
-    kernels = BrokenKernels(ops, broken)
+    kernels = BrokenKernels(strategies, broken)
     original = dispatch.TritonRunner.__init__
 
     def with_broken_kernels(self, *args):
@@ -145,12 +147,12 @@ def test_a_gpu_that_cannot_run_the_kernels_is_announced_once(monkeypatch):
 
 def test_an_explicit_choice_does_not_fall_back(monkeypatch):
     pytest.importorskip("triton")
-    from fused_lora.kernels import ops
+    from fused_lora.kernels import strategies
 
     def fail(*args):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(ops, "forward", fail)
+    monkeypatch.setattr(strategies, "forward", fail)
     with pytest.raises(RuntimeError, match="no"):
         call("triton")
 
@@ -160,7 +162,9 @@ def test_subclasses_take_aten_operators():
         pass
 
     weight = torch.randn(6, 8).as_subclass(Subclass)
-    assert dispatch.choose(torch.randn(5, 8), weight, torch.randn(6, 2), "auto", False) is aten
+    assert (
+        dispatch.choose(torch.randn(5, 8), weight, torch.randn(6, 2), "auto", False) is torch_impl
+    )
 
 
 SHAPE = {"M": 16_384, "N": 4096, "L": 4096, "rank": 16}
@@ -236,21 +240,21 @@ def pretended(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
 def test_errors_that_pytorch_would_not_survive_are_raised(error, pretended):
-    from fused_lora.kernels import ops
+    from fused_lora.kernels import strategies
 
     def fail(*args):
         raise error("full, or an illegal address")
 
-    pretended.setattr(ops, "forward", fail)
+    pretended.setattr(strategies, "forward", fail)
     with pytest.raises(error):
         fused_lora_linear(**make_inputs(5, 8, 6, 2, FP32))
 
 
 @needs_triton
 def test_a_failure_is_remembered_for_its_dtype_alone(pretended):
-    from fused_lora.kernels import ops
+    from fused_lora.kernels import strategies
 
-    forward, ran = ops.forward, []
+    forward, ran = strategies.forward, []
 
     def fail_in_half(x, *args):
         ran.append(x.dtype)
@@ -258,7 +262,7 @@ def test_a_failure_is_remembered_for_its_dtype_alone(pretended):
             raise RuntimeError("no")
         return forward(x, *args)
 
-    pretended.setattr(ops, "forward", fail_in_half)
+    pretended.setattr(strategies, "forward", fail_in_half)
     with pytest.warns(UserWarning, match="Triton failed"):
         fused_lora_linear(**make_inputs(5, 8, 6, 2, FP16))
     fused_lora_linear(**make_inputs(5, 8, 6, 2, FP32))
@@ -363,7 +367,7 @@ def test_a_choice_on_a_gpu_says_that_nothing_was_measured(pretended):
 
 def test_untuned_on_an_h100_the_vendors_gemm_and_an_added_pass_run_nearly_every_shape():
     """What the README and docs/tuning.md say."""
-    from shapes import GPU_FULL
+    from harness.shapes import GPU_FULL
 
     counts = {}
     for gpu in ("h100", "h200"):

@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from fused_lora import FusedLoRALinear, dropout, explain, fused_lora_linear
+from fused_lora import FusedLoRALinear, explain, fused_lora_linear
+from fused_lora.ops import dropout
 from support import make_inputs, needs_triton, run
 
 FP32 = torch.float32

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_lora import dispatch
-from fused_lora.runner import described, is_sticky
+from fused_lora.ops import dispatch
+from fused_lora.ops.triton_impl import described, is_sticky
 
 pytest.importorskip("triton")
 

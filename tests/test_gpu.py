@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import acceptance_report
+from gpu import summary
 
 pytest.importorskip("triton")
 
@@ -33,8 +33,8 @@ def test_the_kernels_and_the_layer_on_the_gpu(tmp_path):
     )  # fmt: skip
     if done.returncode == 2:
         pytest.skip("needs a GPU")
-    rows = acceptance_report.load(tmp_path / "rows.jsonl")
-    assert acceptance_report.failed(rows) == []
+    rows = summary.load(tmp_path / "rows.jsonl")
+    assert summary.failed(rows) == []
     assert done.returncode == 0, done.stdout + done.stderr
 
 

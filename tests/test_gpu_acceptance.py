@@ -7,16 +7,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import acceptance
-import acceptance_report
 import gpu_acceptance
-import numerics_rows
-import probe
-from acceptance import Allowance, Gpu, Rehearsal
-from fused_lora import dispatch, dropout, tuned
-from fused_lora.kernels import configs, ops
-from fused_lora.timing import Times
+from fused_lora.kernels import select_config, strategies
+from fused_lora.ops import dispatch, dropout
+from fused_lora.strategy import tuning_cache
+from fused_lora.strategy.timing import Times
 from fused_lora.tune import Layer
+from gpu import numerics_rows, probe, steps, summary
+from gpu.steps import Allowance, Gpu, Rehearsal
 from support import assert_error
 
 ROOT = Path(__file__).parents[1]
@@ -48,11 +46,11 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def failures(rows) -> list[str]:
-    return [text for row in acceptance_report.failed(list(rows)) for text in row["failures"]]
+    return [text for row in summary.failed(list(rows)) for text in row["failures"]]
 
 
 def test_the_preflight_names_the_machine_and_checks_both_implementations():
-    environment, *checks = acceptance.preflight(Cpu(), FOREVER)
+    environment, *checks = steps.preflight(Cpu(), FOREVER)
     assert environment["case"] == "environment"
     assert {"torch", "triton"} <= environment["versions"].keys()
     assert "rehearsal" in environment
@@ -61,29 +59,29 @@ def test_the_preflight_names_the_machine_and_checks_both_implementations():
 
 
 def test_a_preflight_with_wrong_numbers_fails(monkeypatch):
-    forward = ops.forward
-    monkeypatch.setattr(ops, "forward", lambda *a: tuple(1.1 * t for t in forward(*a)))
-    found = failures(acceptance.preflight(Cpu(), FOREVER))
+    forward = strategies.forward
+    monkeypatch.setattr(strategies, "forward", lambda *a: tuple(1.1 * t for t in forward(*a)))
+    found = failures(steps.preflight(Cpu(), FOREVER))
     assert len(found) == 4  # two strategies, two runs
     assert all(text.split(": ")[1] == "y" for text in found)
 
 
 def test_numerics_are_the_tests_of_the_kernels():
     select = "test_shrink or test_repeats_bitwise[split-0.0]"
-    (row,) = acceptance.numerics(Cpu(), FOREVER, select)
+    (row,) = steps.numerics(Cpu(), FOREVER, select)
     assert row["passed"]
     assert row["tests"] == {"passed": 7, "failed": 0, "near": 0, "skipped": 0}
 
 
 def test_numerics_that_select_nothing_fail():
-    rows = list(acceptance.numerics(Cpu(), FOREVER, "no such test"))
-    assert acceptance_report.verdict([{"step": "numerics"} | row for row in rows]) != "PASS"
+    rows = list(steps.numerics(Cpu(), FOREVER, "no such test"))
+    assert summary.verdict([{"step": "numerics"} | row for row in rows]) != "PASS"
 
 
 def test_a_failing_test_is_a_row_of_its_own():
     nowhere = Cpu()
     nowhere.device = torch.device("meta")
-    failed, total = acceptance.numerics(nowhere, FOREVER, "test_sum_partials and shape0")
+    failed, total = steps.numerics(nowhere, FOREVER, "test_sum_partials and shape0")
     assert failed["case"].endswith("::test_sum_partials[shape0]")
     assert failed["failures"][0]
     assert total["tests"]["failed"] == 1
@@ -107,7 +105,7 @@ def test_tests_that_were_not_run_to_the_end_have_not_passed(
     counts = {"passed": 5, "failed": 0, "near": 1, "skipped": 0}
     monkeypatch.setattr(numerics_rows, "_counts", counts)
     numerics_rows.pytest_sessionfinish(None, status)
-    (row,) = acceptance_report.load(tmp_path / "rows")
+    (row,) = summary.load(tmp_path / "rows")
     assert (row["passed"], row["tests"]) == (expected, counts)
 
 
@@ -128,8 +126,8 @@ def test_only_float32_results_near_their_bound_are_reported_apart(case):
     assert numerics_rows.is_near(str(caught.value)) is expected
     row = {"step": "numerics", "passed": False, "near": expected, "failures": ["y"]}
     rows = [{"step": "numerics", "passed": True}, row]
-    assert (acceptance_report.verdict(rows) == "PASS") is expected
-    said = acceptance_report.line("numerics", rows)
+    assert (summary.verdict(rows) == "PASS") is expected
+    said = summary.line("numerics", rows)
     assert ("1 float32 results within twice their bound" in said) is expected
     assert ("1 FAILED" in said) is not expected
 
@@ -153,10 +151,10 @@ def test_the_verdict_does_not_pass_over_what_was_not_run(case):
     given, expected = case
     kinds = {"passed": {"passed": True}, "failed": {"passed": False}, "skipped": {"skipped": "no"}}
     rows = [{"step": step} | kinds[kind] for step, kind in given]
-    assert acceptance_report.verdict(rows) == expected
+    assert summary.verdict(rows) == expected
 
 
-@pytest.mark.parametrize("run", [acceptance.repeatability, acceptance.graphs])
+@pytest.mark.parametrize("run", [steps.repeatability, steps.graphs])
 def test_strategies_repeat_and_replay(run):
     rows = list(run(Cpu(), FOREVER))
     assert len(rows) == 15  # three strategies, two with dropout, three dtypes
@@ -164,59 +162,59 @@ def test_strategies_repeat_and_replay(run):
 
 
 def test_results_that_differ_from_run_to_run_are_found(monkeypatch):
-    forward, count = ops.forward, []
+    forward, count = strategies.forward, []
 
     def noisy(*args):
         y, S = forward(*args)
         count.append(0)
         return y + 1e-2 * len(count), S
 
-    monkeypatch.setattr(ops, "forward", noisy)
-    assert len(failures(acceptance.repeatability(Cpu(), FOREVER))) == 15
-    assert any("a replay and an eager" in f for f in failures(acceptance.graphs(Cpu(), FOREVER)))
+    monkeypatch.setattr(strategies, "forward", noisy)
+    assert len(failures(steps.repeatability(Cpu(), FOREVER))) == 15
+    assert any("a replay and an eager" in f for f in failures(steps.graphs(Cpu(), FOREVER)))
 
 
 def test_a_mask_that_does_not_change_is_found(monkeypatch):
     monkeypatch.setattr(dropout, "draw_seed", lambda device: torch.tensor(3))
-    found = failures(acceptance.graphs(Cpu(), FOREVER))
+    found = failures(steps.graphs(Cpu(), FOREVER))
     assert len(found) == 6
     assert all("two replays drop the same entries" in line for line in found)
 
 
 def test_a_backward_with_another_mask_is_found(monkeypatch):
-    backward = ops.backward
+    backward = strategies.backward
 
     def other_mask(dy, x, weight, A, B, S, scaling, words, *args):
         return backward(
             dy, x, weight, A, B, S, scaling, None if words is None else words.flip(0), *args
         )
 
-    monkeypatch.setattr(ops, "backward", other_mask)
-    found = failures(acceptance.graphs(Cpu(), FOREVER))
+    monkeypatch.setattr(strategies, "backward", other_mask)
+    found = failures(steps.graphs(Cpu(), FOREVER))
     assert len(found) == 6
     assert all("by the mask of dx, y: relative RMS" in line for line in found)
 
 
 def test_tuning_keeps_both_clocks():
-    (row,) = acceptance.tuning(Cpu(), FOREVER)
+    (row,) = steps.tuning(Cpu(), FOREVER)
     assert row["passed"]
     for name in ("split", "addmm", "torch"):
         assert row["forward"]["microseconds"][name] == 1e6
         assert row["backward"]["host_microseconds"][name] == 2e6
-    call = tuned.Call("forward", torch.float32, 80, 32, 48, 4, False)
-    assert tuned.lookup(call, torch.device("cpu")).microseconds["split"] == 1e6
+    call = tuning_cache.Call("forward", torch.float32, 80, 32, 48, 4, False)
+    assert tuning_cache.lookup(call, torch.device("cpu")).microseconds["split"] == 1e6
 
 
 def test_a_wrong_candidate_fails_tuning(monkeypatch):
-    forward = ops.forward
-    monkeypatch.setattr(ops, "forward", lambda *a: tuple(2 * t for t in forward(*a)))
-    (line, *_) = failures(acceptance.tuning(Cpu(), FOREVER))
+    forward = strategies.forward
+    monkeypatch.setattr(strategies, "forward", lambda *a: tuple(2 * t for t in forward(*a)))
+    (line, *_) = failures(steps.tuning(Cpu(), FOREVER))
     assert "split left out" in line
 
 
 def test_what_was_measured_is_set_beside_what_was_modelled():
-    list(acceptance.tuning(Cpu(), FOREVER))
-    rows = list(acceptance.comparison(Cpu(), FOREVER))
+    list(steps.tuning(Cpu(), FOREVER))
+    rows = list(steps.comparison(Cpu(), FOREVER))
     assert len(rows) == 2
     for row in rows:
         for name in ("split", "addmm", "torch"):
@@ -231,14 +229,14 @@ def test_the_benchmark_leaves_out_a_peer_that_raises_and_keeps_the_row(monkeypat
     def broken(problem):
         raise RuntimeError("no\ndetails")
 
-    providers = {name: acceptance.PROVIDERS[name] for name in ("frozen", "eager", "fused")}
-    for held in (acceptance.PROVIDERS, __import__("measure").PROVIDERS):
+    providers = {name: steps.PROVIDERS[name] for name in ("frozen", "eager", "fused")}
+    for held in (steps.PROVIDERS, __import__("measure").PROVIDERS):
         monkeypatch.setitem(held, "peft", broken)
-    monkeypatch.setattr(acceptance, "PROVIDERS", providers | {"peft": broken})
-    monkeypatch.setattr(acceptance, "CORE", ("eager", "peft", "fused"))
+    monkeypatch.setattr(steps, "PROVIDERS", providers | {"peft": broken})
+    monkeypatch.setattr(steps, "CORE", ("eager", "peft", "fused"))
     monkeypatch.setattr("measure.MIN_SECONDS", 0.1)
-    monkeypatch.setattr(acceptance, "LAYER_SECONDS", 0.1)
-    core, everyone = acceptance.benchmark(Cpu(), FOREVER)
+    monkeypatch.setattr(steps, "LAYER_SECONDS", 0.1)
+    core, everyone = steps.benchmark(Cpu(), FOREVER)
     for row in (core, everyone):
         assert row["passed"]
         assert row["ratios"].keys() == {"frozen", "eager", "fused"}
@@ -247,16 +245,16 @@ def test_the_benchmark_leaves_out_a_peer_that_raises_and_keeps_the_row(monkeypat
 
 
 def test_a_layer_of_ours_that_raises_fails_the_benchmark(monkeypatch):
-    forward = acceptance.PROVIDERS["fused"]
+    forward = steps.PROVIDERS["fused"]
 
     def wrong(problem):
         layer = forward(problem)
         layer.module.scaling = 7.0
         return layer
 
-    monkeypatch.setitem(acceptance.PROVIDERS, "fused", wrong)
-    monkeypatch.setattr(acceptance, "CORE", ("eager", "fused"))
-    row = next(acceptance.benchmark(Cpu(), FOREVER))
+    monkeypatch.setitem(steps.PROVIDERS, "fused", wrong)
+    monkeypatch.setattr(steps, "CORE", ("eager", "fused"))
+    row = next(steps.benchmark(Cpu(), FOREVER))
     assert not row["passed"]
     assert row["failures"][0].startswith("fused failed: WrongResultError")
     assert "eager" in row["ratios"]
@@ -264,51 +262,51 @@ def test_a_layer_of_ours_that_raises_fails_the_benchmark(monkeypatch):
 
 def test_a_case_that_raises_is_a_row_and_the_next_are_run(monkeypatch):
     """A capture that fails, say; but not an error after which the device is unusable."""
-    tune, errors = acceptance.tune, [RuntimeError("no\ndetails")]
+    tune, errors = steps.tune, [RuntimeError("no\ndetails")]
 
     def fail_first(*args, **kwargs):
         if errors:
             raise errors.pop()
         return tune(*args, **kwargs)
 
-    monkeypatch.setattr(acceptance, "tune", fail_first)
+    monkeypatch.setattr(steps, "tune", fail_first)
     gpu = Cpu()
     gpu.layers = (LAYER._replace(M=90), LAYER)
-    first, second = acceptance.tuning(gpu, FOREVER)
+    first, second = steps.tuning(gpu, FOREVER)
     assert (first["passed"], first["failures"]) == (False, ["RuntimeError: no"])
     assert second["passed"]
     errors.append(torch.AcceleratorError("lost"))
     with pytest.raises(torch.AcceleratorError):
-        list(acceptance.tuning(gpu, FOREVER))
+        list(steps.tuning(gpu, FOREVER))
 
 
 def test_cases_that_no_time_is_left_for_are_said():
     spent = Allowance(-1.0)
-    assert len(list(acceptance.preflight(Cpu(), spent))) == 4  # what all else stands on
-    steps = (
-        acceptance.probe,
-        acceptance.repeatability,
-        acceptance.graphs,
-        acceptance.tuning,
-        acceptance.benchmark,
+    assert len(list(steps.preflight(Cpu(), spent))) == 4  # what all else stands on
+    named = (
+        steps.probe,
+        steps.repeatability,
+        steps.graphs,
+        steps.tuning,
+        steps.benchmark,
     )
-    for step in steps:
+    for step in named:
         assert all("no time left" in row["skipped"] for row in step(Cpu(), spent))
 
 
 def test_the_probe_tries_every_candidate_of_every_kernel():
-    rows = list(acceptance.probe(Cpu(), FOREVER))
+    rows = list(steps.probe(Cpu(), FOREVER))
     assert not failures(rows)
     ran = {row["case"].split()[0]: row["ran"] for row in rows}
     assert ran.keys() == {"copy", "mask", "gemm", "add", "shrink", "rank_grad"}
     kinds = {name.split()[0] for names in ran.values() for name in names}
     assert {"mm", "addmm_", "seeded", "lora_gemm", "lora_add", "copy_", "dropout_mask"} <= kinds
     assert any("masked" in name for name in ran["gemm"])
-    tiles = configs.shrink_candidates(configs.INTERPRETER, 2, 8, describable=True)
+    tiles = select_config.shrink_candidates(select_config.INTERPRETER, 2, 8, describable=True)
     assert len(ran["shrink"]) == 1 + 3 * len(tiles)  # the vendor's, and three numbers of splits
     few = Cpu()
     few.probed = ((16, 128, 64, 8),)
-    ran = {row["case"].split()[0]: row["ran"] for row in acceptance.probe(few, FOREVER)}
+    ran = {row["case"].split()[0]: row["ran"] for row in steps.probe(few, FOREVER)}
     assert any(name.startswith("single_pass") for name in ran["gemm"])
 
 
@@ -320,8 +318,8 @@ def test_a_candidate_that_fails_is_a_row_and_the_others_are_timed(monkeypatch):
         raise RuntimeError("out of resource\ndetails")
 
     monkeypatch.setattr(probe, "lora_gemm", broken)
-    rows = [row for row in acceptance.probe(gpu, FOREVER) if row["case"].startswith("gemm")]
-    wrong = acceptance_report.failed(rows)
+    rows = [row for row in steps.probe(gpu, FOREVER) if row["case"].startswith("gemm")]
+    wrong = summary.failed(rows)
     assert wrong
     assert all(row["name"].startswith("lora_gemm") for row in wrong)
     assert "out of resource" in wrong[0]["failures"][0]
@@ -367,7 +365,7 @@ def test_the_page_has_every_figure_and_every_failure(tmp_path):
         {"step": "benchmark", "case": "a", "frozen_ms": 1.25, "ratios": {"fused": 1.1}},
         {"step": "benchmark", "case": "b", "frozen_ms": 2.5, "ratios": {"eager": 1.3, "fused": 1}},
     ]
-    acceptance_report.write(tmp_path / "page.md", rows)
+    summary.write(tmp_path / "page.md", rows)
     page = (tmp_path / "page.md").read_text()
     for text in (
         "# A GPU\n\n**FAIL: probe (1)**\n",
@@ -384,4 +382,4 @@ def test_the_page_has_every_figure_and_every_failure(tmp_path):
 
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
     (tmp_path / "rows").write_text('{"step": "a"}\n{"step": "b", "us"')
-    assert acceptance_report.load(tmp_path / "rows") == [{"step": "a"}]
+    assert summary.load(tmp_path / "rows") == [{"step": "a"}]

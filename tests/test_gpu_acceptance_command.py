@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-import acceptance_report
 import gpu_acceptance
-from fused_lora import tuned
+from fused_lora.strategy import tuning_cache
+from gpu import summary
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_acceptance.py"
@@ -31,7 +31,7 @@ def start(out, *arguments, script=SCRIPT, **environment) -> subprocess.Popen:
 def wait_for(path: Path, step: str) -> list[dict]:
     """The rows, once one of ``step`` is there."""
     for _ in range(1200):
-        rows = acceptance_report.load(path) if path.exists() else []
+        rows = summary.load(path) if path.exists() else []
         if any(row["step"] == step for row in rows):
             return rows
         time.sleep(0.1)
@@ -59,7 +59,7 @@ def test_steps_run_in_order_and_are_written(tmp_path):
     out, err = running.communicate()
     assert running.returncode == 0, out + err
     assert out.splitlines()[-1] == "PASS"
-    rows = acceptance_report.load(tmp_path / "a" / "rows.jsonl")
+    rows = summary.load(tmp_path / "a" / "rows.jsonl")
     assert rows[0]["commit"] == "abc"
     assert list(dict.fromkeys(row["step"] for row in rows)) == ["run", *rest]
     page = (tmp_path / "a" / "summary.md").read_text()
@@ -67,7 +67,7 @@ def test_steps_run_in_order_and_are_written(tmp_path):
     assert "commit abc" in page
     assert "interpreted: no time is a GPU's" in page
     assert "| layer | direction | kept |" in page
-    assert json.loads((tmp_path / "a" / "tuned.json").read_text())["format"] == tuned.FORMAT
+    assert json.loads((tmp_path / "a" / "tuned.json").read_text())["format"] == tuning_cache.FORMAT
 
 
 # The signal, and the step that runs when it comes
@@ -83,7 +83,7 @@ def test_killed_half_way_it_leaves_what_it_has(case, tmp_path):
     assert processes_of(out)
     running.send_signal(number)
     running.wait(20)
-    rows = acceptance_report.load(out / "rows.jsonl")
+    rows = summary.load(out / "rows.jsonl")
     assert [row["case"] for row in rows if row.get("passed")][:3] == [
         "triton:split", "triton:addmm", "torch",
     ]  # fmt: skip
@@ -154,9 +154,9 @@ def test_a_step_that_dies_costs_itself_alone(tmp_path):
     old = {"step": "repeatability", "passed": False, "failures": ["of an earlier run"]}
     path.write_text(json.dumps(old) + '\n{"step": "cut o')
     out, err = start_planted(tmp_path, planted, "--only", *steps).communicate()
-    rows = acceptance_report.load(path)[1:]
+    rows = summary.load(path)[1:]
     assert rows[0]["step"] == "run"
-    wrong = {row["step"]: row["failures"][0] for row in acceptance_report.failed(rows)}
+    wrong = {row["step"]: row["failures"][0] for row in summary.failed(rows)}
     assert wrong.keys() == set(steps[:3]), out + err
     assert "RuntimeError: sticky" in wrong["repeatability"]
     assert "ended with status 9" in wrong["graphs"]
@@ -173,8 +173,8 @@ def test_a_step_that_hangs_costs_itself_alone(tmp_path):
     out, err = running.communicate()
     assert time.monotonic() - begin < 40
     assert running.returncode == 1, out + err
-    rows = acceptance_report.load(tmp_path / "out" / "rows.jsonl")
-    (wrong,) = acceptance_report.failed(rows)
+    rows = summary.load(tmp_path / "out" / "rows.jsonl")
+    (wrong,) = summary.failed(rows)
     assert wrong["step"] == "graphs"
     assert "stopped after 12 s, its limit" in wrong["failures"][0]
     assert "in hangs" in (tmp_path / "out" / "log.txt").read_text()  # a traceback before its end
@@ -228,7 +228,11 @@ def test_it_runs_from_a_bare_checkout(tmp_path):
     )
     out, err = running.communicate()
     assert running.returncode == 0, out + err + (tmp_path / "out" / "log.txt").read_text()
-    command = [sys.executable, "-c", "import checkout, fused_lora; print(fused_lora.__file__)"]
+    command = [
+        sys.executable,
+        "-c",
+        "import harness.checkout, fused_lora; print(fused_lora.__file__)",
+    ]
     where = os.pathsep.join([str(tmp_path / "plant"), str(tmp_path / "benchmarks")])
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path / "plant", check=True,

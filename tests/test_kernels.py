@@ -9,21 +9,23 @@ from support import UNIT_ROUNDOFF, assert_error, make_inputs, relative_rms
 
 pytest.importorskip("triton")
 
-from fused_lora import dropout
-from fused_lora.kernels import configs, ops
+from fused_lora.kernels import select_config, strategies
 from fused_lora.kernels.common import sum_partials
-from fused_lora.kernels.configs import (
+from fused_lora.kernels.config import (
+    DIGITS,
     AddConfig,
     GemmConfig,
     RankGradConfig,
     ShrinkConfig,
     SinglePassConfig,
+    Target,
 )
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
+from fused_lora.ops import dropout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KEEP = 45_000
@@ -177,8 +179,8 @@ def shipped(candidates, ranks):
     for arch, (itemsize, aligned), rank in itertools.product(
         ARCHS, [(2, True), (2, False), (4, True), (4, False)], ranks
     ):
-        shared = configs.SHARED_BYTES.get(arch, configs.DEFAULT_SHARED_BYTES)
-        target = configs.Target(arch, sms=3, shared_bytes=shared)
+        shared = select_config.SHARED_BYTES.get(arch, select_config.DEFAULT_SHARED_BYTES)
+        target = Target(arch, sms=3, shared_bytes=shared)
         for config in candidates(target, itemsize, rank, aligned):
             shape = *config.tile(rank), getattr(config, "block_l", 0), getattr(config, "block_m", 0)
             found.setdefault((shape, config.descriptors), (config, rank))
@@ -192,7 +194,7 @@ def tile_id(case):
 
 @pytest.mark.parametrize(
     "case",
-    shipped(lambda t, i, r, a: configs.gemm_candidates(t, i, r, aligned=a), [16, 64]),
+    shipped(lambda t, i, r, a: select_config.gemm_candidates(t, i, r, aligned=a), [16, 64]),
     ids=tile_id,
 )
 def test_shipped_tiles_of_lora_gemm(case):
@@ -207,7 +209,7 @@ def test_shipped_tiles_of_lora_gemm(case):
 
 
 @pytest.mark.parametrize(
-    "case", shipped(lambda t, i, r, a: configs.add_candidates(t, i, r), [16, 64]), ids=tile_id
+    "case", shipped(lambda t, i, r, a: select_config.add_candidates(t, i, r), [16, 64]), ids=tile_id
 )
 def test_shipped_tiles_of_lora_add(case):
     config, R = case
@@ -221,7 +223,9 @@ def test_shipped_tiles_of_lora_add(case):
 
 @pytest.mark.parametrize(
     "case",
-    shipped(lambda t, i, r, a: configs.shrink_candidates(t, i, r, describable=a), [16, 64, 256]),
+    shipped(
+        lambda t, i, r, a: select_config.shrink_candidates(t, i, r, describable=a), [16, 64, 256]
+    ),
     ids=tile_id,
 )
 def test_shipped_tiles_of_shrink(case):
@@ -236,7 +240,9 @@ def test_shipped_tiles_of_shrink(case):
 
 @pytest.mark.parametrize(
     "case",
-    shipped(lambda t, i, r, a: configs.rank_grad_candidates(t, i, r, describable=a), [16, 64, 256]),
+    shipped(
+        lambda t, i, r, a: select_config.rank_grad_candidates(t, i, r, describable=a), [16, 64, 256]
+    ),
     ids=tile_id,
 )
 def test_shipped_tiles_of_rank_grad(case):
@@ -251,7 +257,9 @@ def test_shipped_tiles_of_rank_grad(case):
 
 @pytest.mark.parametrize(
     "case",
-    shipped(lambda t, i, r, a: configs.single_pass_candidates(t, i, r, describable=a), [16, 64]),
+    shipped(
+        lambda t, i, r, a: select_config.single_pass_candidates(t, i, r, describable=a), [16, 64]
+    ),
     ids=tile_id,
 )
 def test_shipped_tiles_of_single_pass(case):
@@ -279,7 +287,7 @@ def test_dropout_mask_equals_pytorchs(case):
     rows, columns, keep = case
     seed = dropout.draw_seed(torch.get_default_device())
     words = dropout.empty_words(rows, columns, seed.device)
-    ops.dropout_mask(words, seed, keep, dropout.DIGITS)
+    strategies.dropout_mask(words, seed, keep, DIGITS)
     assert torch.equal(words, dropout.keep_words(seed, rows, columns, keep))
 
 
@@ -296,19 +304,19 @@ def test_partial_sums_are_rounded_once():
 def test_what_a_descriptor_can_address():
     flat = torch.zeros(16 * 64 + 16, dtype=BF16)  # PyTorch's storages start on 64 bytes
     aligned = flat[: 16 * 64].view(16, 64)
-    assert ops._describable(aligned)
-    assert ops._describable(aligned.t())
-    assert ops._describable(aligned[:, :60])  # rows still start on 16 bytes
-    assert not ops._describable(flat[1 : 1 + 16 * 64].view(16, 64))  # its start does not
-    assert not ops._describable(flat[: 16 * 60].view(16, 60))
-    assert not ops._describable(aligned[:1].expand(16, 64))  # rows on top of each other
-    assert not ops._describable(aligned[:, ::2])
+    assert strategies._describable(aligned)
+    assert strategies._describable(aligned.t())
+    assert strategies._describable(aligned[:, :60])  # rows still start on 16 bytes
+    assert not strategies._describable(flat[1 : 1 + 16 * 64].view(16, 64))  # its start does not
+    assert not strategies._describable(flat[: 16 * 60].view(16, 60))
+    assert not strategies._describable(aligned[:1].expand(16, 64))  # rows on top of each other
+    assert not strategies._describable(aligned[:, ::2])
 
 
 @pytest.mark.parametrize("how", ["split", "single_pass", "addmm"])
 def test_the_thin_product_is_kept_in_float32(how):
     inputs = make_inputs(17, 40, 24, 5, BF16)
-    y, S = ops.forward(**inputs, words=None, inv_keep=1.0, strategy=how)
+    y, S = strategies.forward(**inputs, words=None, inv_keep=1.0, strategy=how)
     assert (y.dtype, S.dtype, S.shape) == (BF16, FP32, (17, 5))
     assert S.stride(0) * 4 % 16 == 0  # rows start on a vector
 

@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 
-from fused_lora import cost, dispatch, dropout, fused_lora_linear
+from fused_lora import fused_lora_linear
+from fused_lora.ops import dispatch, dropout
+from fused_lora.strategy import cost
 from support import (
     assert_as_good_as_eager,
     in_eager,

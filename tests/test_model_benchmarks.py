@@ -14,16 +14,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import adapter_latency
-import loss_curves
-import memory
 import model_step
-import process_memory
-import whole_models
-from problem import WrongResultError
-from timing import Quartiles
-from whole_models import Setting, Trainer
+from harness.timing import Quartiles
+from layer import memory
+from layer.problem import WrongResultError
+from whole_model import loss_curves, process_memory, trainers
+from whole_model.trainers import Setting, Trainer
 
-MODELS = pytest.mark.parametrize("model", whole_models.MODELS)
+MODELS = pytest.mark.parametrize("model", trainers.MODELS)
 
 
 @pytest.mark.parametrize(
@@ -32,18 +30,18 @@ MODELS = pytest.mark.parametrize("model", whole_models.MODELS)
 )
 def test_a_model_has_the_published_size(model, parameters, layers):
     with torch.device("meta"):
-        made = whole_models.MODELS[model](False)
+        made = trainers.MODELS[model](False)
         assert sum(p.numel() for p in made.parameters()) == parameters
-        assert len(whole_models.adapters(whole_models.with_ours(made, 0.0))) == layers
+        assert len(trainers.adapters(trainers.with_ours(made, 0.0))) == layers
 
 
 @MODELS
 def test_everyone_starts_from_the_same_adapters(model):
     setting = Setting(model, tiny=True)
-    base = whole_models.base_model(setting)
+    base = trainers.base_model(setting)
     made = {
-        name: whole_models.adapters(Trainer(copy.deepcopy(base), name, setting).model)
-        for name in whole_models.PROVIDERS
+        name: trainers.adapters(Trainer(copy.deepcopy(base), name, setting).model)
+        for name in trainers.PROVIDERS
     }
     dtypes = {name: {p.dtype for pair in pairs for p in pair} for name, pairs in made.items()}
     assert dtypes.pop("peft-bf16") == {torch.bfloat16}
@@ -59,8 +57,8 @@ def test_everyone_starts_from_the_same_adapters(model):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loss_curves_agree(model, dtype):
     setting = Setting(model, dtype, tiny=True)
-    base = whole_models.base_model(setting)
-    found = loss_curves.check(base, setting, whole_models.providers(dtype))
+    base = trainers.base_model(setting)
+    found = loss_curves.check(base, setting, trainers.providers(dtype))
     assert {len(curve) for curve in found.losses.values()} == {20}
     assert found.wider[0] - found.wider[-1] > 10 * found.tolerance  # something is learnt
     if dtype == "float32":
@@ -71,30 +69,30 @@ def test_loss_curves_agree(model, dtype):
 # Of peft-bf16 the first loss alone is compared, which a scale moves little.
 @pytest.mark.parametrize(("provider", "factor"), [("fused", 1.5), ("peft-bf16", 3.0)])
 def test_a_wrong_scale_is_refused(model, provider, factor, monkeypatch):
-    right = whole_models.PROVIDERS[provider]
+    right = trainers.PROVIDERS[provider]
 
     def wrong(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(whole_models, "ALPHA", factor * whole_models.ALPHA)
+            patch.setattr(trainers, "ALPHA", factor * trainers.ALPHA)
             return right(*args)
 
-    monkeypatch.setitem(whole_models.PROVIDERS, provider, wrong)
+    monkeypatch.setitem(trainers.PROVIDERS, provider, wrong)
     setting = Setting(model, tiny=True)
-    base = whole_models.base_model(setting)
+    base = trainers.base_model(setting)
     with pytest.raises(WrongResultError, match=f"expected {provider}'s losses within"):
         loss_curves.check(base, setting, ["peft", provider])
 
 
 def test_memory_of_a_step_and_of_its_process():
     setting = Setting("smollm2-135m", dropout=0.1, tiny=True)
-    base = whole_models.base_model(setting)
+    base = trainers.base_model(setting)
     steps, held = {}, {}
-    for name in whole_models.PROVIDERS:
+    for name in trainers.PROVIDERS:
         trainer = Trainer(copy.deepcopy(base), name, setting)
         before = trainer.held_bytes
         trainer.step()
         held[name] = trainer.held_bytes
-        trained = [p for pair in whole_models.adapters(trainer.model) for p in pair]
+        trained = [p for pair in trainers.adapters(trainer.model) for p in pair]
         adapters = sum(p.nbytes for p in trained)
         frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
         assert before == adapters + sum(t.nbytes for t in (*frozen, *trainer.model.buffers()))
@@ -120,9 +118,9 @@ def test_model_step(tmp_path, capsys):
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".txt", ".png", ".svg"}
     data = json.loads(path.read_text())
     rows = [(row["setting"]["model"], row["setting"]["dropout"]) for row in data["rows"]]
-    assert rows == [(model, p) for model in whole_models.MODELS for p in (0.0, 0.1)]
+    assert rows == [(model, p) for model in trainers.MODELS for p in (0.0, 0.1)]
     for row in data["rows"]:
-        assert list(row["results"]) == list(whole_models.PROVIDERS)
+        assert list(row["results"]) == list(trainers.PROVIDERS)
         assert row["results"]["peft"]["ratio"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
         for name, result in row["results"].items():
             line = re.search(rf"^{name} .*{result['ratio']['median']:.2f} ", out, re.MULTILINE)
@@ -140,7 +138,7 @@ def test_a_process_is_measured_for_every_provider_of_a_whole_model(monkeypatch):
         return process_memory.Resident(500_000_000, 700_000_000)
 
     monkeypatch.setattr(model_step, "resident", resident)
-    base = whole_models.base_model(Setting("gpt2", tiny=True))
+    base = trainers.base_model(Setting("gpt2", tiny=True))
     row = model_step.measure(base, Setting("gpt2"), ["peft", "fused"], rounds=1)
     assert asked == ["peft", "fused"]
     about = model_step.machine.describe("cpu")
@@ -168,7 +166,7 @@ def test_model_step_is_not_in_what_the_cpu_emulates_unless_asked(monkeypatch):
 
 def test_model_step_times_nobody_who_learns_otherwise(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
-        whole_models.PROVIDERS, "fused", lambda model, p: whole_models.with_ours(model, 0.5)
+        trainers.PROVIDERS, "fused", lambda model, p: trainers.with_ours(model, 0.5)
     )
     monkeypatch.setattr(model_step, "measure", pytest.fail)
     assert model_step.main(["--quick", "--models", "gpt2", "--out", str(tmp_path)]) == 2
@@ -265,6 +263,6 @@ def test_a_folder_that_is_a_file_is_one_line(script, tmp_path, capsys, monkeypat
     monkeypatch.setattr(script, "run", lambda args: ([], []) if script is model_step else [])
     monkeypatch.setattr(script, "render", lambda *_: "")
     for name in ("model_plot", "latency_plot"):
-        monkeypatch.setattr(f"{name}.draw", lambda *_: None)
+        monkeypatch.setattr(f"whole_model.{name}.draw", lambda *_: None)
     assert script.main(["--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith("error: ")

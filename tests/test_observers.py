@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_lora import constants
+from fused_lora.ops import constants
 from support import needs_triton
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")

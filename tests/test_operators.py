@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fused_lora import aten, dropout, fused_lora_linear, operators
+from fused_lora import fused_lora_linear
+from fused_lora.ops import cpu_gemm, custom_ops, dropout
 from support import UNIT_ROUNDOFF, make_inputs, relative_rms
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -140,7 +141,7 @@ def test_operators_compute_what_eager_does(name):
         eager = fused_lora_linear(
             x, weight, A, B, bias, scaling=float(scaling), impl=case["impl"], **seed
         )
-    for y in (eager, operators.lora_linear(*args)):
+    for y in (eager, custom_ops.lora_linear(*args)):
         dy = torch.ones_like(y)
         outcomes.append((y, *torch.autograd.grad(y, leaves, dy)))
     for registered, expected in zip(*outcomes, strict=True):
@@ -154,7 +155,7 @@ def test_double_backward():
 
     def layer(x, A, B, bias):
         seed = torch.tensor(3)
-        return operators.lora_linear(x, inputs["weight"], A, B, bias, 1.3, seed, 40_000, "auto")
+        return custom_ops.lora_linear(x, inputs["weight"], A, B, bias, 1.3, seed, 40_000, "auto")
 
     assert torch.autograd.gradcheck(layer, leaves)
     assert torch.autograd.gradgradcheck(layer, leaves)
@@ -164,7 +165,7 @@ def test_double_backward():
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_a_traced_graph_holds_for_any_number_of_rows(dtype, emulated, monkeypatch):
     """What is best for few rows, or many, may not become a condition of the graph."""
-    monkeypatch.setattr(aten, "EMULATED", frozenset(emulated))
+    monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset(emulated))
     inputs = make_inputs(5, 40, 24, 4, dtype, adapter_dtype=FP32, scaling=2.0)
     *tensors, scaling = inputs.values()
     call = partial(fused_lora_linear, scaling=scaling)

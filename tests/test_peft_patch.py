@@ -11,7 +11,8 @@ import torch
 from models import gpt2, llama, tokens
 from torch import nn
 
-from fused_lora import PatchReport, aten, patch_peft, unpatch_peft
+from fused_lora import PatchReport, patch_peft, unpatch_peft
+from fused_lora.ops import cpu_gemm
 from support import kept_bytes
 
 peft = pytest.importorskip("peft")
@@ -147,7 +148,7 @@ def test_a_later_replacement_is_not_overwritten(monkeypatch):
 def test_report_says_whose_adapters_are_narrowed(monkeypatch):
     said = "2 with float32 adapters compute in half precision"
     for emulated in (frozenset(), frozenset([torch.bfloat16])):
-        monkeypatch.setattr(aten, "EMULATED", emulated)
+        monkeypatch.setattr(cpu_gemm, "EMULATED", emulated)
         assert (said in patch_peft(net(torch.bfloat16)).summary) is not bool(emulated)
 
 

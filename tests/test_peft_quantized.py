@@ -10,7 +10,8 @@ import torch
 from models import llama, tokens
 from torch import nn
 
-from fused_lora import aten, patch_peft, unpatch_peft
+from fused_lora import patch_peft, unpatch_peft
+from fused_lora.ops import cpu_gemm
 from support import UNIT_ROUNDOFF, kept_bytes, relative_rms
 
 peft = pytest.importorskip("peft")
@@ -140,13 +141,13 @@ def test_less_is_kept_for_backward(how):
 
 @pytest.mark.parametrize("how", QUANTIZED)
 def test_report(how, monkeypatch):
-    monkeypatch.setattr(aten, "EMULATED", frozenset())
+    monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset())
     report = patch_peft(adapted(how, BF16))
     name = "base_model.model.0"
     assert report.layers == {name: None, "base_model.model.2": None}
     assert list(report.beside) == [name]
     assert len(report.narrowed) == 2
-    monkeypatch.setattr(aten, "EMULATED", frozenset([BF16]))
+    monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset([BF16]))
     assert "base_model.model.2" not in patch_peft(adapted(how, BF16)).narrowed
     assert report.summary.startswith(
         "2 of 2 LoRA layers fused, 1 of them beside their base layer's own forward: "

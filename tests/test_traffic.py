@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-import peer_traffic
-from fused_lora import dropout, traffic
-from fused_lora.devices import INTERPRETER, KNOWN
-from fused_lora.kernels import configs
-from fused_lora.traffic import Product
+from fused_lora.kernels import select_config
+from fused_lora.kernels.config import DIGITS
+from fused_lora.ops import dropout
+from fused_lora.strategy import traffic
+from fused_lora.strategy.devices import INTERPRETER, KNOWN
+from fused_lora.strategy.traffic import Product
+from modelled import peer_traffic
 from support import make_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -99,7 +101,7 @@ def test_a_large_u_falls_out_of_the_cache_between_columns():
     """``lora_add`` walks rows first: U is read for every block of columns unless L2 holds it."""
     few, many = (traffic.lora_add(H100, Product(M, 4096, 4096, 256)) for M in (1024, 65_536))
     assert few.rereads["u"] == 1
-    tile = configs.add_config(H100.target, 2, 65_536, 4096, 256)
+    tile = select_config.add_config(H100.target, 2, 65_536, 4096, 256)
     assert many.rereads["u"] == 4096 / tile.block_n > 1
 
 
@@ -123,7 +125,7 @@ def recorded(case) -> list[tuple[str, dict, dict]]:
     """Name, unique bytes read and bytes written of every kernel of a forward and backward."""
     from access_recorder import record
 
-    from fused_lora.kernels import ops
+    from fused_lora.kernels import strategies
 
     M, K, N, R, dtype, adapter_dtype, strategy, dropped = case
     inputs = make_inputs(M, K, N, R, dtype, adapter_dtype)
@@ -132,9 +134,9 @@ def recorded(case) -> list[tuple[str, dict, dict]]:
     with record() as launches:
         if dropped:
             words = dropout.empty_words(M, K, x.device)
-            ops.dropout_mask(words, torch.tensor(7), 50_000, dropout.DIGITS)
-        _, S = ops.forward(x, weight, A, B, bias, 2.0, words, 1.3, strategy)
-        ops.backward(dy, x, weight, A, B, S, 2.0, words, 1.3, (True, True, True), strategy)
+            strategies.dropout_mask(words, torch.tensor(7), 50_000, DIGITS)
+        _, S = strategies.forward(x, weight, A, B, bias, 2.0, words, 1.3, strategy)
+        strategies.backward(dy, x, weight, A, B, S, 2.0, words, 1.3, (True, True, True), strategy)
 
     def operands(sizes):
         return {name.removesuffix("_ptr"): size for name, size in sizes.items()}

@@ -12,13 +12,15 @@ from typing import ClassVar
 import pytest
 import torch
 
-from fused_lora import FusedLoRALinear, apply_lora, dispatch, explain, timing, tuned
+from fused_lora import FusedLoRALinear, apply_lora, explain
 from fused_lora import tune as tune_module
+from fused_lora.ops import dispatch
+from fused_lora.strategy import timing, tuning_cache
 from fused_lora.tune import Layer, main, parse, tune, tune_model
 
 pytest.importorskip("triton")
 
-from fused_lora.kernels import ops
+from fused_lora.kernels import strategies
 
 FP32, FP16 = torch.float32, torch.float16
 SMALL = Layer(80, 32, 48, 4, FP32)
@@ -148,7 +150,7 @@ def test_a_device_that_is_not_the_current_one_is_made_so(monkeypatch):
 def test_candidates_are_those_that_can_run():
     clock = Clock()
     tune([Layer(16, 32, 48, 4, FP32, 0.1), SMALL], "cpu", timer=clock)
-    every = set(tuned.STRATEGIES)
+    every = set(tuning_cache.STRATEGIES)
     thick = every - {"single_pass"}
     assert clock.asked == [thick, every, thick, thick]
 
@@ -164,7 +166,7 @@ WRONG = [
 @pytest.mark.parametrize("case", WRONG, ids=str)
 def test_a_wrong_candidate_is_not_timed(case, monkeypatch):
     how, expected = case
-    forward = ops.forward
+    forward = strategies.forward
 
     def broken(*args):
         if args[-2] != "split":
@@ -174,7 +176,7 @@ def test_a_wrong_candidate_is_not_timed(case, monkeypatch):
         y, S = forward(*args)
         return (y * 1.001 if how == "errs" else y * float("nan")), S
 
-    monkeypatch.setattr(ops, "forward", broken)
+    monkeypatch.setattr(strategies, "forward", broken)
     lines, clock = [], Clock()
     entries = tune([SMALL], "cpu", timer=clock, report=lines.append)
     assert clock.asked == [{"addmm", "torch"}, {"split", "addmm", "torch"}]
@@ -190,7 +192,7 @@ def test_nothing_is_kept_where_nothing_is_right(monkeypatch):
     monkeypatch.setattr(tune_module, "run_forward", fail)
     monkeypatch.setattr(tune_module, "run_backward", fail)
     assert tune([SMALL], "cpu", timer=Clock()) == {}
-    assert not tuned.cache_path().exists()
+    assert not tuning_cache.cache_path().exists()
 
 
 @pytest.mark.parametrize(

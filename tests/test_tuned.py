@@ -8,15 +8,10 @@ import warnings
 import pytest
 import torch
 
-from fused_lora import (
-    FusedLoRALinear,
-    dispatch,
-    explain,
-    fused_lora_add,
-    fused_lora_linear,
-    tuned,
-)
-from fused_lora.tuned import Call, Entry
+from fused_lora import FusedLoRALinear, explain, fused_lora_add, fused_lora_linear
+from fused_lora.ops import dispatch
+from fused_lora.strategy import tuning_cache
+from fused_lora.strategy.tuning_cache import Call, Entry
 from support import make_inputs
 
 pytest.importorskip("triton")
@@ -38,7 +33,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 def forget():
     dispatch.clear_decisions()
-    tuned._warn.cache_clear()
+    tuning_cache._warn.cache_clear()
 
 
 def warnings_of(function):
@@ -51,23 +46,23 @@ def warnings_of(function):
 def test_the_file_is_where_the_environment_says(monkeypatch):
     monkeypatch.setenv("FUSED_LORA_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert tuned.cache_path().as_posix() == "/a/tuned.json"
+    assert tuning_cache.cache_path().as_posix() == "/a/tuned.json"
     monkeypatch.delenv("FUSED_LORA_CACHE")
-    assert tuned.cache_path().as_posix() == "/b/fused_lora/tuned.json"
+    assert tuning_cache.cache_path().as_posix() == "/b/fused_lora/tuned.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
-    assert tuned.cache_path().as_posix() == "/c/.cache/fused_lora/tuned.json"
+    assert tuning_cache.cache_path().as_posix() == "/c/.cache/fused_lora/tuned.json"
 
 
 def test_what_was_stored_is_found():
-    assert tuned.lookup(CALL, CPU) is None
-    path = tuned.store({CALL: ENTRY}, CPU)
-    assert path == tuned.cache_path()
-    assert tuned.lookup(CALL, CPU) == ENTRY
+    assert tuning_cache.lookup(CALL, CPU) is None
+    path = tuning_cache.store({CALL: ENTRY}, CPU)
+    assert path == tuning_cache.cache_path()
+    assert tuning_cache.lookup(CALL, CPU) == ENTRY
     assert [p.name for p in path.parent.iterdir() if p.suffix == ".json"] == ["tuned.json"]
     other = Call("backward", FP32, 1000, 64, 48, 4, False)
-    tuned.store({other: ENTRY}, CPU)
-    assert tuned.lookup(CALL, CPU) == tuned.lookup(other, CPU) == ENTRY
+    tuning_cache.store({other: ENTRY}, CPU)
+    assert tuning_cache.lookup(CALL, CPU) == tuning_cache.lookup(other, CPU) == ENTRY
 
 
 # what differs, and whether the entry still holds
@@ -89,23 +84,23 @@ RELATED = [
 @pytest.mark.parametrize("case", RELATED, ids=str)
 def test_an_entry_holds_for_its_key_alone(case):
     changes, holds = case
-    tuned.store({CALL: ENTRY}, CPU)
+    tuning_cache.store({CALL: ENTRY}, CPU)
     call = Call(**{**vars(CALL), **changes})
-    assert (tuned.lookup(call, CPU) == ENTRY) == holds
+    assert (tuning_cache.lookup(call, CPU) == ENTRY) == holds
 
 
 def test_a_strategy_that_cannot_run_the_call_is_not_taken():
     """A file may name one for any key."""
     entry = Entry("single_pass", {"single_pass": 1.0}, {"single_pass": 1.0})
     few, many = Call("forward", FP32, 64, 64, 48, 4, False), CALL
-    tuned.store({few: entry, many: entry}, CPU)
-    assert tuned.lookup(few, CPU) == entry
-    assert tuned.lookup(many, CPU) is None
+    tuning_cache.store({few: entry, many: entry}, CPU)
+    assert tuning_cache.lookup(few, CPU) == entry
+    assert tuning_cache.lookup(many, CPU) is None
 
 
 def file_with(entry) -> str:
-    environments = {tuned.environment(CPU): {CALL.key: entry}}
-    return json.dumps({"format": tuned.FORMAT, "environments": environments})
+    environments = {tuning_cache.environment(CPU): {CALL.key: entry}}
+    return json.dumps({"format": tuning_cache.FORMAT, "environments": environments})
 
 
 GOOD = {
@@ -136,7 +131,7 @@ DAMAGED = [
     ("an infinite time", file_with(GOOD | {"microseconds": {"addmm": float("inf")}})),
     ("deep", "[" * 100_000),
     ("a huge number", '{"format": 2' + "0" * 10_000 + "}"),
-    ("huge", " " * (tuned._MOST_BYTES + 1)),
+    ("huge", " " * (tuning_cache._MOST_BYTES + 1)),
     ("no text", b"\xff\xfe\x00\x01"),
 ]
 
@@ -144,7 +139,7 @@ DAMAGED = [
 @pytest.mark.parametrize("case", DAMAGED, ids=lambda case: case[0])
 def test_a_damaged_file_is_ignored_with_one_warning(case):
     content = case[1] if isinstance(case[1], bytes) else case[1].encode()
-    tuned.cache_path().write_bytes(content)
+    tuning_cache.cache_path().write_bytes(content)
 
     def decide():
         dispatch.clear_decisions()
@@ -152,38 +147,41 @@ def test_a_damaged_file_is_ignored_with_one_warning(case):
 
     _, said = warnings_of(lambda: [decide(), decide()])
     assert len(said) == 1
-    assert str(tuned.cache_path()) in said[0]
+    assert str(tuning_cache.cache_path()) in said[0]
     assert len(said[0]) < 400
-    tuned.store({CALL: ENTRY}, CPU)  # written anew
-    assert tuned.lookup(CALL, CPU) == ENTRY
+    tuning_cache.store({CALL: ENTRY}, CPU)  # written anew
+    assert tuning_cache.lookup(CALL, CPU) == ENTRY
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_in_its_place_blocks_nobody():
-    os.mkfifo(tuned.cache_path())
-    entry, said = warnings_of(lambda: tuned.lookup(CALL, CPU))
+    os.mkfifo(tuning_cache.cache_path())
+    entry, said = warnings_of(lambda: tuning_cache.lookup(CALL, CPU))
     assert entry is None
     assert "regular file" in said[0]
 
 
 def test_entries_of_other_versions_are_ignored_with_one_warning():
-    ours = tuned.environment(CPU)
+    ours = tuning_cache.environment(CPU)
     older = ours.replace("torch ", "torch 1.")
-    content = {"format": tuned.FORMAT, "environments": {older: {CALL.key: GOOD}, "another GPU": {}}}
-    tuned.cache_path().write_text(json.dumps(content))
-    found, said = warnings_of(lambda: [tuned.lookup(CALL, CPU) for _ in range(2)])
+    content = {
+        "format": tuning_cache.FORMAT,
+        "environments": {older: {CALL.key: GOOD}, "another GPU": {}},
+    }
+    tuning_cache.cache_path().write_text(json.dumps(content))
+    found, said = warnings_of(lambda: [tuning_cache.lookup(CALL, CPU) for _ in range(2)])
     assert found == [None, None]
     assert len(said) == 1
     assert ours in said[0]
     assert older in said[0]
-    tuned.store({CALL: ENTRY}, CPU)
-    kept = json.loads(tuned.cache_path().read_text())["environments"]
+    tuning_cache.store({CALL: ENTRY}, CPU)
+    kept = json.loads(tuning_cache.cache_path().read_text())["environments"]
     assert set(kept) == {ours, older, "another GPU"}
 
 
 def _store(n: int) -> None:
     for M in (8, 16, 32):
-        tuned.store({Call("forward", FP32, M, 64, 48, n, False): ENTRY}, CPU)
+        tuning_cache.store({Call("forward", FP32, M, 64, 48, n, False): ENTRY}, CPU)
 
 
 def test_writers_at_one_time_lose_nothing():
@@ -194,14 +192,14 @@ def test_writers_at_one_time_lose_nothing():
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
-    (entries,) = json.loads(tuned.cache_path().read_text())["environments"].values()
+    (entries,) = json.loads(tuning_cache.cache_path().read_text())["environments"].values()
     assert len(entries) == 12
 
 
 def test_dispatch_asks_the_tuned_entry_before_the_model():
     layer = FusedLoRALinear(64, 48, rank=4, impl="triton")
     assert explain(layer, tokens=1000).forward == "split"
-    tuned.store({CALL: ENTRY}, CPU)
+    tuning_cache.store({CALL: ENTRY}, CPU)
     dispatch.clear_decisions()
     decision = explain(layer, tokens=1000)
     assert (decision.forward, decision.backward) == ("addmm", "split")
@@ -211,9 +209,9 @@ def test_dispatch_asks_the_tuned_entry_before_the_model():
 
 
 def test_the_file_is_read_once(monkeypatch):
-    tuned.store({CALL: ENTRY}, CPU)
-    reads, read = [], tuned._read
-    monkeypatch.setattr(tuned, "_read", lambda path: reads.append(path) or read(path))
+    tuning_cache.store({CALL: ENTRY}, CPU)
+    reads, read = [], tuning_cache._read
+    monkeypatch.setattr(tuning_cache, "_read", lambda path: reads.append(path) or read(path))
     for M in (5, 6, 7):
         fused_lora_linear(**make_inputs(M, 64, 48, 4, FP32), impl="triton")
     assert len(reads) == 1
@@ -226,7 +224,7 @@ def test_the_kernels_asked_for_run_the_best_of_theirs_where_pytorch_won():
         {"torch": 5.0, "split": 9.0, "addmm": 8.0},
         {"torch": 5.0, "split": 6.0, "addmm": 10.0},
     )
-    tuned.store({CALL: entry}, CPU)
+    tuning_cache.store({CALL: entry}, CPU)
     assert entry.best(CALL.strategies) == "torch"
     decision = explain(FusedLoRALinear(64, 48, rank=4, impl="triton"), tokens=1000)
     assert decision.forward == "split"  # 9 µs: addmm's host takes 10
@@ -234,13 +232,13 @@ def test_the_kernels_asked_for_run_the_best_of_theirs_where_pytorch_won():
     assert entry.best({"single_pass"}) is None
 
 
-@pytest.mark.parametrize("strategy", tuned.KERNEL_STRATEGIES)
+@pytest.mark.parametrize("strategy", tuning_cache.KERNEL_STRATEGIES)
 def test_a_strategy_asked_for_is_the_one_that_runs(strategy, monkeypatch):
-    from fused_lora.kernels import ops
+    from fused_lora.kernels import strategies
 
-    ran, forward, backward = [], ops.forward, ops.backward
-    monkeypatch.setattr(ops, "forward", lambda *a: ran.append(a[-2]) or forward(*a))
-    monkeypatch.setattr(ops, "backward", lambda *a: ran.append(a[-1]) or backward(*a))
+    ran, forward, backward = [], strategies.forward, strategies.backward
+    monkeypatch.setattr(strategies, "forward", lambda *a: ran.append(a[-2]) or forward(*a))
+    monkeypatch.setattr(strategies, "backward", lambda *a: ran.append(a[-1]) or backward(*a))
     inputs = make_inputs(5, 64, 48, 4, FP32)
     inputs["x"].requires_grad_()
     fused_lora_linear(**inputs, impl=f"triton:{strategy}").sum().backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_lora import FusedLoRALinear, explain, fused_lora_linear
-from fused_lora.validation import check_tensors
+from fused_lora.ops.validation import check_tensors
 from support import make_inputs
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_lora import dropout
 from fused_lora.kernels.common import sum_partials
-from fused_lora.kernels.configs import Config
+from fused_lora.kernels.config import BARRIER_BYTES, DIGITS, Config
 from fused_lora.kernels.dropout import dropout_mask
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
-from fused_lora.kernels.tiles import BARRIER_BYTES
+from fused_lora.ops import dropout
 
 from .report import Expected
 
@@ -110,7 +109,7 @@ class Case:
                 return lambda: sum_partials(B.t(), parts, 1.0)
             case "dropout_mask", _:
                 words = dropout.empty_words(M, K, x.device)
-                return lambda: dropout_mask(words, torch.tensor(1), 58_982, dropout.DIGITS)
+                return lambda: dropout_mask(words, torch.tensor(1), 58_982, DIGITS)
         raise ValueError(f"expected a kernel and a product of PRODUCTS, got {self}")
 
 

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fused_lora.kernels import configs
+from fused_lora.kernels import select_config
 
 from . import limits
 
@@ -85,5 +85,5 @@ def activate(arch: str) -> FakeDriver:
     fake, target = FakeDriver(arch), limits.target(arch)
     triton.knobs.runtime.kernel_load_end_hook.add(fake._loaded)
     driver.set_active(fake)
-    configs.target_of = lambda device: target
+    select_config.target_of = lambda device: target
     return fake

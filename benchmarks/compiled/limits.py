@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fused_lora.kernels import configs
+from fused_lora.kernels import select_config
+from fused_lora.kernels.config import Target, cdiv
 
 REGISTERS = 65_536  # of 32 bits, of one NVIDIA multiprocessor
 REGISTERS_PER_WARP = 256  # granularity of their allocation to a warp
@@ -47,10 +48,10 @@ def is_nvidia(arch: str) -> bool:
     return arch.startswith("sm_")
 
 
-def target(arch: str) -> configs.Target:
+def target(arch: str) -> Target:
     """The GPU that stands for ``arch`` in the report."""
-    shared = configs.SHARED_BYTES.get(arch, configs.DEFAULT_SHARED_BYTES)
-    return configs.Target(arch, LIMITS[arch].sms, shared)
+    shared = select_config.SHARED_BYTES.get(arch, select_config.DEFAULT_SHARED_BYTES)
+    return Target(arch, LIMITS[arch].sms, shared)
 
 
 def occupancy(arch: str, registers: int, shared: int, warps: int, columns: int = 0) -> float:
@@ -64,11 +65,11 @@ def occupancy(arch: str, registers: int, shared: int, warps: int, columns: int =
     """
     limits = LIMITS[arch]
     if is_nvidia(arch):
-        per_warp = configs.cdiv(32 * registers, REGISTERS_PER_WARP) * REGISTERS_PER_WARP
+        per_warp = cdiv(32 * registers, REGISTERS_PER_WARP) * REGISTERS_PER_WARP
         by_registers = REGISTERS // per_warp // 4 * 4 // warps  # whole warps on each quarter
         by_shared = limits.shared // (shared + RESERVED_SHARED)
     else:
-        rounded = configs.cdiv(max(1, registers), AMD_REGISTER_STEP) * AMD_REGISTER_STEP
+        rounded = cdiv(max(1, registers), AMD_REGISTER_STEP) * AMD_REGISTER_STEP
         by_registers = AMD_SIMDS * min(limits.warps // AMD_SIMDS, AMD_REGISTERS // rounded) // warps
         by_shared = limits.shared // max(1, shared)
     by_columns = TENSOR_COLUMNS // columns if columns else limits.blocks

@@ -11,7 +11,7 @@ from pathlib import Path
 import triton
 
 import fused_lora.kernels as kernels
-from fused_lora.kernels.configs import Config
+from fused_lora.kernels.config import Config
 
 from .cases import Case
 from .report import Row
@@ -21,7 +21,7 @@ COLUMNS = (
     "occupancy", "share", "matrix", "copies", "instructions", "pipelined", "faults",
 )  # fmt: skip
 # Which cases there are and how they are shown changes no row.
-CHOOSES_CASES = ("configs.py", "tables.py", "sweep.py", "search.py", "render.py")
+CHOOSES_CASES = ("select_config.py", "tile_tables.py", "sweep.py", "search.py", "render.py")
 
 
 def describe(config: Config | None) -> str:

@@ -9,16 +9,17 @@ from itertools import product
 
 import triton
 
-from fused_lora.kernels import configs
-from fused_lora.kernels.configs import (
+from fused_lora.kernels import select_config
+from fused_lora.kernels.config import (
     AddConfig,
     Config,
     GemmConfig,
     RankGradConfig,
     ShrinkConfig,
     SinglePassConfig,
+    is_valid,
 )
-from fused_lora.kernels.tables import PERSISTENT
+from fused_lora.kernels.tile_tables import PERSISTENT
 
 from . import limits
 from .cases import DTYPES, Case
@@ -60,7 +61,7 @@ def space(arch: str, kernel: str, dtype: str, rows: str, rank: int) -> Iterator[
         accumulators = tile[0] * tile[1] / (lanes * config.num_warps)
         if ACCUMULATORS[0] <= accumulators <= ACCUMULATORS[1]:
             staged = (replace(config, num_stages=count) for count in stages)
-            fitting = (c for c in staged if configs.is_valid(c, target, itemsize, rank))
+            fitting = (c for c in staged if is_valid(c, target, itemsize, rank))
             yield from list(fitting)[:1]
 
 
@@ -94,11 +95,11 @@ def score(case: Case, row: Row, shape: tuple[int, int]) -> float:
     (rows, columns), config, target = shape, case.config, limits.target(case.arch)
     split = target, DTYPES[case.dtype].itemsize, rows, columns, case.rank
     if case.kernel == "shrink":
-        config, columns = configs.split_shrink(config, *split), case.rank
+        config, columns = select_config.split_shrink(config, *split), case.rank
     elif case.kernel == "rank_grad":
-        config, rows = configs.split_rank_grad(config, *split), case.rank
-    filled = configs.fill(config, target, rows, columns, case.rank)
-    return row.share * configs.intensity(config, case.rank) * filled
+        config, rows = select_config.split_rank_grad(config, *split), case.rank
+    filled = select_config.fill(config, target, rows, columns, case.rank)
+    return row.share * select_config.intensity(config, case.rank) * filled
 
 
 def table(rows: list[tuple[Case, Row]]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from fused_lora.kernels import configs
-from fused_lora.kernels.configs import SINGLE_PASS_MAX_RANK, Config
+from fused_lora.kernels import select_config
+from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, Config
 
 from . import limits
 from .cases import DTYPES, MASKED, PRODUCTS, SIZES, Case
@@ -31,17 +31,17 @@ def shipped(arch: str, kernel: str, dtype: str, rank: int, rows: str) -> list[Co
     aligned = rows != "narrow"
     match kernel:
         case "lora_gemm":
-            return configs.gemm_candidates(target, itemsize, rank, aligned=aligned)
+            return select_config.gemm_candidates(target, itemsize, rank, aligned=aligned)
         case "lora_add":
-            return configs.add_candidates(target, itemsize, rank)
+            return select_config.add_candidates(target, itemsize, rank)
         case "single_pass" if rank > SINGLE_PASS_MAX_RANK:
             return []
         case "single_pass":
-            return configs.single_pass_candidates(target, itemsize, rank, describable=aligned)
+            return select_config.single_pass_candidates(target, itemsize, rank, describable=aligned)
         case "shrink":
-            return configs.shrink_candidates(target, itemsize, rank, describable=aligned)
+            return select_config.shrink_candidates(target, itemsize, rank, describable=aligned)
         case "rank_grad":
-            return configs.rank_grad_candidates(target, itemsize, rank, describable=aligned)
+            return select_config.rank_grad_candidates(target, itemsize, rank, describable=aligned)
     return [None]
 
 

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from fused_lora import apply_lora, aten
+from fused_lora import apply_lora
+from fused_lora.ops import torch_impl
 from fused_lora.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
 from support import assert_as_good_as_eager
 
@@ -133,7 +134,7 @@ def sent(function: Callable[[], object]) -> tuple[object, Counter]:
 def watched_operands() -> Iterator[set[type]]:
     """The types of tensor that the products get, as they run."""
     seen = set()
-    original = aten.forward, aten.backward
+    original = torch_impl.forward, torch_impl.backward
 
     def watch(product):
         def watched(*args, **kwargs):
@@ -142,11 +143,11 @@ def watched_operands() -> Iterator[set[type]]:
 
         return watched
 
-    aten.forward, aten.backward = map(watch, original)
+    torch_impl.forward, torch_impl.backward = map(watch, original)
     try:
         yield seen
     finally:
-        aten.forward, aten.backward = original
+        torch_impl.forward, torch_impl.backward = original
 
 
 def assert_same_bits(model: Block, other: nn.Module) -> None:

@@ -112,7 +112,9 @@ def check_a_failed_write_fails_everywhere():
 
 def check_one_process_writes():
     writes = []
-    with mock.patch.object(fused_lora.checkpoint, "write_adapter", lambda *a: writes.append(a)):
+    with mock.patch.object(
+        fused_lora.peft.checkpoint, "write_adapter", lambda *a: writes.append(a)
+    ):
         save_adapter(fully_shard(adapted()), "adapter")
     assert len(writes) == (dist.get_rank() == 0)
 

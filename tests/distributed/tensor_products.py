@@ -33,13 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import (
-    FusedLoRALinear,
-    explain,
-    fused_lora_add,
-    fused_lora_linear,
-    lora_parameters,
-)
+from fused_lora import FusedLoRALinear, explain, fused_lora_add, fused_lora_linear, lora_parameters
 from support import assert_as_good_as_eager, in_eager, in_float64, make_inputs
 
 REDUCE, GATHER, SCATTER = "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"

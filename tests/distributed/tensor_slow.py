@@ -15,10 +15,7 @@ from block import (
 from models import llama, tokens, train_like
 from torch.distributed.tensor.parallel import parallelize_module
 
-from fused_lora import (
-    apply_lora,
-    lora_parameters,
-)
+from fused_lora import apply_lora, lora_parameters
 from fused_lora.tensor_parallel import LoRAColwiseParallel, LoRARowwiseParallel
 
 

@@ -1,0 +1,169 @@
+"""What decides the kernels' design: every candidate tile beside the vendor's product, and a copy.
+
+A step of ``gpu_acceptance.py``. Each call is captured in a CUDA graph; a race is the medians of
+interleaved rounds, the L2 cache overwritten between. A row has the time in microseconds, and the
+bandwidth by the least bytes that any implementation must move.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_lora.kernels import select_config
+from fused_lora.kernels.config import (
+    DIGITS,
+    SINGLE_PASS_MAX_RANK,
+    SINGLE_PASS_MAX_ROWS,
+    Config,
+    is_valid,
+)
+from fused_lora.kernels.dropout import dropout_mask
+from fused_lora.kernels.lora_add import lora_add
+from fused_lora.kernels.lora_gemm import lora_gemm
+from fused_lora.kernels.rank_grad import rank_grad
+from fused_lora.kernels.shrink import shrink
+from fused_lora.kernels.single_pass import single_pass
+from fused_lora.ops import dropout
+from fused_lora.ops.triton_impl import is_sticky
+
+# M, K, N of a decoder's square and MLP projections, the largest product first, then few rows.
+SHAPES = (
+    (4096, 4096, 14336),
+    (4096, 14336, 4096),
+    (8192, 4096, 4096),
+    (1024, 4096, 4096),
+    (16, 4096, 14336),
+)
+RANKS = (16, 64)
+SPLITS_OF_SHRINK = (1, 2, 4)
+COLUMNS_OF_RANK_GRAD = (64, 128)  # beside what the chooser takes
+SPLITS_OF_RANK_GRAD = (4, 8, 16, 32)
+LEAST_ROWS = 256  # of one split
+INV_KEEP = 1.1
+
+Call = Callable[[], object]
+
+
+class Race(NamedTuple):
+    """Calls that compute the same or what it must be compared with.
+
+    Attributes:
+        what: the product.
+        moved: the least bytes that one must move.
+        calls: by name.
+    """
+
+    what: str
+    moved: float
+    calls: dict[str, Call]
+
+
+def named(race: Race, shape: tuple[int, int, int, int]) -> str:
+    """A race on one ``(M, K, N, R)`` in a row."""
+    M, K, N, R = shape
+    return f"{race.what} {M}x{K}x{N}, rank {R}"
+
+
+def run(gpu, race: Race, shape: tuple[int, int, int, int]) -> Iterator[dict]:
+    """A row for each call of a race, the fastest first; one that fails is a row of its own."""
+    place = {"case": named(race, shape)}
+    able = {}
+    for name, call in race.calls.items():
+        try:
+            call()
+            gpu.synchronize()  # so that an error is that of this call
+            able[name] = call
+        except Exception as error:  # does not compile or fit here
+            if is_sticky(error):
+                raise RuntimeError(f"{race.what} by {name}") from error
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            yield {**place, "name": name, "passed": False, "failures": [failure]}
+    times = gpu.device_seconds(able)
+    if times is None:
+        yield {**place, "ran": list(able)}
+        return
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+        figures = {"us": round(1e6 * median, 2), "gb_per_s": round(race.moved / median / 1e9, 1)}
+        yield {**place, "name": name, **figures}
+
+
+def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race]:
+    """The races in bfloat16; operands are as the kernels get them in training."""
+    target = select_config.target_of(device)
+
+    def draw(*size) -> Tensor:
+        return torch.randn(*size, device=device).bfloat16()
+
+    x, W, o, other, bias = draw(M, K), draw(N, K) / K**0.5, draw(M, N), draw(M, N), draw(N)
+    A, B = draw(R, K) / K**0.5, draw(N, R) / R**0.5
+    u, scale = torch.randn(M, R, device=device), torch.tensor(2.0, device=device)
+    half = u.bfloat16()
+    words = dropout.empty_words(M, N, device)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    keep = dropout.keep_count(0.1)
+    masked = {"words": words, "inv_keep": INV_KEEP}
+    make_mask = partial(dropout_mask, words, seed, keep, DIGITS)
+    yield Race("copy", 4 * M * N, {"copy_": partial(o.copy_, other)})
+    yield Race("mask", M * N / 8, {"dropout_mask": make_mask})
+
+    product = 2.0 * (M * K + N * K + M * N)
+    gemms: dict[str, Call] = {
+        "mm": partial(torch.mm, x, W.t(), out=o),
+        "addmm_ beta=1": partial(o.addmm_, x, W.t()),
+        "mm, then addmm_(S, B)": lambda: torch.mm(x, W.t(), out=o).addmm_(half, B.t()),
+    }
+    for config in select_config.add_candidates(target, 2, R):
+        # S Bᵀ + b is written first, and the vendor's product accumulates onto it.
+        write = partial(lora_add, o, u, B.t(), config, base=None, bias=bias)
+        gemms[f"seeded {tile(config)}"] = lambda write=write: (write(), o.addmm_(x, W.t()))
+    for config in select_config.gemm_candidates(target, 2, R, aligned=True):
+        run = partial(lora_gemm, o, x, W.t(), u, B.t(), config)
+        gemms |= {f"lora_gemm {tile(config)}": partial(run, bias=bias)}
+        gemms |= {f"lora_gemm masked {tile(config)}": partial(run, **masked)}
+    if M <= SINGLE_PASS_MAX_ROWS and R <= SINGLE_PASS_MAX_RANK:
+        s = torch.empty(M, R, device=device)
+        for config in select_config.single_pass_candidates(target, 2, R, describable=True):
+            gemms[f"single_pass {tile(config)}"] = partial(
+                single_pass, o, s, x, W.t(), A.t(), B.t(), scale, config, bias=bias
+            )
+    yield Race("gemm", product, gemms)
+
+    adds: dict[str, Call] = {"addmm_(S, B)": partial(o.addmm_, half, B.t())}
+    for config in select_config.add_candidates(target, 2, R):
+        run = partial(lora_add, o, u, B.t(), config)
+        adds[f"lora_add {tile(config)}"] = partial(run, base=o)
+        adds[f"lora_add masked {tile(config)}"] = partial(run, base=o, **masked)
+        adds[f"write {tile(config)}"] = partial(run, base=None)
+    yield Race("add", 4 * M * N, adds)
+
+    shrinks: dict[str, Call] = {"mm": partial(torch.mm, x, A.t())}
+    for config in select_config.shrink_candidates(target, 2, R, describable=True):
+        for splits in SPLITS_OF_SHRINK:
+            tried = replace(config, splits=splits)
+            shrinks[tile(tried)] = partial(shrink, u, x, A.t(), scale, tried)
+    yield Race("shrink", 2.0 * M * K, shrinks)
+
+    dA = torch.empty(R, K, device=device)
+    grads: dict[str, Call] = {"mm": partial(torch.mm, half.t(), x)}
+    for config in select_config.rank_grad_candidates(target, 2, R, describable=True):
+        for columns in dict.fromkeys((config.block_l, *COLUMNS_OF_RANK_GRAD)):
+            for splits in SPLITS_OF_RANK_GRAD:
+                tried = replace(config, splits=splits, block_l=columns)
+                fits = is_valid(tried, target, 2, R)
+                if fits and (M // splits >= LEAST_ROWS or splits == SPLITS_OF_RANK_GRAD[0]):
+                    grads[tile(tried)] = partial(rank_grad, dA, u, x, tried)
+    yield Race("rank_grad", 2.0 * M * K, grads)
+
+
+def tile(config: Config) -> str:
+    """A config in a row."""
+    shown = [f.name for f in fields(config) if f.name != "descriptors"]
+    return " ".join(f"{name}={getattr(config, name)}" for name in shown)

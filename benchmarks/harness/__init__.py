@@ -1,0 +1,1 @@
+"""What every benchmark needs: shapes, timing, the machine's description, the command line."""

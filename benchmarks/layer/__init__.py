@@ -1,0 +1,1 @@
+"""One layer: the providers that are compared, and their time and memory."""

@@ -1,0 +1,67 @@
+"""What a layer keeps for backward, and the most that a step has allocated at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from layer.problem import Layer
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at first use: no lines about its own stages
+
+
+def saved_bytes(layer: Layer) -> int:
+    """Bytes that autograd keeps of one forward, each storage once, the parameters not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters, *layer.frozen)}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so addresses stay unique
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer.forward()
+    return sum(size for size, _ in kept.values())
+
+
+def peak_bytes(layer: Layer) -> int | None:
+    """The most bytes that one step of a layer holds at once beside its inputs, results included."""
+    return peak_of(layer.step, layer.x.device)
+
+
+def peak_of(step: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that ``step`` has allocated at once beside what was there, results included.
+
+    On CUDA by the caching allocator's own count. On a CPU by the profiler's record of torch's
+    allocator, which does not see what a vendor's GEMM allocates by itself. None elsewhere.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        results = step()
+        torch.cuda.synchronize(device)
+        del results
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        results = step()
+        del results
+    return _peak(profiled)
+
+
+def _peak(profiled: profile) -> int:
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak

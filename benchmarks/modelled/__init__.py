@@ -1,0 +1,1 @@
+"""Memory traffic of peers, modelled from their published code."""

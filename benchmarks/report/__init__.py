@@ -1,0 +1,1 @@
+"""Results of run.py: records, tables, comparisons and plots."""

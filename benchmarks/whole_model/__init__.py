@@ -1,0 +1,1 @@
+"""Training steps of whole models: trainers, loss curves, memory of a process."""

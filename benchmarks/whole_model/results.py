@@ -1,0 +1,50 @@
+"""What model_step.py and adapter_latency.py have measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.timing import Quartiles
+from whole_model.process_memory import Resident
+from whole_model.trainers import Setting
+
+
+@dataclass(frozen=True)
+class Result:
+    """One provider's step, in one setting.
+
+    Attributes:
+        seconds, parts: of a whole step, and of its forward, backward and optimizer.
+        ratio: to PEFT's step on the same batch.
+        held_bytes: weights, adapters and the optimizer's state.
+        step_bytes: the most that a step has allocated at once beside them, gradients included; see
+            :func:`memory.peak_of`.
+        process: on a CPU under Linux, what a process of its own takes; of tiny models, which that
+            would not show, None.
+    """
+
+    seconds: Quartiles
+    parts: dict[str, Quartiles]
+    ratio: Quartiles
+    tokens_per_second: float
+    held_bytes: int
+    step_bytes: int
+    process: Resident | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Every provider in one setting."""
+
+    setting: Setting
+    results: dict[str, Result]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One depth and length of text; ``extra`` is over the plain model in the same round."""
+
+    depth: int
+    tokens: int
+    seconds: dict[str, Quartiles]
+    extra: dict[str, Quartiles]

@@ -1,0 +1,214 @@
+"""A whole model in training, by every provider: the same weights, adapters and batches."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora import apply_lora, lora_layers, patch_peft
+from harness.command import imports
+
+with imports():
+    # transformers looks for a package that it never needs here, and says at import that it failed.
+    logging.disable(logging.WARNING)
+    import peft
+    import transformers
+
+    logging.disable(logging.NOTSET)
+    transformers.utils.logging.set_verbosity_error()
+
+RANK, ALPHA, RATE = 16, 32, 1e-3
+FREQUENT = 64  # token ids in the batches: few, so that there is something to learn in 20 steps
+SEED = 0
+PARTS = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained; ``tiny`` models have the shape's blocks, few and narrow."""
+
+    model: str
+    dtype: str = "bfloat16"
+    dropout: float = 0.0
+    device: str = "cpu"
+    tiny: bool = False
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """Texts and tokens of a step."""
+        return (4, 32) if self.tiny else (4, 128)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_shape[0] * self.batch_shape[1]
+
+
+def gpt2(tiny: bool) -> transformers.GPT2LMHeadModel:
+    """124 million parameters; without dropout of its own, which would blur the curves."""
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 512} if tiny else {}
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **quiet, use_cache=False))
+
+
+def smollm2(tiny: bool) -> transformers.LlamaForCausalLM:
+    """135 million parameters, with SmolLM2-135M's published sizes."""
+    sizes = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    if tiny:
+        sizes = {
+            "vocab_size": 512,
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+        }
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True, use_cache=False)
+    return transformers.LlamaForCausalLM(config)
+
+
+MODELS = {"gpt2": gpt2, "smollm2-135m": smollm2}
+
+
+def base_model(setting: Setting) -> nn.Module:
+    """The model before it is adapted, with random weights in the setting's dtype.
+
+    It is made in that dtype: a wider copy on the way would hide a step's peak of memory.
+    """
+    torch.manual_seed(SEED)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, setting.dtype))
+    try:
+        model = MODELS[setting.model](setting.tiny)
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(setting.device)
+
+
+def with_peft(model: nn.Module, dropout: float, *, wide: bool, patched: bool = False) -> nn.Module:
+    """Adapted by PEFT; ``wide`` adapters are float32, its default."""
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Conv1D's transposed weight, which it sees to
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+    if patched:
+        patch_peft(model)
+    return model
+
+
+def with_ours(model: nn.Module, dropout: float) -> nn.Module:
+    """Adapted by this library, with its default float32 adapters."""
+    apply_lora(model, rank=RANK, alpha=ALPHA, dropout=dropout)
+    return model
+
+
+PROVIDERS: dict[str, Callable[[nn.Module, float], nn.Module]] = {
+    "peft": partial(with_peft, wide=True),
+    "peft-bf16": partial(with_peft, wide=False),
+    "fused": with_ours,
+    "peft-patched": partial(with_peft, wide=True, patched=True),
+}
+
+
+def providers(dtype: str) -> list[str]:
+    """Those that differ: in float32 PEFT has one kind of adapters."""
+    return [name for name in PROVIDERS if dtype == "bfloat16" or name != "peft-bf16"]
+
+
+def adapters(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """``lora_A (rank, in)`` and ``lora_B (out, rank)`` of every layer, in the model's order."""
+    if not isinstance(model, peft.PeftModel):
+        return [(layer.lora_A, layer.lora_B) for layer in lora_layers(model).values()]
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    return [(m.lora_A["default"].weight, m.lora_B["default"].weight) for m in layers]
+
+
+@torch.no_grad()
+def draw_adapters(model: nn.Module) -> None:
+    """The same values for every provider, exact in bfloat16; B is not zero, so that A matters."""
+    generator = torch.Generator().manual_seed(SEED)
+    for pair in adapters(model):
+        for matrix in pair:
+            values = torch.randn(matrix.shape, generator=generator) * matrix.shape[1] ** -0.5
+            matrix.copy_((values / 4).bfloat16())
+
+
+def batches(setting: Setting) -> Iterator[Tensor]:
+    """Token ids without end, the same sequence every time."""
+    generator = torch.Generator().manual_seed(SEED)
+    while True:
+        yield torch.randint(FREQUENT, setting.batch_shape, generator=generator).to(setting.device)
+
+
+class Trainer:
+    """One provider's model and optimizer, and the batch that comes next.
+
+    Args:
+        model: from :func:`base_model`; it is adapted in place.
+
+    Attributes:
+        marks: of every step, when each of :data:`PARTS` began and the last one ended.
+    """
+
+    def __init__(self, model: nn.Module, provider: str, setting: Setting):
+        self.device = torch.device(setting.device)
+        self.model = PROVIDERS[provider](model, setting.dropout).train()
+        draw_adapters(self.model)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=RATE)
+        self.batches = batches(setting)
+        self.marks: list[tuple] = []
+
+    def step(self) -> Tensor:
+        """Train on the next batch; the loss before, without waiting for the device."""
+        ids = next(self.batches)
+        began = _mark(self.device)
+        loss = self.model(input_ids=ids, labels=ids).loss
+        forward = _mark(self.device)
+        loss.backward()
+        backward = _mark(self.device)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.marks.append((began, forward, backward, _mark(self.device)))
+        return loss.detach()
+
+    def part_seconds(self) -> dict[str, list[float]]:
+        """Of every step; call it when the device has been waited for."""
+        return {
+            part: [_between(*marks[i : i + 2]) for marks in self.marks]
+            for i, part in enumerate(PARTS)
+        }
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights, adapters and the optimizer's state."""
+        state = [v for values in self.optimizer.state.values() for v in values.values()]
+        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *state))
+
+
+def _mark(device: torch.device) -> float | torch.Event:
+    """Now; on a GPU, when the queue gets here."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.Event(device, enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: float | torch.Event, end: float | torch.Event) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3

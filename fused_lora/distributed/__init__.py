@@ -1,0 +1,1 @@
+"""What DDP, FSDP and tensor parallelism change."""

@@ -1,0 +1,89 @@
+"""Which implementation and strategy a call would use, and why: :func:`explain`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .distributed.sharding import is_shard
+from .ops import dropout
+from .ops.dispatch import Decision, decide
+from .ops.validation import check_dropout, check_impl, check_tensors
+
+
+def explain(
+    target: nn.Module | Tensor,
+    weight: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    *,
+    tokens: int = 1024,
+    dropout_p: float | None = None,
+    impl: str | None = None,
+) -> Decision:
+    """Which implementation and strategy a call would use, and why. Runs nothing.
+
+    Of an eager call on plain tensors, in ``x``'s own dtype: autocast and compilers are not asked.
+
+    Args:
+        target: an adapted layer, or ``x (..., in)`` with ``weight`` and
+            ``lora_A`` as for :func:`fused_lora.fused_lora_linear`.
+        tokens: number of rows to assume for a module.
+        dropout_p: of the call; a module's own unless given.
+        impl: as in the call; a module's own unless given.
+
+    Raises:
+        TypeError: neither a layer nor three tensors.
+        ValueError: an explicit ``impl`` that cannot run here.
+    """
+    if isinstance(target, nn.Module) and hasattr(target, "lora_A"):
+        layer = target
+        if tokens < 0:
+            raise ValueError(f"expected tokens >= 0, got {tokens}")
+        if layer.merged or not layer.enabled:
+            state = "merged" if layer.merged else "disabled"
+            return Decision("torch", None, None, f"the adapter is {state}: the plain layer")
+        if layer.no_kernel is not None:
+            return Decision("torch", None, None, f"{layer.no_kernel}, in plain PyTorch")
+        weight, lora_A = layer.to_matrix(layer.weight), layer.lora_A
+        if is_shard(weight):
+            weight = weight.to_local()  # what this rank computes with
+        x = torch.empty((tokens, weight.shape[1]), dtype=weight.dtype, device="meta")
+        impl = layer.impl if impl is None else impl
+        if dropout_p is None:
+            dropout_p = layer.dropout if layer.training else 0.0
+        if layer.use_dora:
+            return _explain_dora(layer, weight, tokens, dropout_p, impl)
+    elif all(isinstance(t, Tensor) for t in (target, weight, lora_A)):
+        x = target
+        if weight.dim() == lora_A.dim() == 2:
+            lora_B = lora_A.new_empty((weight.shape[0], lora_A.shape[0]))
+            check_tensors(x, weight.detach(), lora_A, lora_B, None, 1.0)
+    else:
+        raise TypeError(
+            "expected an adapted layer, or the tensors x, weight and lora_A, got "
+            f"{type(target).__name__}"
+        )
+    impl = "auto" if impl is None else impl
+    dropout_p = 0.0 if dropout_p is None else dropout_p
+    check_impl(impl)
+    check_dropout(dropout_p)
+    rows = x.shape[:-1].numel()
+    return _explain(impl, weight, x.dtype, rows, lora_A.shape[0], dropout_p)
+
+
+def _explain(impl: str, weight: Tensor, dtype, rows: int, rank: int, dropout_p: float) -> Decision:
+    if impl == "reference":
+        return Decision("reference", None, None, "asked for: eager autograd")
+    dropped = dropout.keep_count(dropout_p) < dropout.KEEP_ALL
+    return decide(impl, weight.device, dtype, rows, *weight.shape, rank, dropped)
+
+
+def _explain_dora(layer, weight: Tensor, tokens: int, dropout_p: float, impl: str) -> Decision:
+    """The product that DoRA is built around, and what DoRA adds to it."""
+    inner = _explain(impl, weight, weight.dtype, tokens, layer.rank, 0.0)
+    added = "DoRA adds, in PyTorch, the norms (one read of the weight) and a product with y"
+    if dropout_p:
+        added += ", and with dropout a second product with the weight"
+    return replace(inner, reason=f"{inner.reason}; {added}")

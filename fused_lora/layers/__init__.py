@@ -1,0 +1,1 @@
+"""Adapted layers: linear, Conv1D, embedding and convolution, with their merging and DoRA."""

@@ -1,0 +1,111 @@
+"""An adapter's hyper-parameters, and an adapter that is kept aside."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from torch import Tensor
+
+from ..ops.validation import check_dropout
+
+INITS = ("default", "gaussian", "orthogonal", "pissa")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The hyper-parameters of one layer's adapter.
+
+    Attributes:
+        rank: ``R >= 1``, the inner size of the adapter.
+        alpha: ``s = alpha / rank``, or ``alpha / sqrt(rank)`` with ``use_rslora``.
+        dropout: probability in [0, 1) of dropping an entry of ``x`` on the adapter's way.
+        use_rslora: rank-stabilised scaling (Kalajdzievski, 2023).
+        use_dora: a trained magnitude a column of output (Liu et al., 2024); see
+            :mod:`.dora`.
+        init: "default", "gaussian", "orthogonal" or "pissa"; see :mod:`.initialization`.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: str = "default"
+
+    def __post_init__(self):
+        check_hyperparameters(self.rank, self.alpha, self.dropout, self.init)
+        check_flag("use_rslora", self.use_rslora)
+        check_flag("use_dora", self.use_dora)
+        object.__setattr__(self, "rank", int(self.rank))  # NumPy's numbers are not JSON's
+        object.__setattr__(self, "dropout", float(self.dropout))
+
+    @property
+    def scaling(self) -> float:
+        """``s``."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass
+class Adapter:
+    """An adapter aside: its hyper-parameters, its scale, and its tensors by parameter name."""
+
+    config: AdapterConfig
+    scaling: float
+    tensors: dict[str, Tensor]
+
+
+def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str) -> None:
+    """Check what an adapter is made with.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+    """
+    check_rank(rank)
+    if not isinstance(alpha, Real) or isinstance(alpha, bool):
+        raise TypeError(f"expected alpha to be a number, got {alpha!r} ({type(alpha).__name__})")
+    if not math.isfinite(alpha):
+        raise ValueError(f"expected a finite alpha, got {alpha}")
+    check_dropout(dropout)
+    if init not in INITS:
+        raise ValueError(f"expected init to be one of {', '.join(INITS)}, got {init!r}")
+    if init == "orthogonal" and rank % 2:
+        raise ValueError(f"expected an even rank for init='orthogonal', got {rank}")
+    if init == "pissa" and alpha <= 0:
+        raise ValueError(f"expected alpha > 0 for init='pissa', got {alpha}")
+
+
+def check_rank(rank: int) -> None:
+    """Check the inner size of an adapter: an int of at least 1."""
+    if not isinstance(rank, Integral) or isinstance(rank, bool):
+        raise TypeError(f"expected rank to be an int, got {rank!r} ({type(rank).__name__})")
+    if rank < 1:
+        raise ValueError(f"expected rank >= 1, got {rank}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Check a flag: True or False, and no word that would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {name} to be True or False, got {value!r}")
+
+
+def check_scaling(value: float) -> None:
+    """Check the factor of an adapter's output: a finite number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"expected scaling to be a number, got {value!r} ({type(value).__name__})")
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite scaling, got {value}")
+
+
+def check_features(in_features: int, out_features: int) -> None:
+    """Check the sizes of a layer."""
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(size, Integral) or isinstance(size, bool):
+            raise TypeError(f"expected {name} to be an int, got {size!r} ({type(size).__name__})")
+        if size < 0:
+            raise ValueError(f"expected {name} >= 0, got {size}")

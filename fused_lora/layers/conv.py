@@ -1,0 +1,78 @@
+"""``nn.Conv2d`` with a LoRA adapter."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import LoRALayer
+from .config import AdapterConfig
+
+
+class LoRAConv2d(LoRALayer, nn.Conv2d):
+    """A frozen ``nn.Conv2d`` with an adapter: ``y = W∗x + bias + s·B∗(A∗D(x))``.
+
+    Plain PyTorch, as in PEFT: ``A`` convolves to ``rank`` channels with the layer's kernel, stride,
+    padding and dilation, ``B`` is 1×1. ``D`` drops single entries of ``x`` in training mode.
+
+    Made by :meth:`from_conv2d`. Attributes as :class:`fused_lora.FusedLoRALinear`, with ``lora_A
+    (rank, in_channels, kH, kW)`` and ``lora_B (out_channels, rank, 1, 1)``.
+    """
+
+    no_kernel = "a convolution's adapter is two convolutions"
+
+    @classmethod
+    def plain_class(cls) -> type[nn.Module]:
+        return nn.Conv2d
+
+    @classmethod
+    def from_conv2d(
+        cls, conv: nn.Conv2d, *, adapter_dtype: torch.dtype | None = None, **hyperparameters
+    ) -> LoRAConv2d:
+        """Adapt ``conv``; hyper-parameters as ``FusedLoRALinear.from_linear``.
+
+        Raises:
+            TypeError: not exactly an ``nn.Conv2d``.
+            ValueError: an argument out of range, ``groups > 1``, or a ``padding_mode`` other than
+                "zeros".
+        """
+        config = AdapterConfig(**hyperparameters)
+        return cls.from_plain(conv, config, adapter_dtype=adapter_dtype)
+
+    @classmethod
+    def check_plain(cls, base: nn.Module) -> None:
+        super().check_plain(base)
+        if base.groups != 1:
+            raise ValueError(
+                f"expected groups=1, got {base.groups}: its adapter could not be merged"
+            )
+        if base.padding_mode != "zeros":
+            raise ValueError(f"expected padding_mode='zeros', got {base.padding_mode!r}")
+
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.weight.shape)
+
+    @classmethod
+    def adapter_shapes(cls, weight: Tensor, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+        return {
+            "lora_A": (config.rank, *weight.shape[1:]),
+            "lora_B": (weight.shape[0], config.rank, 1, 1),
+        }
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, H, W)`` or ``(C, H, W)`` as ``nn.Conv2d``.
+
+        Raises:
+            RuntimeError: disabled while merged with ``keep_base=False``.
+        """
+        if self.merged or not self.enabled:
+            return self._conv_forward(input, self.plain_weight(), self.bias)
+        y = self._conv_forward(input, self.weight, self.bias)
+        dropped = F.dropout(input, self.dropout, self.training)
+        S = self._conv_forward(dropped, self.lora_A.to(input.dtype), None) * self._scale()
+        return y + F.conv2d(S, self.lora_B.to(S.dtype))

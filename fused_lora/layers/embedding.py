@@ -1,0 +1,84 @@
+"""``nn.Embedding`` with a LoRA adapter."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import LoRALayer
+from .config import AdapterConfig
+
+
+class LoRAEmbedding(LoRALayer, nn.Embedding):
+    """A frozen ``nn.Embedding`` with an adapter: ``y = W[i] + s·(A[:, i])ᵀ Bᵀ``.
+
+    Plain PyTorch: a look-up of ``rank`` numbers and a thin product. There is no dropout on it, and
+    ``lora_A`` starts at zero and ``lora_B`` normal, as in PEFT. The sum is taken in the wider dtype
+    of weight and adapter and returned in the weight's.
+
+    Made by :meth:`from_embedding`. Attributes as :class:`fused_lora.FusedLoRALinear`, with
+    ``lora_A (rank, num_embeddings)`` and ``lora_B (embedding_dim, rank)``.
+    """
+
+    no_kernel = "an embedding's adapter is a look-up and a thin product"
+
+    @classmethod
+    def plain_class(cls) -> type[nn.Module]:
+        return nn.Embedding
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        *,
+        adapter_dtype: torch.dtype | None = None,
+        **hyperparameters,
+    ) -> LoRAEmbedding:
+        """Adapt ``embedding``; hyper-parameters as ``FusedLoRALinear.from_linear``.
+
+        Raises:
+            TypeError: not exactly an ``nn.Embedding``.
+            ValueError: an argument out of range, or ``max_norm``, which rewrites the weight.
+        """
+        config = AdapterConfig(**hyperparameters)
+        return cls.from_plain(embedding, config, adapter_dtype=adapter_dtype)
+
+    @classmethod
+    def check_plain(cls, base: nn.Module) -> None:
+        super().check_plain(base)
+        if base.max_norm is not None:
+            raise ValueError(
+                f"expected max_norm=None, got {base.max_norm}: it rewrites the frozen weight"
+            )
+
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    def _fill(self, init: str, lora_A: Tensor, lora_B: Tensor) -> None:
+        nn.init.zeros_(lora_A)
+        nn.init.normal_(lora_B)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices of any shape to ``(..., embedding_dim)``.
+
+        Raises:
+            RuntimeError: disabled while merged with ``keep_base=False``.
+        """
+        if self.merged or not self.enabled:
+            return self._look_up(input, self.plain_weight())
+        base = self._look_up(input, self.weight)
+        S = self._look_up(input, self.lora_A.t()) * self._scale()
+        return (base + F.linear(S, self.lora_B)).to(base.dtype)
+
+    def _look_up(self, indices: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(
+            indices,
+            table,
+            padding_idx=self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+        )

@@ -1,0 +1,1 @@
+"""Whole models: which modules are adapted, their parameters, merging, named adapters."""

@@ -1,0 +1,138 @@
+"""Whole models: switch adapters off, merge them, take them off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..distributed.sharding import check_whole
+from ..layers.base import LoRALayer
+from ..layers.merging import memory, overlap
+from ..layers.replacing import check_own_forward
+from .adapt import check_contains_layers, replace_modules, restore_fast_path
+from .parameters import lora_layers
+
+
+@contextmanager
+def disable_lora(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context every adapted layer computes its base layer alone.
+
+    Raises:
+        ValueError: no adapters.
+    """
+    layers = list(lora_layers(model).values())
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def merge_lora(model: nn.Module, keep_base: bool = True) -> None:
+    """Merge every adapter into its weight; see :meth:`LoRALayer.merge`. All or none.
+
+    Only ``keep_base=False``, which holds one base weight at a time, cannot go back if memory runs
+    out half-way: what is merged then stays merged, and :func:`unload_lora` goes on.
+
+    Raises:
+        RuntimeError: a layer is merged already.
+        TypeError: a weight that is no Parameter.
+        ValueError: no adapters, or a weight that another module of the model uses too.
+    """
+    _merge(model, lora_layers(model), keep_base)
+
+
+def _merge(model: nn.Module, layers: Mapping[str, LoRALayer], keep_base: bool) -> None:
+    """Check every layer, then merge every layer."""
+    _check_each(layers, LoRALayer.check_mergeable)
+    _check_unshared(model, layers)
+    merged = []
+    try:
+        for layer in layers.values():
+            layer.merge(keep_base)
+            merged.append(layer)
+    except BaseException:
+        if keep_base:
+            for layer in merged:
+                layer.unmerge()
+        raise
+
+
+def _unmerge(layers: Mapping[str, LoRALayer]) -> None:
+    _check_each(layers, LoRALayer.check_restorable)
+    for layer in layers.values():
+        layer.unmerge()
+
+
+def _check_each(layers: Mapping[str, LoRALayer], check: Callable[[LoRALayer], None]) -> None:
+    for name, layer in layers.items():
+        try:
+            check(layer)
+        except (RuntimeError, TypeError) as error:
+            raise type(error)(f"{name}: {error}") from error
+
+
+def _check_unshared(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    users: dict[int, list[tuple[str, tuple[int, int, int]]]] = {}
+    for name, module in model.named_modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                place = memory(tensor)
+                users.setdefault(place[0], []).append((name, place))
+    for name, layer in layers.items():
+        own = memory(layer.weight)
+        others = [u for u, place in users[own[0]] if u != name and overlap(place, own)]
+        if others:
+            raise ValueError(
+                f"expected a weight of {name} alone, got one shared with {', '.join(others)}, which"
+                f" merging would change too; untie it first: give {name} a weight of its own, a"
+                " copy in an nn.Parameter"
+            )
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Restore every base weight, bit for bit. All or none.
+
+    Raises:
+        RuntimeError: a layer is not merged, or was merged with ``keep_base=False``.
+        ValueError: no adapters.
+    """
+    _unmerge(lora_layers(model))
+
+
+def unload_lora(model: nn.Module, merge: bool = True) -> nn.Module:
+    """Put plain layers back, in place: with the adapters merged, or without them.
+
+    Everything stays frozen; inactive adapters are lost. On an error the model is as it was; only if
+    memory runs out while merging, some layers stay merged, and a second call goes on.
+
+    Args:
+        merge: whether the plain weights contain the adapters. Layers merged already stay so; with
+            ``merge=False`` they are unmerged.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RuntimeError: ``merge=False`` where a layer's base weight is gone.
+        TypeError: a layer whose forward was replaced.
+        ValueError: no adapters, a shared weight to merge into, or a sharded model.
+    """
+    check_contains_layers(model)
+    layers = lora_layers(model)
+    check_whole(model, "unload adapters")
+    _check_each(layers, check_own_forward)
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    if merge:
+        _merge(model, {n: x for n, x in layers.items() if n not in merged}, keep_base=False)
+    else:
+        _check_each(layers, LoRALayer.check_base)
+        _unmerge(merged)
+    restore_fast_path(model)
+    replace_modules(model, {layer: layer.plain() for layer in layers.values()})
+    return model

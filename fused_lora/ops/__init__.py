@@ -1,0 +1,1 @@
+"""One adapted product: validation, autograd, dispatch, and the implementations behind it."""

@@ -1,0 +1,157 @@
+"""The layer as two registered operators, for compilers: ``torch.ops.fused_lora.lora_linear``.
+
+A compiler sees one opaque operator each way, and whoever computes it is chosen when it runs, as in
+eager mode: so Triton runs in compiled models, and the number of tokens may be symbolic. Both are
+pure functions of their inputs. The seed of dropout is one of these, drawn outside by
+``torch.randint``: an operator that drew it inside would give a recomputed forward (checkpointing)
+another mask than the one whose gradient is taken.
+
+Eager mode calls :mod:`.autograd` directly, which costs the host less. An exported model has
+neither: see :func:`exported`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import autograd, dispatch, dropout, modes
+from .torch_impl import as_dtype
+
+# Where the package is imported anew, taken out of sys.modules, its operators replace the old.
+if hasattr(torch.ops.fused_lora, "_library"):
+    torch.ops.fused_lora._library._destroy()
+_library = torch.ops.fused_lora._library = torch.library.Library("fused_lora", "FRAGMENT")
+_library.define(
+    "lora_linear(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? bias,"
+    " Tensor scaling, Tensor? seed, int keep, str impl, Tensor? base)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_A, Tensor lora_B,"
+    " Tensor? S, Tensor scaling, Tensor? words, float inv_keep, str impl, bool[3] needs)"
+    " -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base=None) -> Tensor:
+    """:func:`.autograd.lora_linear` for code that a compiler traces."""
+    tensors = (x, weight, lora_A, lora_B, bias, base)
+    if not all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
+        # Subclasses need PyTorch's own operators; DTensors come as plain local parts.
+        if impl.startswith("triton"):
+            kinds = ", ".join(sorted({type(t).__name__ for t in tensors if t is not None}))
+            raise ValueError(f"impl={impl!r} cannot run here: expected plain tensors, got {kinds}")
+        return autograd.lora_linear(
+            x, weight, lora_A, lora_B, bias, scaling, seed, keep, "torch", base
+        )
+    if not isinstance(scaling, Tensor):
+        # A product, of which compilers make one with a symbolic number; scalar_tensor pins it.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scaling = torch.ones((), dtype=wide, device=x.device) * scaling
+    args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
+    return torch.ops.fused_lora.lora_linear(*args)[0]
+
+
+def exported(x, weight, lora_A, lora_B, bias, scaling, dropout_p: float, base=None) -> Tensor:
+    """The layer in PyTorch's operators alone: an exported or traced model does not need more.
+
+    Dropout, if any, is PyTorch's own.
+    """
+    dtype = x.dtype
+    if base is None:
+        base = F.linear(x, as_dtype(weight, dtype), None if bias is None else as_dtype(bias, dtype))
+    dropped = F.dropout(x, dropout_p) if dropout_p else x
+    S = scaling * F.linear(dropped, as_dtype(lora_A, dtype))
+    return as_dtype(base + F.linear(S, as_dtype(lora_B, dtype)), base.dtype)
+
+
+@torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")
+def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
+    """``y (..., N)``, ``S (M,R)``, the keep bits, empty without dropout, and a copy of the scale.
+
+    All contiguous. The copy is for backward: a new scale, written in place, may come before that.
+    """
+    with modes.without_autocast(x):
+        y, S, words, _ = autograd.forward(
+            x, weight, lora_A, lora_B, bias, _on_host(scaling), seed, keep, impl, base
+        )
+    if words is None:
+        words = _no_words(x)
+    return y.contiguous(), S.to(_rank_dtype(x)).contiguous(), words, scaling.clone()
+
+
+@torch.library.register_fake("fused_lora::lora_linear", lib=_library)
+def _(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
+    K, (N, R) = x.shape[-1], lora_B.shape
+    M = math.prod(x.shape[:-1])  # Size.numel() would make a constant of a symbolic number
+    y = x.new_empty((*x.shape[:-1], N), dtype=x.dtype if base is None else base.dtype)
+    S = x.new_empty((M, R), dtype=_rank_dtype(x))
+    words = _no_words(x) if seed is None else dropout.empty_words(M, K, x.device)
+    return y, S, words, torch.empty_like(scaling)
+
+
+@torch.library.impl(_library, "lora_linear_backward", "CompositeExplicitAutograd")
+def _backward(dy, x, weight, lora_A, lora_B, S, scaling, words, inv_keep, impl, needs):
+    """Those of ``dx (M,K)``, ``dA`` and ``dB`` that ``needs`` asks for, contiguous."""
+    dropped = words is not None
+    with modes.without_autocast(dy):
+        runner = dispatch.choose_backward(dy, weight, lora_A, lora_B, impl, dropped)
+        gradients = runner.backward(
+            dy, x, weight, lora_A, lora_B, S, _on_host(scaling), words, inv_keep, tuple(needs)
+        )
+    return [g.contiguous() for g, need in zip(gradients, needs, strict=True) if need]
+
+
+@torch.library.register_fake("fused_lora::lora_linear_backward", lib=_library)
+def _(dy, x, weight, lora_A, lora_B, S, scaling, words, inv_keep, impl, needs):
+    dx = dy.new_empty((dy.shape[0], lora_A.shape[1]))
+    made = dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+    return [gradient for gradient, need in zip(made, needs, strict=True) if need]
+
+
+class _Registered:
+    """Runs backward by the registered operator; what :mod:`.dispatch` gives in eager mode."""
+
+    def __init__(self, impl: str):
+        self.impl = impl
+
+    def backward(self, *args):
+        *tensors, needs = args
+        made = iter(torch.ops.fused_lora.lora_linear_backward(*tensors, self.impl, needs))
+        return tuple(next(made) if need else None for need in needs)
+
+
+def _setup_context(ctx, inputs, output):
+    _, S, words, scaling = output
+    *_, seed, _, impl, _ = inputs
+    ctx.mark_non_differentiable(S, words, scaling)
+    autograd.save(ctx, inputs, S, None if seed is None else words, scaling, _Registered(impl))
+
+
+def _gradient(ctx, dy, *_):
+    return autograd.backward(ctx, dy)
+
+
+torch.library.register_autograd(
+    "fused_lora::lora_linear", _gradient, setup_context=_setup_context, lib=_library
+)
+
+
+def _on_host(scaling: Tensor) -> float | Tensor:
+    """A scale in the CPU's memory as a number, which one product applies as it goes."""
+    return scaling.item() if scaling.is_cpu else scaling
+
+
+def _rank_dtype(x: Tensor) -> torch.dtype:
+    """What S is stored in: the same for any number of rows, and nothing of it is lost."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _no_words(x: Tensor) -> Tensor:
+    return x.new_empty((0,), dtype=torch.int32)

@@ -1,0 +1,234 @@
+"""Who runs a call: the choice of implementation and strategy, its reason, and the fallback."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from ..strategy import cost, devices, tuning_cache
+from . import cpu_gemm, torch_impl
+from .triton_impl import TritonRunner, described, forget_failures
+
+# The oldest that runs every test; torch 2.11 brings it.
+MIN_TRITON = (3, 6)
+_OLDEST = ".".join(map(str, MIN_TRITON))
+_CURE = (
+    f"the kernels need Triton {_OLDEST} or newer: a GPU build of torch 2.11 or newer brings it, and"
+    " on Linux pip install -U triton adds it"
+)
+_UNTUNED = "; modelled, nothing was measured for this shape (python -m fused_lora.tune does)"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What would run, and why.
+
+    Attributes:
+        impl: "triton", "torch" or "reference".
+        forward: the strategy: Triton's "split", "single_pass" or "addmm", or "torch" (PyTorch's
+            operators, with Triton's mask and the other direction's kernels); None without Triton.
+        backward: likewise.
+        reason: one sentence.
+    """
+
+    impl: str
+    forward: str | None
+    backward: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        if self.forward is None:
+            return f"{self.impl}: {self.reason}"
+        return f"{self.impl} (forward {self.forward}, backward {self.backward}): {self.reason}"
+
+
+def choose(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_B: Tensor,
+    impl: str,
+    dropped: bool,
+    base: Tensor | None = None,
+):
+    """The runner for ``x (M,K)``: an object with ``dropout_mask``, ``forward`` and ``backward``.
+
+    ``base`` is the output that takes the weight's place.
+    """
+    if impl == "torch" or (
+        impl == "auto" and not _may_run_triton(x, weight if base is None else base)
+    ):
+        return torch_impl
+    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    (M, K), (N, R) = x.shape, lora_B.shape
+    dtype = x.dtype
+    if base is not None:  # beside which there is one way only
+        dtype, impl = torch.promote_types(dtype, base.dtype), impl.partition(":")[0]
+    return _runner(impl, x.device, dtype, M, N, K, R, dropped, aligned)
+
+
+def choose_backward(
+    dy: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, impl: str, dropped: bool
+):
+    """The runner of a backward whose forward chose in another place, for ``dy (M,N)``."""
+    if impl == "torch" or (
+        impl == "auto" and not _may_run_triton(dy, dy if weight is None else weight)
+    ):
+        return torch_impl
+    (M, N), (R, K) = dy.shape, lora_A.shape
+    if weight is None:
+        impl = impl.partition(":")[0]
+    return _runner(impl, dy.device, dy.dtype, M, N, K, R, dropped, True)
+
+
+def _may_run_triton(x: Tensor, frozen: Tensor) -> bool:
+    """A plain tensor on a GPU; subclasses need PyTorch's own operators."""
+    return x.is_cuda and type(x) is Tensor and type(frozen) in (Tensor, nn.Parameter)
+
+
+@lru_cache(maxsize=4096)
+def _runner(impl: str, device, dtype, M, N, K, R, dropped: bool, aligned: bool):
+    decision = decide(impl, device, dtype, M, N, K, R, dropped, aligned)
+    if decision.impl == "torch":
+        return torch_impl
+    key = (device, dtype, N, K, R, dropped)
+    return TritonRunner(decision, device, key if impl == "auto" else None)
+
+
+@lru_cache(maxsize=4096)
+def decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
+    if impl == "torch":
+        return Decision("torch", None, None, f"asked for{_widened(device, dtype)}")
+    problem = _not_worth_it(device) if impl == "auto" else None
+    problem = problem or triton_problem(device) or _dtype_problem(dtype)
+    if problem is not None:
+        if impl != "auto":
+            raise ValueError(f"impl={impl!r} cannot run here: {problem}")
+        if device.type == "cuda" and dtype != torch.float64:
+            _warn_once(
+                f"fused_lora: PyTorch's products are used on {device}: {problem}. impl='torch' asks"
+                " for them without this warning."
+            )
+        return Decision("torch", None, None, f"{problem}{_widened(device, dtype)}")
+    if 0 in (M, N, K):
+        return Decision("torch", None, None, "an empty dimension: there is nothing to launch")
+    asked = impl.partition(":")[2]
+
+    def strategy(direction: str, rows_aligned: bool) -> tuple[str, str]:
+        aligned = rows_aligned and K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
+        call = tuning_cache.Call(direction, dtype, M, K, N, R, dropped, aligned)
+        allowed = call.strategies if impl == "auto" else call.kernel_strategies
+        if asked:
+            if asked not in allowed:
+                able = " or ".join(allowed)
+                raise ValueError(f"impl={impl!r} cannot run here: expected {able} for {call.key}")
+            return asked, "asked for"
+        entry = tuning_cache.lookup(call, device)
+        if entry is not None and (best := entry.best(allowed)):
+            other = "" if best == entry.strategy else f"; {best} is the fastest of the kernels'"
+            return best, f"tuned entry {call.key!r}: {entry}{other}"
+        chosen, reason = modelled(call, device, with_torch=impl == "auto")
+        return chosen, f"{reason}{_UNTUNED if device.type == 'cuda' else ''}"
+
+    forward, reason = strategy("forward", aligned)
+    backward, backward_reason = strategy("backward", True)
+    if backward_reason != reason:
+        reason = f"forward: {reason}; backward: {backward_reason}"
+    if forward == backward == "torch" and not dropped:  # not even the mask is Triton's
+        return Decision("torch", None, None, reason)
+    return Decision("triton", forward, backward, reason)
+
+
+def modelled(
+    call: tuning_cache.Call, device: torch.device, *, with_torch: bool = True
+) -> tuple[str, str]:
+    """The strategy that the cost model chooses for ``call``, and its reason.
+
+    Args:
+        with_torch: whether PyTorch's operators alone are a candidate.
+    """
+    from ..kernels import launch
+
+    forward = call.direction == "forward"
+    columns, inner = (call.N, call.K) if forward else (call.K, call.N)
+    return cost.choose_strategy(
+        devices.device_of(device),
+        call.dtype.itemsize,
+        call.M,
+        columns,
+        inner,
+        call.R,
+        masked=call.masked,
+        aligned=call.aligned,
+        gradients=not forward,
+        with_torch=with_torch,
+        repeated=launch.REPEATS,
+    )
+
+
+@lru_cache
+def triton_problem(device: torch.device) -> str | None:
+    """Why the kernels cannot run on ``device``, or None."""
+    if device.type not in ("cuda", "cpu"):
+        return f"the kernels run on CUDA and ROCm devices, got {device.type}"
+    try:
+        import triton
+
+        if _numbers(triton.__version__) < MIN_TRITON:
+            return f"Triton {triton.__version__} is older than {_OLDEST}; {_CURE}"
+        from ..kernels import strategies
+    except Exception as error:  # a damaged or foreign Triton fails in other ways than ImportError
+        return f"Triton cannot be imported ({described(error)}); {_CURE}"
+    if device.type == "cpu" and not strategies.INTERPRETED:
+        return (
+            "the tensors are on a CPU, where Triton runs only interpreted; set TRITON_INTERPRET=1"
+            " before the kernels are first used"
+        )
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``(3, 6)`` of "3.6.0+git1234"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _dtype_problem(dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "the kernels compute float16, bfloat16 and float32, got float64"
+    return None
+
+
+def _not_worth_it(device: torch.device) -> str | None:
+    """Why "auto" leaves Triton aside although it could run."""
+    if device.type != "cuda":
+        return f"the tensors are on a {device.type} device"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "GPUs before sm_80 lack bfloat16 matrix instructions and asynchronous copies"
+    return None
+
+
+def _widened(device: torch.device, dtype: torch.dtype) -> str:
+    """What a reason says of a dtype that a CPU emulates."""
+    if device.type != "cpu" or dtype not in cpu_gemm.EMULATED:
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return f"; this CPU has no instructions for {name}: products in float32, the base's from 9 rows"
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def clear_decisions() -> None:
+    """Forget cached decisions and failures, as after a change of tuning."""
+    _runner.cache_clear()
+    decide.cache_clear()
+    triton_problem.cache_clear()
+    _warn_once.cache_clear()
+    tuning_cache.forget()
+    forget_failures()

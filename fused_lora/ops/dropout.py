@@ -1,0 +1,244 @@
+"""The LoRA branch's dropout: keep bits from a seed, and the seed from PyTorch's generator.
+
+A mask is ``int32 (M, words)``: bit ``j`` of word ``w`` keeps column ``32·w + j``. It is a pure
+function of the seed, made alike here and in ``kernels/dropout.py``, so that every implementation
+drops the same entries and a recomputed forward repeats its mask.
+
+    h[m, l]  =  mix(mix(seed) xor (m·2³² + l))                   for the 64 columns 64·l …
+    r[i]     =  mix(h + (i+1)·γ),  i = 0 … 15                    SplitMix64 seeded with h
+    bits     =  r[i] | bits  if digit i of the keep probability is 1,  else  r[i] & bits
+
+Each bit is 1 with probability keep/2¹⁶. SplitMix64: Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", 2014, with the constants of Stafford's variant 13.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.config import DIGITS
+from .constants import constant
+from .modes import is_observed
+
+try:
+    import numpy
+except Exception:  # not there, or broken, which it can be in any way
+    numpy = None
+
+KEEP_ALL = 1 << DIGITS  # the keep probability is a multiple of 2⁻¹⁶
+
+_LANE = 64  # columns of one random word
+_PITCH = 2  # lanes: a row is a whole number of 16-byte vectors
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_ROUNDS = ((30, _MIX_1), (27, _MIX_2), (31, None))  # of SplitMix64's finaliser
+_64_BITS = (1 << 64) - 1
+# Random words made at once: temporaries stay in cache, and each thread has a grain of work.
+_CPU_WORDS_PER_THREAD = 1 << 15
+_NUMPY_WORDS = 1 << 16
+_DEVICE_WORDS = 1 << 22
+_FEW_WORDS = 1 << 16  # which more threads do not make sooner
+
+
+def keep_count(p: float) -> int:
+    """The keep probability ``1 - p`` in units of 2⁻¹⁶, at least one."""
+    return max(1, round((1.0 - p) * KEEP_ALL))
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A 0-d int64 seed from the default generator of ``device``: checkpointing restores it."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def empty_words(rows: int, columns: int, device: torch.device) -> Tensor:
+    """An uninitialised mask ``int32 (rows, words)`` for ``columns`` columns."""
+    return _empty_lanes(rows, columns, device).view(torch.int32)
+
+
+def _empty_lanes(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.empty((rows, _lanes(columns)), dtype=torch.int64, device=device)
+
+
+def _lanes(columns: int) -> int:
+    return -(-columns // (_LANE * _PITCH)) * _PITCH
+
+
+def keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
+    """Keep bits ``int32 (rows, words)``, each set with probability keep/2¹⁶."""
+    # Compilers see one operator: views of another dtype and 64-bit constants are beyond them.
+    make = _keep_words_op if torch.compiler.is_compiling() else _keep_words
+    return make(seed, rows, columns, keep)
+
+
+def first_digit(keep: int) -> int:
+    """The lowest binary digit of a keep probability that is 1: AND with zero leaves zero."""
+    return (keep & -keep).bit_length() - 1
+
+
+def _keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
+    device = seed.device
+    lowest = first_digit(keep)
+    random_words = rows * -(-columns // _LANE) * (DIGITS - lowest)
+    if _is_for_numpy(seed, random_words):
+        return _keep_words_by_numpy(seed, rows, columns, keep)
+    lanes = _empty_lanes(rows, columns, device)
+    width = lanes.shape[1]
+    steps = torch.arange(lowest + 1, DIGITS + 1, device=device).mul_(_GAMMA)
+    at_once = (
+        _CPU_WORDS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _DEVICE_WORDS
+    )
+    block = max(1, at_once // max(1, width * steps.numel()))
+    lane = torch.arange(width, device=device)
+    key = _mix(seed.clone())
+    for first in range(0, rows, block):
+        row = torch.arange(first, min(first + block, rows), device=device)
+        h = _mix((row[:, None] * (1 << 32) + lane).bitwise_xor_(key))
+        random = _mix(h + steps[:, None, None])
+        bits = lanes[first : first + block].copy_(random[0])
+        for digit, more in enumerate(random[1:], start=lowest + 1):
+            if keep >> digit & 1:
+                bits.bitwise_or_(more)
+            else:
+                bits.bitwise_and_(more)
+    return lanes.view(torch.int32)
+
+
+def keep_matrix(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The mask as a new ``(M, columns)`` of zeros and ones in ``dtype``."""
+    if _is_for_numpy(words, words.numel() // 2 * DIGITS):  # two words a lane
+        return _keep_matrix_by_numpy(words, columns, dtype)
+    octets = words.view(torch.uint8).int()
+    # Not kept on a GPU: inductor's CUDA graphs own what is made in their memory pool.
+    args = dtype, words.device
+    table = constant(_byte_table, *args) if words.is_cpu else _byte_table(*args)
+    # A row of eight values a byte: 0.3 ns an element; shifting and comparing takes twice that.
+    return F.embedding(octets, table).flatten(1)[:, :columns]
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser, in place; shifts of int64 are arithmetic, hence the masks."""
+    t = torch.empty_like(z)
+    for shift, factor in _ROUNDS:
+        torch.bitwise_right_shift(z, shift, out=t)
+        z.bitwise_xor_(t.bitwise_and_((1 << (64 - shift)) - 1))
+        if factor is not None:
+            z.mul_(factor)
+    return z
+
+
+def _is_for_numpy(tensor: Tensor, random_words: int) -> bool:
+    """Whether NumPy is to make or expand a mask of so many random words, for a given tensor.
+
+    It has logical shifts, and an operator costs it a third: 20 µs for a row where PyTorch takes 90.
+    Its one thread is as fast as three of PyTorch's. What watches operators would not see it.
+    """
+    return (
+        tensor.is_cpu
+        and type(tensor) is Tensor
+        and not is_observed()
+        and _has_numpy()
+        and (random_words <= _FEW_WORDS or torch.get_num_threads() <= 2)
+    )
+
+
+@lru_cache
+def _has_numpy() -> bool:
+    """Whether there is a NumPy that this PyTorch can use."""
+    try:
+        torch.empty(0, device="cpu").numpy()
+    except Exception:  # numpy.__version__ says nothing of this
+        return False
+    return numpy is not None
+
+
+def _keep_words_by_numpy(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
+    # Results are given their places and constants are made once: half the time of a row.
+    width = _lanes(columns)
+    lanes = numpy.empty((rows, width), numpy.uint64)
+    lowest = first_digit(keep)
+    steps = _numpy_steps(lowest)
+    key = _mix_int(seed.item())
+    block = max(1, _NUMPY_WORDS // max(1, width * len(steps)))
+    for first in range(0, rows, block):
+        counters = _numpy_counters(min(block, rows - first), width)
+        if first:
+            counters = counters + numpy.uint64(first << 32 & _64_BITS)
+        h = _mix_numpy(numpy.bitwise_xor(counters, numpy.uint64(key)))
+        bits, *rest = _mix_numpy(numpy.add(h, steps))
+        for digit, more in enumerate(rest, start=lowest + 1):
+            fold = numpy.bitwise_or if keep >> digit & 1 else numpy.bitwise_and
+            fold(bits, more, bits)
+        lanes[first : first + block] = bits
+    return torch.from_numpy(lanes.view(numpy.int32))
+
+
+def _keep_matrix_by_numpy(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    octets = words.numpy().view(numpy.uint8)
+    bits = numpy.unpackbits(octets, axis=1, count=columns, bitorder="little")
+    return torch.from_numpy(bits).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _numpy_counters(rows: int, width: int):
+    """``m·2³² + l``, uint64 ``(rows, width)``."""
+    row, lane = (numpy.arange(n, dtype=numpy.uint64) for n in (rows, width))
+    return (row[:, None] << numpy.uint64(32)) + lane
+
+
+@lru_cache(maxsize=DIGITS)
+def _numpy_steps(lowest: int):
+    """``(i+1)·γ`` of the digits that count, uint64 ``(digits, 1, 1)``."""
+    digits = numpy.arange(lowest + 1, DIGITS + 1, dtype=numpy.uint64)
+    return (digits * numpy.uint64(_GAMMA & _64_BITS))[:, None, None]
+
+
+@lru_cache
+def _numpy_rounds():
+    """:data:`_ROUNDS` as 0-d arrays of uint64."""
+    array = partial(numpy.array, dtype=numpy.uint64)
+    return [(array(n), None if f is None else array(f & _64_BITS)) for n, f in _ROUNDS]
+
+
+def _mix_numpy(z):
+    """:func:`_mix` of uint64."""
+    t = numpy.empty_like(z)
+    for shift, factor in _numpy_rounds():
+        numpy.right_shift(z, shift, t)
+        numpy.bitwise_xor(z, t, z)
+        if factor is not None:
+            numpy.multiply(z, factor, z)
+    return z
+
+
+def _mix_int(z: int) -> int:
+    """:func:`_mix` of one number, given signed or not."""
+    z &= _64_BITS
+    for shift, factor in _ROUNDS:
+        z ^= z >> shift
+        if factor is not None:
+            z = z * factor & _64_BITS
+    return z
+
+
+_keep_words_op = torch.library.custom_op(
+    "fused_lora::keep_words",
+    _keep_words,
+    mutates_args=(),
+    schema="(Tensor seed, SymInt rows, SymInt columns, int keep) -> Tensor",
+)
+
+
+@_keep_words_op.register_fake
+def _(seed, rows, columns, keep):
+    return empty_words(rows, columns, seed.device)
+
+
+def _byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Row ``i`` is the eight bits of byte ``i``, lowest first."""
+    byte = torch.arange(256, device=device)
+    return (byte[:, None] >> torch.arange(8, device=device) & 1).to(dtype)

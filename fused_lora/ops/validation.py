@@ -1,0 +1,210 @@
+"""Checks of the public arguments; each message says what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+IMPLEMENTATIONS = (
+    "auto",
+    "triton",
+    "triton:split",
+    "triton:addmm",
+    "triton:single_pass",
+    "torch",
+    "reference",
+)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def check_dropout(p: float) -> None:
+    """Check a dropout probability: a number in [0, 1)."""
+    # An abstract base class costs more to ask than the rest of a call's checks.
+    if type(p) is not float and (not isinstance(p, Real) or isinstance(p, bool)):
+        raise TypeError(f"expected dropout to be a number, got {p!r} ({type(p).__name__})")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"expected dropout in [0, 1), got {p}")
+
+
+def check_impl(impl: str) -> None:
+    """Check the name of an implementation."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"expected impl to be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+
+def check_dtype(name: str, dtype: torch.dtype | None) -> None:
+    """Check a dtype asked for by name; None is the default."""
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"expected {name} to be one of {_names(FLOATS)}, got {dtype}")
+
+
+def check_tensors(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+) -> bool:
+    """Check the tensors of one call against each other.
+
+    Returns:
+        Whether they are of the usual kind: plain tensors on a CPU or a CUDA device, x and the base
+        in one dtype. False says nothing.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that cannot be used.
+        ValueError: shapes or devices that do not fit, or a weight that requires grad.
+    """
+    usual = _is_usual(x, weight, lora_A, lora_B, bias)
+    if not usual:
+        _check_each(x, weight, lora_A, lora_B, bias)
+    if type(scaling) is not float:
+        _check_scale(scaling, x)
+    return usual
+
+
+def _check_each(x, weight, lora_A, lora_B, bias) -> None:
+    tensors = (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B))
+    _check_kinds(x, tensors if bias is None else (*tensors, ("bias", bias)))
+    shape = weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"expected weight of shape (out, in), got {_shape(weight)}")
+    N, K = shape
+    _check_adapter(x, lora_A, lora_B, N, K)
+    if weight.requires_grad:
+        raise ValueError(
+            "expected a frozen weight, got one that requires grad: no gradient is computed for it;"
+            " call weight.requires_grad_(False), or pass weight.detach()"
+        )
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"expected bias of shape ({N},), got {_shape(bias)}")
+
+
+def _is_usual(x, weight, lora_A, lora_B, bias) -> bool:
+    """Whether all is well and as it mostly is, found with few questions; no says nothing."""
+    if not (
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and type(lora_A) in _PLAIN
+        and type(lora_B) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+    ):
+        return False
+    dtype, shape, factor = x.dtype, weight.shape, lora_A.shape
+    if not (
+        len(shape) == len(factor) == 2
+        and x.shape[-1:] == shape[1:] == factor[1:]
+        and lora_B.shape == (shape[0], factor[0])
+        and factor[0] > 0
+        and (bias is None or bias.shape == shape[:1])
+        and dtype in FLOATS
+        and weight.dtype is dtype
+        and lora_A.dtype in FLOATS
+        and lora_B.dtype in FLOATS
+        and (bias is None or bias.dtype is dtype)
+        and not weight.requires_grad
+    ):
+        return False
+    if x.is_cpu:
+        return weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)
+    device = x.device
+    return (
+        x.is_cuda
+        and weight.device == device
+        and lora_A.device == device
+        and lora_B.device == device
+        and (bias is None or bias.device == device)
+    )
+
+
+def check_base(
+    base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+) -> None:
+    """Check the tensors of a call that adds to a given base.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that cannot be used.
+        ValueError: shapes or devices that do not fit.
+    """
+    _check_kinds(x, (("base", base), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B)))
+    if lora_A.dim() != 2 or lora_B.dim() != 2:
+        shapes = f"{_shape(lora_A)} and {_shape(lora_B)}"
+        raise ValueError(f"expected lora_A (rank, in) and lora_B (out, rank), got {shapes}")
+    N, K = lora_B.shape[0], lora_A.shape[1]
+    _check_adapter(x, lora_A, lora_B, N, K)
+    _check_scale(scaling, x)
+    if base.shape != (*x.shape[:-1], N):
+        expected = (*x.shape[:-1], N)
+        raise ValueError(f"expected base of shape {expected}, got {_shape(base)}")
+
+
+def _check_kinds(x: Tensor, tensors: tuple[tuple[str, Tensor], ...]) -> None:
+    """Every one a floating tensor on x's device."""
+    device = getattr(x, "device", None)
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            kind = "a Tensor or None" if name == "bias" else "a Tensor"
+            raise TypeError(f"expected {name} to be {kind}, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"expected {name} in one of {_names(FLOATS)}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}")
+
+
+def _check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, N: int, K: int) -> None:
+    if x.shape[-1:] != (K,):
+        raise ValueError(f"expected x of shape (..., {K}), got {_shape(x)}")
+    shape = lora_A.shape
+    if shape[1:] != (K,):
+        raise ValueError(f"expected lora_A of shape (rank, {K}), got {_shape(lora_A)}")
+    R = shape[0]
+    if R < 1:
+        raise ValueError(f"expected lora_A of rank >= 1, got {_shape(lora_A)}")
+    if lora_B.shape != (N, R):
+        raise ValueError(f"expected lora_B of shape ({N}, {R}), got {_shape(lora_B)}")
+
+
+def _check_scale(scaling: float | Tensor, x: Tensor) -> None:
+    if isinstance(scaling, Tensor):
+        _check_scaling_tensor(scaling, x)
+    elif type(scaling) is not float and not isinstance(scaling, Real):
+        raise TypeError(
+            f"expected scaling to be a float or a 0-d Tensor, got {type(scaling).__name__}"
+        )
+
+
+def check_same_dtype(x: Tensor, weight: Tensor) -> None:
+    """Without autocast ``x`` must have the weight's dtype, as in ``F.linear``."""
+    if x.dtype != weight.dtype:
+        raise TypeError(f"expected x in the weight's dtype {weight.dtype}, got {x.dtype}")
+
+
+def _check_scaling_tensor(scaling: Tensor, x: Tensor) -> None:
+    if scaling.dim() != 0:
+        raise ValueError(f"expected scaling of shape (), got {_shape(scaling)}")
+    if scaling.dtype not in FLOATS:
+        raise TypeError(f"expected scaling in one of {_names(FLOATS)}, got {scaling.dtype}")
+    if scaling.device != x.device:
+        raise ValueError(f"expected scaling on x's device {x.device}, got {scaling.device}")
+    if scaling.requires_grad:
+        raise ValueError("expected a constant scaling, got one that requires grad")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """``names`` for a message, the first ones if there are many."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,1 @@
+"""PEFT: its layers on this library's kernels, and its file format."""

@@ -1,0 +1,187 @@
+"""Which of PEFT's layers and calls are the plain formula, and why another is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from ..distributed.sharding import is_shard
+from ..models.targets import is_conv1d
+from ..ops import cpu_gemm
+from ..ops.modes import autocasts
+from ..ops.validation import FLOATS
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a layer with a plain adapter computes with."""
+
+    name: str
+    base: nn.Module
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float | Tensor
+    dropout: float
+    weight: Tensor | None = None  # of a plain base, with its bias
+    bias: Tensor | None = None
+    beside: str | None = None  # why the base runs its own forward
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the adapter's products are taken in less than its own precision."""
+        weight = self.base._parameters.get("weight") if self.beside else self.weight
+        dtype = getattr(weight, "dtype", None)
+        if self.lora_A.is_cpu and dtype in cpu_gemm.EMULATED:
+            return False
+        return self.lora_A.dtype == torch.float32 and dtype not in (None, torch.float32)
+
+
+def parts_of(layer: nn.Module, kinds: Container[type]) -> Parts | str:
+    """The layer's tensors as it now is, or why it runs PEFT's own forward.
+
+    Asked at every call: ``_modules`` is read because ``nn.Module.__getattr__`` costs more.
+    """
+    if type(layer) not in kinds and type(layer).__module__ != "peft.tuners.lora.torchao":
+        return f"a lora.{type(layer).__name__} layer"
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapters are merged"
+    modules = layer._modules
+    all_A = modules["lora_A"]._modules
+    names = [name for name in layer.active_adapters if name in all_A]
+    if len(names) != 1:
+        return f"{len(names)} active adapters" if names else "no active adapter"
+    (name,) = names
+    if name in layer.lora_variant:
+        variant = type(layer.lora_variant[name]).__name__
+        return f"the variant {variant.removesuffix('LinearVariant') or variant}"
+    lora_A, lora_B = all_A[name], modules["lora_B"]._modules[name]
+    drop = modules["lora_dropout"]._modules[name]
+    if type(drop) is not nn.Dropout and type(drop) is not nn.Identity:
+        return f"a dropout of class {type(drop).__name__}"
+    for role, module in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if type(module) is not nn.Linear:
+            return f"a {role} of class {type(module).__name__}"
+        if module._parameters["bias"] is not None:
+            return f"a bias in {role}"
+    for role, module in (("lora_dropout", drop), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if reason := _changed(module):
+            return f"{role}: {reason}"
+    base = modules["base_layer"]
+    A, B = lora_A._parameters["weight"], lora_B._parameters["weight"]
+    if A.dtype != B.dtype:
+        return "adapters of two dtypes"
+    p = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
+    parts = Parts(name, base, A, B, layer.scaling[name], p)
+    parts.beside = _base_reason(base)
+    if parts.beside is None:
+        weight = base._parameters["weight"]
+        if not _fits(A.dtype, weight.dtype):
+            return f"adapters in {A.dtype} on a base in {weight.dtype}"
+        parts.weight = weight if type(base) is nn.Linear else weight.t()
+        parts.bias = base._parameters["bias"]
+    return parts
+
+
+def _base_reason(base: nn.Module) -> str | None:
+    """Why a base layer runs its own forward; None if it is the plain product."""
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return f"a base layer of class {type(base).__name__}"
+    if reason := _changed(base):
+        return f"base_layer: {reason}"
+    weight = base._parameters["weight"]
+    if weight.requires_grad:
+        return "a base weight that trains"
+    if weight.dtype not in FLOATS:
+        return f"a base weight in {weight.dtype}"
+    return None
+
+
+def _fits(adapter: torch.dtype, compute: torch.dtype) -> bool:
+    """Whether an adapter may be computed in a dtype: its own, or half of float32."""
+    return adapter == compute or (compute in _HALVES and adapter == torch.float32)
+
+
+def _changed(module: nn.Module) -> str | None:
+    """What makes a module of a plain class more than its formula."""
+    if "forward" in module.__dict__:
+        return "a forward replaced on the instance, as accelerate does"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "a hook"
+    for name, parameter in module._parameters.items():
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            if is_shard(parameter):
+                return "sharded, unless FSDP2 gathers it for the call"
+            return f"a {name} of class {type(parameter).__name__}"
+        if parameter is not None and hasattr(parameter, "ds_id"):
+            return "partitioned by DeepSpeed's ZeRO-3"
+    if type(module) is nn.Linear and "weight" not in module._parameters:
+        return "a computed weight"
+    return None
+
+
+def input_reason(layer: nn.Module, x: Tensor, parts: Parts) -> str | None:
+    """Why this call runs PEFT's own forward; None if it runs fused."""
+    lora_A, lora_B, scaling = parts.lora_A, parts.lora_B, parts.scaling
+    compiling = torch.compiler.is_compiling()  # where a number may be symbolic
+    device = lora_A.device
+    if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_nested:
+        return "an input that is no plain tensor"
+    if x.layout != torch.strided or x.device != device or x.dtype not in FLOATS:
+        return "an input of another kind or device"
+    autocast = autocasts(x)
+    if autocast:
+        if torch.float64 in (x.dtype, lora_A.dtype):
+            return "float64 under autocast"
+        if x.dtype in _HALVES and x.dtype != torch.get_autocast_dtype(device.type):
+            return "an input in another half precision than autocast's"
+    elif not _fits(lora_A.dtype, x.dtype):
+        return "an input of another dtype"
+    if x.dtype != lora_A.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
+        return "an input that is not to be cast"
+    rank, K = lora_A.shape
+    if not x.dim() or x.shape[-1] != K or not rank or lora_B.shape[1] != rank:
+        return "shapes that do not fit"
+    if lora_B.device != device:
+        return "adapters on two devices"
+    if parts.beside is None:
+        weight = parts.weight
+        if weight.device != device or weight.shape != (lora_B.shape[0], K):
+            return "a base that does not fit"
+        if weight.dtype == torch.float64 if autocast else weight.dtype != x.dtype:
+            return "an input of another dtype than the base"
+    if isinstance(scaling, Tensor):
+        if scaling.dim() or scaling.requires_grad or scaling.device != device:
+            return "a scale that is no constant on the device"
+    elif not isinstance(scaling, Real) or not (compiling or math.isfinite(scaling)):
+        return "a scale that is no finite number"
+    if parts.dropout >= 1:
+        return "a dropout of everything"
+    if compiling:
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if (
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    ):
+        return "a hook on every module"
+    return None

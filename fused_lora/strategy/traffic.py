@@ -1,0 +1,347 @@
+"""What every kernel of the layer moves and computes: bytes by operand, operations, launches.
+
+A kernel moves its compulsory bytes, each address once; under Triton's interpreter the kernels are
+seen to read and write exactly these (tests/test_traffic.py). The large products read more: tiles
+that run at one time (a wave, one tile an SM) share their panels of the operands through the last
+cache before DRAM, and the next wave reads its own anew. That holds where they do not fit there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ..kernels import select_config
+from ..kernels.config import DIGITS, MIN_ROWS_PER_RANK, cdiv, split_evenly
+from .devices import Device
+
+# Panels of a wave are not all that Triton's GEMMs read: fitted to three hardware-counter readings
+# of LoRAFusion's on an H100; six readings of two implementations are met within 3 %
+# (tests/test_traffic.py).
+TRITON_TRAFFIC = 1.2
+VENDOR_TILE = (128, 256, 8)  # rows, columns, row blocks of a group: with it the six are met
+# Integer instructions of 64 columns of mask: 200 in the loop of one digit for 8 such words, and 352
+# around it [compiled, sm_90, Triton 3.7.1].
+_MASK_LOOP, _MASK_REST = 25, 44
+_TABLE_OPERATORS = ("arange", "arange", "shift", "and", "to")  # of dropout._byte_table
+_OWN = ("p", "q", "o")  # operands of the frozen product itself; an epilogue's are thin
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch and what it moves.
+
+    Attributes:
+        name: of the kernel.
+        reads: compulsory bytes by operand, each address once.
+        writes: likewise.
+        flops: of matrix products, a padded rank included.
+        rereads: times that DRAM is asked for an operand, where not once.
+        gemm: factor on the traffic of the large product's own operands, ``p``, ``q`` and ``o``; 0
+            if the kernel is none.
+        speed: of its products, over the vendor's.
+        integers: instructions of the integer units.
+        is_torch: whether a PyTorch operator launches it, else Triton.
+    """
+
+    name: str
+    reads: dict[str, int]
+    writes: dict[str, int]
+    flops: float = 0.0
+    rereads: dict[str, float] = field(default_factory=dict)
+    gemm: float = 0.0
+    speed: float = 1.0
+    integers: float = 0.0
+    is_torch: bool = False
+
+    @property
+    def gemm_bytes(self) -> float:
+        """DRAM traffic of the frozen product, as if it were alone."""
+        return self._traffic(True) * self.gemm
+
+    @property
+    def thin_bytes(self) -> float:
+        """All other DRAM traffic."""
+        return self._traffic(False)
+
+    def _traffic(self, of_gemm: bool) -> float:
+        moved = [(name, size * self.rereads.get(name, 1.0)) for name, size in self.reads.items()]
+        moved += self.writes.items()
+        return sum(size for name, size in moved if of_gemm == (self.gemm > 0 and name in _OWN))
+
+
+@dataclass(frozen=True)
+class Product:
+    """One direction of the layer: ``O = P Q + D(U V)`` with ``U = D(P) Z``.
+
+    Attributes:
+        M, L, N, R: ``P (M,L)``, ``Q (L,N)``, ``U (M,R)``.
+        itemsize: bytes of an element of P, Q and O.
+        adapter_itemsize: of Z and V.
+        masked: what is dropped: "operand" (P, in forward), "output" (U V, in backward) or None.
+        bias: whether one is added.
+    """
+
+    M: int
+    L: int
+    N: int
+    R: int
+    itemsize: int = 2
+    adapter_itemsize: int = 2
+    masked: str | None = None
+    bias: bool = False
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row of contiguous operands starts on 16 bytes."""
+        return self.L * self.itemsize % 16 == self.N * self.itemsize % 16 == 0
+
+    @property
+    def p_aligned(self) -> bool:
+        """Whether every row of P starts on 16 bytes."""
+        return self.L * self.itemsize % 16 == 0
+
+
+def panel_reads(M: int, N: int, tile: tuple[int, int, int], sms: int) -> tuple[float, float]:
+    """How often DRAM is asked for each row panel and each column panel of an (M, N) product.
+
+    A wave of one tile an SM covers whole groups of ``tile[2]`` row blocks by as many columns as
+    fit, and reads each of its panels once.
+    """
+    block_m, block_n, group = tile
+    num_m, num_n = cdiv(M, block_m), cdiv(N, block_n)
+    waves = max(1.0, num_m * num_n / sms)
+    rows = min(num_m, max(group, sms / num_n))
+    columns = min(num_n, sms / rows)
+    return waves * rows / num_m, waves * columns / num_n
+
+
+def vendor_gemm(
+    name: str, sms: int, M: int, L: int, N: int, itemsize: int = 2, bias: bool = False
+) -> Kernel:
+    """A large product ``P Q`` by the vendor's library."""
+    row, column = panel_reads(M, N, VENDOR_TILE, sms)
+    reads = {"p": M * L * itemsize, "q": L * N * itemsize}
+    if bias:
+        reads["bias"] = N * itemsize
+    written = {"o": M * N * itemsize}
+    again = {"p": row, "q": column}
+    return Kernel(name, reads, written, 2.0 * M * L * N, again, gemm=1.0, is_torch=True)
+
+
+def dropout_mask(M: int, L: int) -> Kernel:
+    """The keep bits of ``(M, L)``, made once a forward."""
+    written = M * _pitch(L) * 4
+    integers = written / 8 * (_MASK_LOOP * DIGITS + _MASK_REST)
+    return Kernel("dropout_mask", {"seed": 8}, {"lanes": written}, integers=integers)
+
+
+def shrink(device: Device, c: Product) -> list[Kernel]:
+    """``U = s · D(P) Z``: one read of P, and partial sums if the contraction is split."""
+    target = device.target
+    config = select_config.shrink_config(target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned)
+    _, splits = split_evenly(c.L, config.splits, config.block_l)
+    reads = {"p": c.M * c.L * c.itemsize, "q": c.L * c.R * c.itemsize}
+    if c.masked == "operand":
+        reads["words"] = _mask_bytes(c.M, c.L, config.block_l)
+    flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
+    kernels = _cast(c.L * c.R, c)
+    out = c.M * c.R * 4
+    if splits == 1:
+        return [*kernels, Kernel("shrink", reads | {"scale": 4}, {"u": out}, flops)]
+    kernels.append(Kernel("shrink", reads, {"u": splits * out}, flops))
+    return [*kernels, _sum(splits, out, out, scaled=True)]
+
+
+def lora_gemm(device: Device, c: Product) -> Kernel:
+    """``O = P Q + D(U V) + bias`` in one launch."""
+    target = device.target
+    config = select_config.gemm_config(target, c.itemsize, c.M, c.N, c.R, aligned=c.aligned)
+    row, column = panel_reads(
+        c.M, c.N, (config.block_m, config.block_n, config.group_m), target.sms
+    )
+    inner = c.L + _padded(c.R, config.rank_blocks(c.R)[0])
+    return Kernel(
+        "lora_gemm",
+        _operands(c) | _low_rank(c, config.block_n),
+        {"o": c.M * c.N * c.itemsize},
+        2.0 * c.M * c.N * inner,
+        {"p": row, "u": row, "q": column, "v": column},
+        gemm=TRITON_TRAFFIC,
+        speed=device.gemm_ratio * select_config.fill(config, target, c.M, c.N),
+    )
+
+
+def lora_add(device: Device, c: Product) -> Kernel:
+    """``O += D(U V)`` after the vendor's product, whose bias it is."""
+    config = select_config.add_config(device.target, c.itemsize, c.M, c.N, c.R)
+    out = c.M * c.N * c.itemsize
+    reads = {"o": out} | _low_rank(c, config.block_n)
+    reads.pop("bias", None)
+    # Programs walk down one block of columns after another, and U with them each time.
+    between = reads["u"] + 2 * c.M * config.block_n * c.itemsize
+    again = cdiv(c.N, config.block_n) if between > device.cache > 0 else 1
+    flops = 2.0 * c.M * c.N * _padded(c.R, config.rank_blocks(c.R)[0])
+    return Kernel("lora_add", reads, {"o": out}, flops, {"u": again})
+
+
+def single_pass(device: Device, c: Product) -> list[Kernel]:
+    """``U`` and ``O`` in one launch, for few rows."""
+    config = select_config.single_pass_config(
+        device.target, c.itemsize, c.M, c.N, c.R, describable=c.aligned
+    )
+    block_r = config.block_r(c.R)
+    columns = cdiv(c.N, config.block_n)
+    flops = 2.0 * c.M * c.N * (c.L + block_r) + 2.0 * columns * c.M * c.L * block_r
+    reads = _operands(c) | {"z": c.L * c.R * c.itemsize, "scale": 4} | _low_rank(c, config.block_n)
+    del reads["u"]
+    written = {"o": c.M * c.N * c.itemsize, "u": c.M * c.R * 4}
+    # Each panel of Q has one reader: there is no wave that could read it anew.
+    kernel = Kernel("single_pass", reads, written, flops, gemm=1.0, speed=device.gemm_ratio)
+    return [*_cast(c.L * c.R, c), kernel]
+
+
+def rank_grad(device: Device, c: Product) -> list[Kernel]:
+    """``Uᵀ D(P)``, the adapter's gradient beside P: one read of P, and partial sums of the rows."""
+    p, u = c.M * c.L * c.itemsize, c.M * c.R * 4
+    out = c.R * c.L * c.adapter_itemsize
+    masked = c.masked == "operand"
+    if not masked and c.M < MIN_ROWS_PER_RANK * c.R:
+        narrow, result = c.M * c.R * c.itemsize, c.R * c.L * c.itemsize
+        return [
+            _torch("cast", {"u": u}, {"u": narrow}),
+            _torch("mm", {"u": narrow, "p": p}, {"o": result}, 2.0 * c.M * c.L * c.R),
+            _torch("copy", {"o": result}, {"o": out}),
+        ]
+    config = select_config.rank_grad_config(
+        device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned
+    )
+    _, splits = split_evenly(c.M, config.splits, config.block_m)
+    reads = {"p": p, "u": u}
+    if masked:
+        reads["words"] = _mask_bytes(c.M, c.L, config.block_l)
+    flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
+    if splits == 1:
+        return [Kernel("rank_grad", reads, {"o": out}, flops)]
+    partial = c.R * c.L * 4
+    kernel = Kernel("rank_grad", reads, {"o": splits * partial}, flops)
+    return [kernel, _sum(splits, partial, out)]
+
+
+def product(device: Device, strategy: str, c: Product) -> list[Kernel]:
+    """The kernels of one direction by ``strategy``, as ``ops/triton_impl.py`` launches them."""
+    if strategy == "torch":
+        return torch_operators(device, c)
+    if strategy == "single_pass":
+        return single_pass(device, c)
+    if strategy == "split":
+        return [*shrink(device, c), lora_gemm(device, c)]
+    gemm = vendor_gemm("mm", device.target.sms, c.M, c.L, c.N, c.itemsize, c.bias)
+    return [*shrink(device, c), gemm, lora_add(device, c)]
+
+
+def torch_operators(device: Device, c: Product) -> list[Kernel]:
+    """The kernels of one direction by PyTorch alone, as ``ops/torch_impl.py`` runs it on a GPU."""
+    operand, thin, out = (size * c.itemsize for size in (c.M * c.L, c.M * c.R, c.M * c.N))
+    kernels = _cast(c.L * c.R, c)
+    if c.masked == "operand":
+        kernels += _expanded_mask(c.M, c.L, c.itemsize)
+        kernels.append(_torch("mul_", {"mask": operand, "p": operand}, {"p": operand}))
+    adapter = {"p": operand, "q": c.L * c.R * c.itemsize}
+    kernels += [
+        _torch("mm", adapter, {"u": thin}, 2.0 * c.M * c.L * c.R),
+        _torch("mul", {"scale": 4}, {"scale": 4}),  # by 1/(1-p); the scale is a tensor on a GPU
+        _torch("mul_", {"u": thin, "scale": 4}, {"u": thin}),
+        vendor_gemm("mm", device.target.sms, c.M, c.L, c.N, c.itemsize, c.bias),
+        *_cast(c.R * c.N, c),
+    ]
+    low_rank, flops = {"u": thin, "v": c.R * c.N * c.itemsize}, 2.0 * c.M * c.N * c.R
+    if c.masked != "output":
+        return [*kernels, _torch("addmm_", {"o": out} | low_rank, {"o": out}, flops)]
+    return [
+        *kernels,
+        *_expanded_mask(c.M, c.N, c.itemsize),
+        _torch("mm", low_rank, {"branch": out}, flops),
+        _torch("addcmul_", {"o": out, "branch": out, "mask": out}, {"o": out}),
+    ]
+
+
+def rank_gradients(device: Device, strategy: str, back: Product) -> list[Kernel]:
+    """Both of the adapter's gradients, beside a backward product ``dY W``.
+
+    ``dA = Gᵀ D(x)`` reads what that product writes the gradient of, ``dB = dYᵀ S`` its operand.
+    """
+    ahead = replace(back, L=back.N, N=back.L, masked="operand" if back.masked else None)
+    if strategy != "torch":
+        return rank_grad(device, ahead) + rank_grad(device, back)
+    kernels = []
+    if back.masked:  # the mask is dx's, and expanded there
+        x = back.M * back.N * back.itemsize
+        kernels.append(_torch("mul_", {"mask": x, "p": x}, {"p": x}))
+    for columns in (back.N, back.L):
+        reads = {"p": back.M * columns * back.itemsize, "u": back.M * back.R * back.itemsize}
+        written = {"o": back.R * columns * back.adapter_itemsize}
+        kernels.append(_torch("mm", reads, written, 2.0 * back.M * columns * back.R))
+    return kernels
+
+
+def layer(device: Device, c: Product, forward: str, backward: str) -> list[Kernel]:
+    """Forward of ``c`` by one strategy, and all three gradients by another."""
+    back = replace(c, L=c.N, N=c.L, masked="output" if c.masked else None, bias=False)
+    kernels = [dropout_mask(c.M, c.L)] if c.masked else []
+    kernels += product(device, forward, c) + product(device, backward, back)
+    return kernels + rank_gradients(device, backward, back)
+
+
+def _operands(c: Product) -> dict[str, int]:
+    return {"p": c.M * c.L * c.itemsize, "q": c.L * c.N * c.itemsize}
+
+
+def _low_rank(c: Product, block_n: int) -> dict[str, int]:
+    """What an epilogue reads."""
+    reads = {"u": c.M * c.R * 4, "v": c.R * c.N * c.adapter_itemsize}
+    if c.masked == "output":
+        reads["words"] = _mask_bytes(c.M, c.N, block_n)
+    if c.bias:
+        reads["bias"] = c.N * c.itemsize
+    return reads
+
+
+def _cast(elements: int, c: Product) -> list[Kernel]:
+    if c.adapter_itemsize == c.itemsize:
+        return []
+    written = {"cast": elements * c.itemsize}
+    return [_torch("cast", {"adapter": elements * c.adapter_itemsize}, written)]
+
+
+def _expanded_mask(M: int, columns: int, itemsize: int) -> list[Kernel]:
+    """Keep bits as zeros and ones: a table of all bytes, and a row of it for each."""
+    table = [_torch(name, {}, {"table": 2048 * itemsize}) for name in _TABLE_OPERATORS]
+    octets = 4 * M * _pitch(columns)
+    return [
+        *table,
+        _torch("int", {"words": octets}, {"octets": 4 * octets}),
+        _torch("embedding", {"octets": 4 * octets}, {"mask": M * columns * itemsize}),
+    ]
+
+
+def _torch(name: str, reads: dict[str, int], writes: dict[str, int], flops=0.0) -> Kernel:
+    return Kernel(name, reads, writes, flops, is_torch=True)
+
+
+def _sum(splits: int, partial: int, out: int, scaled: bool = False) -> Kernel:
+    reads = {"parts": splits * partial} | ({"scale": 4} if scaled else {})
+    return Kernel("sum_partials", reads, {"out": out})
+
+
+def _padded(rank: int, block: int) -> int:
+    return cdiv(rank, block) * block
+
+
+def _pitch(columns: int) -> int:
+    """32-bit words of a row of keep bits."""
+    return 4 * cdiv(columns, 128)
+
+
+def _mask_bytes(M: int, columns: int, block: int) -> int:
+    """Whole tiles' words, none beyond the row."""
+    return 4 * M * min(_pitch(columns), _padded(columns, block) // 32)

@@ -1,0 +1,216 @@
+"""Tiles that compile clean: the rows ``select_config.py`` chooses from.
+
+Found by ``python benchmarks/compile_report.py --search``; what was tried stands in
+``benchmarks/results/compiled/``. The kinds are "half" and "fp32", and "narrow" for rows that do not
+start on 16 bytes. "any" stands for every GPU not named. Of equals, the first is taken.
+"""
+
+from __future__ import annotations
+
+Rows = tuple[tuple[int, ...], ...]
+
+# The architectures whose lora_gemm is persistent, over tensor descriptors, for "half".
+PERSISTENT = ("sm_90", "sm_100")
+
+# By the most rank they are for: warps, stages, rows, columns, step of the inner dimension
+_AMPERE = ((8, 4, 128, 128, 64), (4, 4, 64, 128, 32), (8, 4, 64, 64, 64))
+_ADA = ((8, 3, 128, 128, 64), (4, 4, 64, 128, 32), (8, 4, 64, 64, 64))
+_HOPPER = ((8, 4, 128, 128, 64), (4, 4, 64, 128, 64), (4, 4, 64, 64, 64))
+_GEFORCE = ((8, 3, 128, 128, 64), (8, 4, 64, 128, 32), (8, 4, 64, 64, 64))  # sm_120
+_BLACKWELL = ((4, 4, 128, 128, 64), (8, 4, 64, 64, 64))
+_CDNA = ((8, 2, 128, 256, 64), (8, 2, 128, 128, 64), (4, 2, 64, 128, 64), (4, 2, 64, 64, 64))
+_FP32_GEFORCE = ((8, 3, 64, 128, 16), (4, 3, 64, 64, 16), (8, 3, 32, 64, 16))
+_FP32 = ((8, 3, 64, 128, 16), (4, 3, 64, 64, 16), (4, 3, 32, 64, 16))
+GEMM: dict[str, dict[str, dict[int, Rows]]] = {
+    "half": {
+        "sm_80": {32: ((8, 4, 128, 256, 32), *_AMPERE), 256: _AMPERE},
+        "sm_86": {32: ((8, 4, 128, 256, 32), *_ADA), 256: _ADA},
+        "sm_89": {32: ((8, 4, 128, 256, 32), *_ADA), 256: _ADA},
+        "sm_90": {64: ((8, 3, 128, 256, 64), *_HOPPER), 256: _HOPPER},
+        "sm_100": {
+            128: ((8, 3, 128, 256, 64), (8, 3, 64, 128, 64), *_BLACKWELL),
+            256: ((8, 3, 128, 256, 64), *_BLACKWELL),
+        },
+        "sm_120": {32: ((8, 4, 128, 256, 32), *_GEFORCE), 256: _GEFORCE},
+        "gfx90a": {256: _CDNA},
+        "gfx942": {256: _CDNA},
+        "gfx950": {256: _CDNA},
+        "interpreter": {256: ((4, 2, 64, 64, 64),)},
+        "any": {256: ((4, 2, 64, 64, 32),)},
+    },
+    "half narrow": {
+        "sm_100": {256: ((8, 1, 64, 128, 32), (4, 1, 64, 64, 32), (4, 1, 32, 64, 32))},
+        "sm_120": {256: ((8, 2, 64, 128, 32), (8, 2, 64, 64, 32), (4, 2, 32, 64, 32))},
+        "any": {256: ((8, 2, 64, 128, 32), (4, 2, 64, 64, 32), (4, 2, 32, 64, 32))},
+    },
+    "fp32": {
+        # At 64 ranks 64 rows in three stages spill under Triton 3.6.
+        "sm_90": {
+            32: ((8, 3, 128, 128, 16), *_FP32),
+            64: ((8, 2, 64, 128, 16), (4, 4, 64, 64, 16), (4, 3, 32, 64, 16)),
+            256: _FP32,
+        },
+        "sm_100": {
+            32: ((8, 3, 128, 128, 16), (8, 2, 64, 128, 16), (4, 3, 64, 64, 16)),
+            64: ((8, 2, 64, 128, 16), (8, 3, 32, 128, 16), (4, 2, 64, 64, 16)),
+            256: _FP32,
+        },
+        "sm_120": {32: ((8, 3, 128, 128, 16), *_FP32_GEFORCE), 256: _FP32_GEFORCE},
+        "interpreter": {256: ((4, 2, 64, 64, 64),)},
+        "any": {32: ((8, 3, 128, 128, 16), *_FP32), 256: _FP32},
+    },
+    "fp32 narrow": {
+        "sm_100": {256: ((8, 2, 128, 64, 16), (8, 2, 64, 64, 16), (8, 2, 32, 32, 32))},
+        "sm_120": {256: ((8, 2, 64, 128, 16), (8, 2, 64, 64, 16), (4, 2, 32, 32, 32))},
+        "any": {256: ((8, 2, 64, 128, 16), (4, 2, 64, 64, 16), (4, 2, 32, 32, 32))},
+    },
+}
+
+# By the most rank they are for: warps, stages, rows, step of the inner dimension, most columns
+_CDNA_SHRINK = {
+    64: ((4, 2, 64, 64, 64), (4, 2, 32, 64, 64), (4, 2, 16, 128, 64)),
+    256: ((8, 2, 64, 32, 256), (8, 2, 32, 32, 256), (4, 2, 16, 32, 256)),
+}
+_SHRINK_NARROW = {
+    64: ((4, 2, 64, 32, 64), (4, 2, 32, 32, 64), (4, 2, 16, 32, 64)),
+    256: ((8, 2, 32, 32, 256), (8, 2, 64, 32, 128), (8, 2, 16, 32, 256)),
+}
+_SHRINK_FP32 = {
+    64: ((4, 3, 64, 32, 64), (4, 3, 32, 32, 64), (4, 3, 16, 64, 64)),
+    256: ((8, 3, 64, 32, 128), (8, 3, 32, 32, 128), (8, 3, 16, 32, 128)),
+}
+_SHRINK_FP32_NARROW = {
+    64: ((4, 3, 64, 32, 64), (4, 3, 32, 32, 64), (4, 3, 16, 32, 64)),
+    256: ((8, 3, 64, 32, 128), (8, 3, 32, 32, 128), (8, 2, 16, 32, 128)),
+}
+SHRINK: dict[str, dict[str, dict[int, Rows]]] = {
+    "half": {
+        "gfx90a": _CDNA_SHRINK,
+        "gfx942": _CDNA_SHRINK,
+        "any": {
+            64: ((8, 4, 64, 64, 64), (4, 4, 32, 128, 64), (4, 4, 16, 128, 64)),
+            256: ((8, 4, 64, 64, 256), (8, 4, 32, 64, 256), (8, 4, 16, 64, 256)),
+        },
+    },
+    "half narrow": {
+        "sm_100": {
+            **_SHRINK_NARROW,
+            256: ((8, 2, 32, 32, 256), (8, 1, 64, 32, 128), (8, 2, 16, 32, 256)),
+        },
+        "any": _SHRINK_NARROW,
+    },
+    "fp32": {
+        "sm_100": {
+            **_SHRINK_FP32,
+            64: ((8, 3, 64, 32, 64), (4, 3, 32, 32, 64), (4, 3, 16, 64, 64)),
+        },
+        "sm_120": {
+            64: ((8, 3, 64, 32, 32), (4, 3, 32, 32, 64), (4, 3, 16, 32, 64)),
+            256: ((8, 3, 64, 32, 128), (8, 2, 32, 32, 128), (8, 3, 16, 32, 128)),
+        },
+        "any": _SHRINK_FP32,
+    },
+    "fp32 narrow": {
+        # 64 rows with four warps spill under Triton 3.6, and with eight and three stages under 3.7.
+        "sm_90": {
+            **_SHRINK_FP32_NARROW,
+            64: ((8, 2, 64, 32, 64), (4, 3, 32, 32, 64), (4, 3, 16, 32, 64)),
+        },
+        "any": _SHRINK_FP32_NARROW,
+    },
+}
+
+# By the most rank they are for: warps, stages, step of the rows, columns, most rows of the result
+_RANK_GRAD = {
+    32: ((4, 4, 32, 128, 32), (4, 4, 32, 64, 32), (4, 4, 32, 32, 32)),
+    64: ((8, 4, 16, 128, 64), (8, 4, 32, 64, 64), (8, 4, 32, 32, 64)),
+    128: ((8, 2, 16, 128, 128), (8, 2, 16, 64, 128), (4, 2, 16, 32, 128)),
+    256: ((8, 2, 16, 64, 256), (8, 2, 16, 64, 128), (4, 2, 16, 32, 128)),
+}
+_RANK_GRAD_NARROW = {
+    32: ((8, 2, 32, 128, 32), (4, 2, 32, 64, 32), (4, 2, 32, 32, 32)),
+    64: ((8, 2, 32, 128, 64), (8, 2, 32, 64, 64), (8, 2, 32, 32, 64)),
+    256: ((8, 2, 16, 64, 256), (8, 2, 32, 64, 64), (8, 2, 16, 32, 128)),
+}
+_RANK_GRAD_FP32 = {
+    64: ((8, 2, 16, 128, 32), (4, 2, 16, 64, 32), (4, 2, 16, 32, 64)),
+    256: ((8, 2, 16, 32, 256), (8, 2, 16, 64, 128), (4, 2, 16, 32, 64)),
+}
+RANK_GRAD: dict[str, dict[str, dict[int, Rows]]] = {
+    "half": {
+        # At 32 ranks a step of 32 by 64 columns spills under Triton 3.6. From 64, two warps, which
+        # make no warp group: its product would wait in every step for the masked operand.
+        "sm_90": {
+            16: _RANK_GRAD[32],
+            32: ((4, 4, 32, 128, 32), (4, 4, 16, 64, 32), (4, 4, 32, 32, 32)),
+            64: ((2, 4, 16, 128, 64), (2, 4, 16, 64, 64), (2, 4, 16, 32, 64)),
+            256: ((2, 4, 16, 64, 128), (2, 4, 16, 32, 128), (2, 4, 16, 64, 64)),
+        },
+        "sm_100": {
+            **_RANK_GRAD,
+            128: ((8, 2, 16, 128, 128), (8, 2, 16, 64, 64), (4, 2, 16, 32, 128)),
+            256: ((8, 2, 16, 64, 256), (8, 2, 16, 64, 64), (4, 2, 16, 32, 128)),
+        },
+        "any": _RANK_GRAD,
+    },
+    "half narrow": {
+        # 128 columns in two stages spill under Triton 3.6.
+        "sm_90": {
+            **_RANK_GRAD_NARROW,
+            32: ((8, 1, 32, 128, 32), (4, 2, 32, 64, 32), (4, 2, 32, 32, 32)),
+        },
+        "any": _RANK_GRAD_NARROW,
+    },
+    "fp32": {
+        "sm_100": {
+            **_RANK_GRAD_FP32,
+            256: ((8, 2, 16, 32, 256), (8, 2, 16, 64, 64), (4, 2, 16, 64, 32)),
+        },
+        "sm_120": {
+            **_RANK_GRAD_FP32,
+            256: ((8, 2, 16, 32, 128), (8, 2, 16, 64, 64), (4, 2, 16, 64, 32)),
+        },
+        "any": _RANK_GRAD_FP32,
+    },
+    "fp32 narrow": {"any": _RANK_GRAD_FP32},
+}
+
+# warps, rows, columns; aligned or not
+ADD: dict[str, dict[str, Rows]] = {
+    "half": {
+        "sm_100": ((8, 64, 64), (8, 32, 64), (8, 64, 32)),
+        "any": ((8, 64, 128), (8, 64, 64), (8, 32, 64)),
+    },
+    "fp32": {"any": ((8, 32, 64), (8, 64, 32), (4, 32, 32))},
+}
+
+# warps, stages, rows, columns, step of the inner dimension
+SINGLE_PASS: dict[str, dict[str, Rows]] = {
+    "half": {"any": ((4, 4, 64, 64, 64), (4, 4, 32, 64, 64), (4, 4, 16, 64, 64))},
+    "half narrow": {
+        "sm_100": ((8, 2, 64, 64, 32), (8, 2, 32, 64, 32), (4, 2, 16, 64, 32)),
+        "any": ((8, 2, 64, 64, 32), (4, 2, 32, 64, 32), (4, 2, 16, 64, 32)),
+    },
+    "fp32": {
+        "sm_100": ((8, 2, 32, 32, 32), (8, 2, 16, 64, 32), (4, 2, 16, 32, 32)),
+        "sm_120": ((8, 2, 32, 64, 32), (8, 2, 32, 32, 32), (8, 2, 16, 64, 32)),
+        "any": ((8, 2, 32, 64, 32), (8, 2, 32, 32, 32), (4, 2, 16, 32, 32)),
+    },
+    "fp32 narrow": {"any": ((8, 2, 32, 32, 32), (4, 2, 16, 64, 32), (4, 2, 16, 32, 32))},
+}
+
+
+def kind(itemsize: int, aligned: bool) -> str:
+    """The key of a table's first level."""
+    return ("half" if itemsize == 2 else "fp32") + ("" if aligned else " narrow")
+
+
+def look_up(table: dict, arch: str, itemsize: int, aligned: bool):
+    """What ``table`` has for one GPU and kind of operand."""
+    by_arch = table[kind(itemsize, aligned)]
+    return by_arch.get(arch, by_arch["any"])
+
+
+def band(bands: dict[int, Rows], rank: int) -> Rows:
+    """The rows of the first band that holds ``rank``; the last one's for larger ranks."""
+    return next((rows for most, rows in bands.items() if rank <= most), list(bands.values())[-1])
