@@ -91,12 +91,12 @@ def both_ways(shape, dtype: torch.dtype, p: float, strategy: str) -> None:
     x, dy, weight, bias = make(M, K), make(M, N), make(N, K), make(N)
     A, B = make(R, K), make(N, R)
     scale = torch.empty((), device=META)
-    words, inv_keep = None, 1.0
+    keep_bits, inv_keep = None, 1.0
     if p:
-        words, inv_keep = dropout.empty_words(M, K, META), 1.1
-        strategies.dropout_mask(words, torch.empty((), dtype=torch.int64, device=META), 1, 16)
-    _, S = strategies.forward(x, weight, A, B, bias, scale, words, inv_keep, strategy)
-    strategies.backward(dy, x, weight, A, B, S, scale, words, inv_keep, (True,) * 3, strategy)
+        keep_bits, inv_keep = dropout.empty_keep_bits(M, K, META), 1.1
+        strategies.dropout_mask(keep_bits, torch.empty((), dtype=torch.int64, device=META), 1, 16)
+    _, S = strategies.forward(x, weight, A, B, bias, scale, keep_bits, inv_keep, strategy)
+    strategies.backward(dy, x, weight, A, B, S, scale, keep_bits, inv_keep, (True,) * 3, strategy)
 
 
 def seconds_of(layer: steps.Layer) -> float:

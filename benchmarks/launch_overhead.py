@@ -56,8 +56,8 @@ def launches(seconds: float) -> bool:
     launch_cases.make_driver("sm_90")
     launch_cases.Binary.recorded = False
     rows = {
-        "lora_gemm": launch_cases.gemm(words=True),
-        "lora_gemm, 3 descriptors": launch_cases.gemm(words=True, descriptors=True),
+        "lora_gemm": launch_cases.gemm(keep_bits=True),
+        "lora_gemm, 3 descriptors": launch_cases.gemm(keep_bits=True, descriptors=True),
         "single_pass, 2 descriptors": launch_cases.single(descriptors=True),
         "lora_add": launch_cases.add(),
         "dropout_mask": launch_cases.mask(32_768),

@@ -163,12 +163,16 @@ def _directions(layer: Layer, device: torch.device):
     weight, bias = (make(N, K) / K**0.5).to(dtype), make(N).to(dtype)
     A, B = (make(R, K) / K**0.5).to(dtype), (make(N, R) / R**0.5).to(dtype)
     keep = dropout.keep_count(p)
-    words, inv_keep = None, dropout.KEEP_ALL / keep
+    keep_bits, inv_keep = None, dropout.KEEP_ALL / keep
     if keep < dropout.KEEP_ALL:
         seed = torch.zeros((), dtype=torch.int64, device=device)
-        words = dropout.keep_words(seed, M, K, keep)
+        keep_bits = dropout.make_keep_bits(seed, M, K, keep)
     rows = torch.arange(0, M, max(1, M // CHECKED_ROWS), device=device)
-    mask = None if words is None else dropout.keep_matrix(words[rows], K, torch.float64) * inv_keep
+    mask = (
+        None
+        if keep_bits is None
+        else dropout.keep_mask(keep_bits[rows], K, torch.float64) * inv_keep
+    )
 
     def y(wide):
         low = _masked(x[rows].to(wide), mask) @ A.to(wide).t() @ B.to(wide).t()
@@ -181,17 +185,19 @@ def _directions(layer: Layer, device: torch.device):
     saved = x, weight, A, B
 
     def forward(strategy):
-        return run_forward(strategies, strategy, *saved, bias, scale, words, inv_keep, None)[0]
+        return run_forward(strategies, strategy, *saved, bias, scale, keep_bits, inv_keep, None)[0]
 
     def backward(strategy):
         S, needs = thin["torch" if strategy == "torch" else "kernels"], (True, True, True)
-        return run_backward(strategies, strategy, dy, *saved, S, scale, words, inv_keep, needs)[0]
+        return run_backward(strategies, strategy, dy, *saved, S, scale, keep_bits, inv_keep, needs)[
+            0
+        ]
 
-    _, S = torch_impl.forward(*saved, bias, scale, words, inv_keep)
+    _, S = torch_impl.forward(*saved, bias, scale, keep_bits, inv_keep)
     thin = {"torch": S, "kernels": S.to(torch.float32)}  # as each one's forward saves it
     aligned = K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
     for name, run, exact in (("forward", forward, y), ("backward", backward, dx)):
-        call = Call(name, dtype, M, K, N, R, words is not None, aligned)
+        call = Call(name, dtype, M, K, N, R, keep_bits is not None, aligned)
         candidates = {strategy: partial(run, strategy) for strategy in call.strategies}
         yield call, candidates, _yardstick(exact, rows, dtype)
 

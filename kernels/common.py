@@ -52,9 +52,9 @@ def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 
 
 @triton.jit
-def load_keep(
-    words_ptr,
-    stride_wm,
+def load_keep_bits(
+    keep_bits_ptr,
+    stride_keep_m,
     first_m,
     first_n,
     M,
@@ -67,15 +67,15 @@ def load_keep(
     ``first_n`` and ``BLOCK_N`` are multiples of 32; the row pitch is a multiple of 4 words.
     """
     tl.static_assert(BLOCK_N % 32 == 0, "a tile of keep bits is whole words")
-    stride_wm = multiple(stride_wm, 4)
+    stride_keep_m = multiple(stride_keep_m, 4)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_w = first_n // 32 + tl.arange(0, BLOCK_N // 32)
-    words = tl.load(
-        words_ptr + offs_m.to(tl.int64)[:, None] * stride_wm + offs_w[None, :],
-        mask=(offs_m[:, None] < M) & (offs_w[None, :] < stride_wm),
+    keep_bits = tl.load(
+        keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_keep_m + offs_w[None, :],
+        mask=(offs_m[:, None] < M) & (offs_w[None, :] < stride_keep_m),
         other=0,
     )
-    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    bits = (keep_bits[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
     return tl.reshape(bits, (BLOCK_M, BLOCK_N))
 
 

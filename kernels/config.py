@@ -122,8 +122,8 @@ class ShrinkConfig(Config):
         """Upper bound of the shared memory of a block's tiles."""
         block_r = self.block_r(rank)
         loop = self.num_stages * (self.block_m + block_r) * self.block_l * itemsize
-        words = self.num_stages * self.block_m * cdiv(self.block_l, 32) * 4
-        return loop + words + self.block_m * self.block_l * max(itemsize, 4)
+        keep_bits = self.num_stages * self.block_m * cdiv(self.block_l, 32) * 4
+        return loop + keep_bits + self.block_m * self.block_l * max(itemsize, 4)
 
 
 @dataclass(frozen=True)

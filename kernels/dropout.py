@@ -1,10 +1,10 @@
 """Keep bits of the LoRA branch's dropout.
 
-    bit j of words[m, w]  =  1 with probability keep / 2¹⁶, for column 32·w + j of row m
+    bit j of keep_bits[m, w]  =  1 with probability keep_count / 2¹⁶, for column 32·w + j of row m
 
-The formula, and the same words in PyTorch, stand in ``fused_lora/dropout.py``. A program makes 64
-columns a lane, as one random word of SplitMix64 after another; the bits depend on the seed and the
-place alone, never on the launch.
+``ops/dropout.py`` has the formula, and computes the same bits in PyTorch. Each lane makes the 64
+columns of a word from a sequence of random words; a bit depends on the seed and its place alone,
+never on the launch.
 """
 
 import torch
@@ -22,11 +22,11 @@ def _mix(z):
     return z ^ (z >> 31)
 
 
-@triton.jit(do_not_specialize=["M", "keep", "first_digit"])
+@triton.jit(do_not_specialize=["M", "keep_count", "first_digit"])
 def _dropout_mask(
-    lanes_ptr,
+    keep_bits_ptr,
     seed_ptr,
-    keep,
+    keep_count,
     first_digit,
     M,
     width,
@@ -46,30 +46,33 @@ def _dropout_mask(
         state += 0x9E3779B97F4A7C15
         random = _mix(state)
         # OR where the digit is one, AND where it is zero.
-        one = (0 - ((keep >> digit) & 1).to(tl.int64)).to(tl.uint64, bitcast=True)
+        one = (0 - ((keep_count >> digit) & 1).to(tl.int64)).to(tl.uint64, bitcast=True)
         bits = (bits & random) | ((bits | random) & one)
     tl.store(
-        lanes_ptr + offs_m.to(tl.int64)[:, None] * stride_m + offs_l[None, :],
+        keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_m + offs_l[None, :],
         bits.to(tl.int64, bitcast=True),
         mask=(offs_m[:, None] < M) & (offs_l[None, :] < width),
     )
 
 
-def dropout_mask(words: torch.Tensor, seed: torch.Tensor, keep: int, digits: int) -> None:
-    """Fill ``words`` ``(M, words)`` int32 from ``seed`` (0-d int64), ``0 < keep < 2**digits``."""
-    first_digit = (keep & -keep).bit_length() - 1
-    tensors = words.view(torch.int64), seed
-    launch(_dropout_mask, _arguments, None, tensors, (keep, first_digit), digits)
+def dropout_mask(keep_bits: torch.Tensor, seed: torch.Tensor, keep_count: int, digits: int) -> None:
+    """Fill ``keep_bits``, int32 ``(M, words)``, from ``seed``, 0-d int64.
+
+    ``0 < keep_count < 2**digits``.
+    """
+    first_digit = (keep_count & -keep_count).bit_length() - 1
+    tensors = keep_bits.view(torch.int64), seed
+    launch(_dropout_mask, _arguments, None, tensors, (keep_count, first_digit), digits)
 
 
-def _arguments(_, lanes, seed, digits: int) -> Arguments:
-    M, width = lanes.shape
+def _arguments(_, keep_bits, seed, digits: int) -> Arguments:
+    M, width = keep_bits.shape
     block_l = min(32, triton.next_power_of_2(max(1, width)))
     block_m = 1024 // block_l
     return Arguments(
         grid=(cdiv(M, block_m), cdiv(width, block_l)),
-        operands=(lanes, seed),
-        numbers=(M, width, lanes.stride(0)),
+        operands=(keep_bits, seed),
+        numbers=(M, width, keep_bits.stride(0)),
         constants={"DIGITS": digits, "BLOCK_M": block_m, "BLOCK_L": block_l},
         options={"num_warps": 4},
     )

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, add_low_rank, in_vectors, load_keep, multiple
+from .common import TL_DTYPE, add_low_rank, in_vectors, load_keep_bits, multiple
 from .config import AddConfig, cdiv
 from .launch import Arguments, launch
 
@@ -21,7 +21,7 @@ def _lora_add(
     base_ptr,
     u_ptr,
     v_ptr,
-    words_ptr,
+    keep_bits_ptr,
     bias_ptr,
     inv_keep,
     M,
@@ -32,7 +32,7 @@ def _lora_add(
     stride_um,
     stride_vr,
     stride_vn,
-    stride_wm,
+    stride_keep_m,
     DTYPE: tl.constexpr,
     HAS_BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -64,7 +64,7 @@ def _lora_add(
         DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
     )  # fmt: skip
     if HAS_DROPOUT:
-        keep = load_keep(words_ptr, stride_wm, first_m, first_n, M, BLOCK_M, BLOCK_N)
+        keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
         acc = tl.where(keep != 0, acc * inv_keep, 0.0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
@@ -86,7 +86,7 @@ def lora_add(
     base: torch.Tensor | None = None,
     dot_dtype: torch.dtype | None = None,
     bias: torch.Tensor | None = None,
-    words: torch.Tensor | None = None,
+    keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
 ) -> None:
@@ -96,13 +96,13 @@ def lora_add(
         base: ``(M, N)``, inner stride 1, any floating dtype; ``o`` itself, or None for zeros.
         dot_dtype: what ``u`` and ``v`` are cast to; o's dtype by default.
     """
-    tensors = o, base, u, v, words, bias
+    tensors = o, base, u, v, keep_bits, bias
     flags = dot_dtype or o.dtype, input_precision
     launch(_lora_add, _arguments, config, tensors, (float(inv_keep),), *flags)
 
 
 def _arguments(
-    config, o, base, u, v, words, bias, dot_dtype: torch.dtype, input_precision: str
+    config, o, base, u, v, keep_bits, bias, dot_dtype: torch.dtype, input_precision: str
 ) -> Arguments:
     (M, N), R = o.shape, u.shape[1]
     block_r, chunks = config.rank_blocks(R)
@@ -113,7 +113,7 @@ def _arguments(
             o if base is None else base,
             u,
             v,
-            u if words is None else words,
+            u if keep_bits is None else keep_bits,
             u if bias is None else bias,
         ),
         numbers=(
@@ -124,13 +124,13 @@ def _arguments(
             0 if base is None else base.stride(0),
             u.stride(0),
             *v.stride(),
-            0 if words is None else words.stride(0),
+            0 if keep_bits is None else keep_bits.stride(0),
         ),
         constants={
             "DTYPE": TL_DTYPE[dot_dtype],
             "HAS_BASE": base is not None,
             "HAS_BIAS": bias is not None,
-            "HAS_DROPOUT": words is not None,
+            "HAS_DROPOUT": keep_bits is not None,
             "ALIGN_O": in_vectors(o),
             "ALIGN_BASE": base is not None and in_vectors(base),
             "ALIGN_U": in_vectors(u, 4),

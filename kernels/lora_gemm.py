@@ -16,7 +16,7 @@ from .common import (
     advance,
     grouped_tile,
     in_vectors,
-    load_keep,
+    load_keep_bits,
     multiple,
     operand,
 )
@@ -32,7 +32,7 @@ def _gemm_tile(
     q_ptr,
     u_ptr,
     v_ptr,
-    words_ptr,
+    keep_bits_ptr,
     bias_ptr,
     inv_keep,
     M,
@@ -46,7 +46,7 @@ def _gemm_tile(
     stride_um,
     stride_vr,
     stride_vn,
-    stride_wm,
+    stride_keep_m,
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -78,7 +78,7 @@ def _gemm_tile(
             acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
             DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
         )  # fmt: skip
-        keep = load_keep(words_ptr, stride_wm, first_m, first_n, M, BLOCK_M, BLOCK_N)
+        keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
         acc = tl.where(keep != 0, acc * inv_keep, 0.0)
     if USE_DESC:
         for start in range(0, L, BLOCK_L):
@@ -132,7 +132,7 @@ def _lora_gemm(
     q_ptr,
     u_ptr,
     v_ptr,
-    words_ptr,
+    keep_bits_ptr,
     bias_ptr,
     inv_keep,
     M,
@@ -146,7 +146,7 @@ def _lora_gemm(
     stride_um,
     stride_vr,
     stride_vn,
-    stride_wm,
+    stride_keep_m,
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -183,17 +183,17 @@ def _lora_gemm(
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _gemm_tile(
-                tile, o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, words_ptr, bias_ptr, inv_keep,
+                tile, o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, keep_bits_ptr, bias_ptr, inv_keep,
                 M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
-                stride_vn, stride_wm, DTYPE, HAS_BIAS, HAS_DROPOUT, EVEN_L, USE_DESC,
+                stride_vn, stride_keep_m, DTYPE, HAS_BIAS, HAS_DROPOUT, EVEN_L, USE_DESC,
                 Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS, GROUP_M,
                 ALIGN_U, ALIGN_V, V_TRANSPOSED,
             )  # fmt: skip
     else:
         _gemm_tile(
-            tl.program_id(0), o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, words_ptr, bias_ptr, inv_keep,
+            tl.program_id(0), o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, keep_bits_ptr, bias_ptr, inv_keep,
             M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
-            stride_vn, stride_wm, DTYPE, HAS_BIAS, HAS_DROPOUT, EVEN_L, USE_DESC,
+            stride_vn, stride_keep_m, DTYPE, HAS_BIAS, HAS_DROPOUT, EVEN_L, USE_DESC,
             Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS, GROUP_M,
                 ALIGN_U, ALIGN_V, V_TRANSPOSED,
         )  # fmt: skip
@@ -208,7 +208,7 @@ def lora_gemm(
     config: GemmConfig,
     *,
     bias: torch.Tensor | None = None,
-    words: torch.Tensor | None = None,
+    keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
 ) -> None:
@@ -221,14 +221,14 @@ def lora_gemm(
         u: ``(M, R)`` fp32 or p's dtype, inner stride 1.
         v: ``(R, N)``, any strides and floating dtype; cast to p's.
         bias: ``(N,)``, contiguous, any floating dtype, or None.
-        words: keep bits of ``o``'s columns, or None.
+        keep_bits: of ``o``'s columns, or None.
         inv_keep: what kept entries of ``u v`` are multiplied by.
     """
-    tensors = o, p, q, u, v, words, bias
+    tensors = o, p, q, u, v, keep_bits, bias
     launch(_lora_gemm, _arguments, config, tensors, (float(inv_keep),), input_precision)
 
 
-def _arguments(config, o, p, q, u, v, words, bias, input_precision: str) -> Arguments:
+def _arguments(config, o, p, q, u, v, keep_bits, bias, input_precision: str) -> Arguments:
     (M, L), N, R = p.shape, q.shape[1], u.shape[1]
     transposed = q.stride(0) == 1 and q.stride(1) != 1
     block_m, block_n, block_l = config.block_m, config.block_n, config.block_l
@@ -243,7 +243,7 @@ def _arguments(config, o, p, q, u, v, words, bias, input_precision: str) -> Argu
             operand(config, q, block_q, transposed),
             u,
             v,
-            u if words is None else words,
+            u if keep_bits is None else keep_bits,
             u if bias is None else bias,
         ),
         numbers=(
@@ -256,12 +256,12 @@ def _arguments(config, o, p, q, u, v, words, bias, input_precision: str) -> Argu
             *q.stride(),
             u.stride(0),
             *v.stride(),
-            0 if words is None else words.stride(0),
+            0 if keep_bits is None else keep_bits.stride(0),
         ),
         constants={
             "DTYPE": TL_DTYPE[p.dtype],
             "HAS_BIAS": bias is not None,
-            "HAS_DROPOUT": words is not None,
+            "HAS_DROPOUT": keep_bits is not None,
             "EVEN_L": L % block_l == 0,
             "ALIGN_O": in_vectors(o),
             "ALIGN_P": in_vectors(p),

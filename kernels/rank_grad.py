@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple, operand, sum_partials
+from .common import TL_DTYPE, advance, in_vectors, load_keep_bits, multiple, operand, sum_partials
 from .config import RankGradConfig, cdiv, split_evenly
 from .launch import Arguments, launch
 
@@ -20,7 +20,7 @@ def _rank_grad(
     o_ptr,
     u_ptr,
     p_ptr,
-    words_ptr,
+    keep_bits_ptr,
     inv_keep,
     M,
     m_per_split,
@@ -31,7 +31,7 @@ def _rank_grad(
     stride_ol,
     stride_um,
     stride_pm,
-    stride_wm,
+    stride_keep_m,
     DTYPE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     ALIGN_P: tl.constexpr,
@@ -68,7 +68,7 @@ def _rank_grad(
         else:
             p = tl.load(p_ptrs, mask=inside[:, None] & (offs_l[None, :] < L), other=0.0)
         if HAS_DROPOUT:
-            keep = load_keep(words_ptr, stride_wm, m, first_l, M, BLOCK_M, BLOCK_L)
+            keep = load_keep_bits(keep_bits_ptr, stride_keep_m, m, first_l, M, BLOCK_M, BLOCK_L)
             p = tl.where(keep != 0, p, 0.0).to(DTYPE)
         # (BLOCK_R, BLOCK_M) @ (BLOCK_M, BLOCK_L)
         acc = tl.dot(u.to(DTYPE), p, acc, input_precision=INPUT_PRECISION)
@@ -95,7 +95,7 @@ def rank_grad(
     p: torch.Tensor,
     config: RankGradConfig,
     *,
-    words: torch.Tensor | None = None,
+    keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
 ) -> None:
@@ -105,7 +105,7 @@ def rank_grad(
         o: ``(R, L)``, any strides and floating dtype; rounded once, from fp32.
         u: ``(M, R)`` fp32 or p's dtype, inner stride 1.
         p: ``(M, L)``, inner stride 1.
-        words: keep bits of ``p``, or None.
+        keep_bits: of ``p``, or None.
         inv_keep: what kept entries are multiplied by.
     """
     M, L = p.shape
@@ -113,13 +113,13 @@ def rank_grad(
     out = o
     if splits > 1:
         out = torch.empty((splits, u.shape[1], L), dtype=torch.float32, device=o.device)
-    tensors = out, u, p, words
+    tensors = out, u, p, keep_bits
     launch(_rank_grad, _arguments, config, tensors, (float(inv_keep),), input_precision)
     if splits > 1:
         sum_partials(o, out, 1.0)
 
 
-def _arguments(config, out, u, p, words, input_precision: str) -> Arguments:
+def _arguments(config, out, u, p, keep_bits, input_precision: str) -> Arguments:
     (M, L), R = p.shape, u.shape[1]
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     m_per_split, splits = split_evenly(M, config.splits, block_m)
@@ -129,7 +129,7 @@ def _arguments(config, out, u, p, words, input_precision: str) -> Arguments:
             out,
             u,
             operand(config, p, (block_m, block_l)),
-            u if words is None else words,
+            u if keep_bits is None else keep_bits,
         ),
         numbers=(
             M,
@@ -141,11 +141,11 @@ def _arguments(config, out, u, p, words, input_precision: str) -> Arguments:
             out.stride(-1),
             u.stride(0),
             p.stride(0),
-            0 if words is None else words.stride(0),
+            0 if keep_bits is None else keep_bits.stride(0),
         ),
         constants={
             "DTYPE": TL_DTYPE[p.dtype],
-            "HAS_DROPOUT": words is not None,
+            "HAS_DROPOUT": keep_bits is not None,
             "ALIGN_P": in_vectors(p),
             "ALIGN_U": in_vectors(u, 4),
             "USE_DESC": config.descriptors,

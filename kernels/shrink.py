@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import advance, in_vectors, load_keep, multiple, operand, sum_partials
+from .common import advance, in_vectors, load_keep_bits, multiple, operand, sum_partials
 from .config import ShrinkConfig, cdiv, split_evenly
 from .launch import Arguments, launch
 
@@ -20,7 +20,7 @@ def _shrink(
     u_ptr,
     p_ptr,
     q_ptr,
-    words_ptr,
+    keep_bits_ptr,
     scale_ptr,
     factor,
     M,
@@ -32,7 +32,7 @@ def _shrink(
     stride_pm,
     stride_ql,
     stride_qr,
-    stride_wm,
+    stride_keep_m,
     HAS_DROPOUT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     EVEN_L: tl.constexpr,
@@ -83,7 +83,7 @@ def _shrink(
         else:
             q = tl.load(q_ptrs, mask=(start + offs_l[:, None] < L) & cols, other=0.0)
         if HAS_DROPOUT:
-            keep = load_keep(words_ptr, stride_wm, first_m, start, M, BLOCK_M, BLOCK_L)
+            keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, start, M, BLOCK_M, BLOCK_L)
             p = tl.where(keep != 0, p, 0.0).to(q.dtype)
         # (BLOCK_M, BLOCK_L) @ (BLOCK_L, BLOCK_R)
         acc = tl.dot(p, q, acc, input_precision=INPUT_PRECISION)
@@ -108,7 +108,7 @@ def shrink(
     scale: torch.Tensor,
     config: ShrinkConfig,
     *,
-    words: torch.Tensor | None = None,
+    keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
 ) -> None:
@@ -119,7 +119,7 @@ def shrink(
         p: ``(M, L)``, inner stride 1.
         q: ``(L, R)`` in p's dtype, any strides.
         scale: 0-d tensor, read on the device.
-        words: keep bits of ``p``, or None.
+        keep_bits: of ``p``, or None.
         inv_keep: what kept entries are multiplied by.
     """
     M, L = p.shape
@@ -127,13 +127,13 @@ def shrink(
     out = u
     if splits > 1:
         out = torch.empty((splits, M, q.shape[1]), dtype=torch.float32, device=u.device)
-    tensors = out, p, q, words, scale
+    tensors = out, p, q, keep_bits, scale
     launch(_shrink, _arguments, config, tensors, (float(inv_keep),), input_precision)
     if splits > 1:
         sum_partials(u, out, inv_keep, scale)
 
 
-def _arguments(config, out, p, q, words, scale, input_precision: str) -> Arguments:
+def _arguments(config, out, p, q, keep_bits, scale, input_precision: str) -> Arguments:
     (M, L), R = p.shape, q.shape[1]
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     l_per_split, splits = split_evenly(L, config.splits, block_l)
@@ -143,7 +143,7 @@ def _arguments(config, out, p, q, words, scale, input_precision: str) -> Argumen
             out,
             operand(config, p, (block_m, block_l)),
             q,
-            p if words is None else words,
+            p if keep_bits is None else keep_bits,
             scale,
         ),
         numbers=(
@@ -155,10 +155,10 @@ def _arguments(config, out, p, q, words, scale, input_precision: str) -> Argumen
             out.stride(-2),
             p.stride(0),
             *q.stride(),
-            0 if words is None else words.stride(0),
+            0 if keep_bits is None else keep_bits.stride(0),
         ),
         constants={
-            "HAS_DROPOUT": words is not None,
+            "HAS_DROPOUT": keep_bits is not None,
             "HAS_SCALE": splits == 1,
             "EVEN_L": L % block_l == 0,
             "ALIGN_P": in_vectors(p),

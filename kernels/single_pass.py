@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, advance, in_vectors, load_keep, multiple, operand
+from .common import TL_DTYPE, advance, in_vectors, load_keep_bits, multiple, operand
 from .config import SinglePassConfig, cdiv
 from .launch import Arguments, launch
 
@@ -25,7 +25,7 @@ def _single_pass(
     q_ptr,
     z_ptr,
     v_ptr,
-    words_ptr,
+    keep_bits_ptr,
     bias_ptr,
     scale_ptr,
     inv_keep,
@@ -42,7 +42,7 @@ def _single_pass(
     stride_zr,
     stride_vr,
     stride_vn,
-    stride_wm,
+    stride_keep_m,
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -145,7 +145,7 @@ def _single_pass(
     if HAS_DROPOUT:
         # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
         up = tl.dot(low.to(DTYPE), v.to(DTYPE), input_precision=INPUT_PRECISION)
-        keep = load_keep(words_ptr, stride_wm, first_m, first_n, M, BLOCK_M, BLOCK_N)
+        keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
         acc += tl.where(keep != 0, up * inv_keep, 0.0)
     else:
         # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
@@ -167,7 +167,7 @@ def single_pass(
     config: SinglePassConfig,
     *,
     bias: torch.Tensor | None = None,
-    words: torch.Tensor | None = None,
+    keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
 ) -> None:
@@ -182,14 +182,14 @@ def single_pass(
         v: ``(R, N)``, any strides and floating dtype; cast to p's.
         scale: 0-d tensor, read on the device.
         bias: ``(N,)``, contiguous, any floating dtype, or None.
-        words: keep bits of ``o``'s columns, or None.
+        keep_bits: of ``o``'s columns, or None.
         inv_keep: what kept entries of ``u v`` are multiplied by.
     """
-    tensors = o, u, p, q, z, v, words, bias, scale
+    tensors = o, u, p, q, z, v, keep_bits, bias, scale
     launch(_single_pass, _arguments, config, tensors, (float(inv_keep),), input_precision)
 
 
-def _arguments(config, o, u, p, q, z, v, words, bias, scale, input_precision: str) -> Arguments:
+def _arguments(config, o, u, p, q, z, v, keep_bits, bias, scale, input_precision: str) -> Arguments:
     (M, L), N, R = p.shape, q.shape[1], u.shape[1]
     transposed = q.stride(0) == 1 and q.stride(1) != 1
     block_m, block_n, block_l = config.block_m, config.block_n, config.block_l
@@ -203,7 +203,7 @@ def _arguments(config, o, u, p, q, z, v, words, bias, scale, input_precision: st
             operand(config, q, block_q, transposed),
             z,
             v,
-            u if words is None else words,
+            u if keep_bits is None else keep_bits,
             u if bias is None else bias,
             scale,
         ),
@@ -218,12 +218,12 @@ def _arguments(config, o, u, p, q, z, v, words, bias, scale, input_precision: st
             *q.stride(),
             *z.stride(),
             *v.stride(),
-            0 if words is None else words.stride(0),
+            0 if keep_bits is None else keep_bits.stride(0),
         ),
         constants={
             "DTYPE": TL_DTYPE[p.dtype],
             "HAS_BIAS": bias is not None,
-            "HAS_DROPOUT": words is not None,
+            "HAS_DROPOUT": keep_bits is not None,
             "EVEN_L": L % block_l == 0,
             "ALIGN_O": in_vectors(o),
             "ALIGN_P": in_vectors(p),

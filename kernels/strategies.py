@@ -35,7 +35,7 @@ def forward(
     lora_B: Tensor,
     bias: Tensor | None,
     scaling: float | Tensor,
-    words: Tensor | None,
+    keep_bits: Tensor | None,
     inv_keep: float,
     strategy: str,
     base: Tensor | None = None,
@@ -49,7 +49,7 @@ def forward(
     target = select_config.target_of(x.device)
     scale = _scale_tensor(scaling, x.device)
     if base is not None:
-        S = _shrink(x, lora_A.t(), scale, target, words, inv_keep)
+        S = _shrink(x, lora_A.t(), scale, target, keep_bits, inv_keep)
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
         _add(y, S, lora_B.t(), target, base=_inner_contiguous(base), like=x)
         return y, S
@@ -57,7 +57,7 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     if strategy == "single_pass":
         return _single_pass(x, weight.t(), lora_A.t(), lora_B.t(), scale, target, bias=bias)
-    S = _shrink(x, lora_A.t(), scale, target, words, inv_keep)
+    S = _shrink(x, lora_A.t(), scale, target, keep_bits, inv_keep)
     if strategy == "addmm":
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         _add(y, S, lora_B.t(), target, base=y)
@@ -74,7 +74,7 @@ def backward(
     lora_B: Tensor,
     S: Tensor | None,
     scaling: float | Tensor,
-    words: Tensor | None,
+    keep_bits: Tensor | None,
     inv_keep: float,
     needs: tuple[bool, bool, bool],
     strategy: str,
@@ -90,32 +90,32 @@ def backward(
     if needs[0] and weight is None:
         G = _shrink(dy, lora_B, scale, target)
         dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=dy.dtype, device=dy.device)
-        _add(dx, G, lora_A, target, words, inv_keep)
+        _add(dx, G, lora_A, target, keep_bits, inv_keep)
     elif needs[0]:
         weight = weight.to(dy.dtype)
         if strategy == "single_pass":
             dx, G = _single_pass(
-                dy, weight, lora_B, lora_A, scale, target, words=words, inv_keep=inv_keep
+                dy, weight, lora_B, lora_A, scale, target, keep_bits=keep_bits, inv_keep=inv_keep
             )
         else:
             G = _shrink(dy, lora_B, scale, target)
             if strategy == "addmm":
                 dx = torch.mm(dy, weight)
-                _add(dx, G, lora_A, target, words, inv_keep, base=dx)
+                _add(dx, G, lora_A, target, keep_bits, inv_keep, base=dx)
             else:
-                dx = _gemm(dy, weight, G, lora_A, target, words=words, inv_keep=inv_keep)
+                dx = _gemm(dy, weight, G, lora_A, target, keep_bits=keep_bits, inv_keep=inv_keep)
     elif needs[1]:
         G = _shrink(dy, lora_B, scale, target)
     if needs[1]:
         dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
-        _rank_grad(dA, G, _inner_contiguous(x), target, words, inv_keep)
+        _rank_grad(dA, G, _inner_contiguous(x), target, keep_bits, inv_keep)
     if needs[2]:
         dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
         _rank_grad(dB.t(), _inner_contiguous(S), dy, target)
     return dx, dA, dB
 
 
-def _shrink(p, q, scale, target, words=None, inv_keep=1.0) -> Tensor:
+def _shrink(p, q, scale, target, keep_bits=None, inv_keep=1.0) -> Tensor:
     M, L = p.shape
     R = q.shape[1]
     u = _rank_matrix(M, R, p.device)
@@ -124,12 +124,12 @@ def _shrink(p, q, scale, target, words=None, inv_keep=1.0) -> Tensor:
     )
     shrink(
         u, p, q.to(p.dtype), scale, config,
-        words=words, inv_keep=inv_keep, input_precision=_precision(p),
+        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
     )  # fmt: skip
     return u
 
 
-def _gemm(p, q, u, v, target, bias=None, words=None, inv_keep=1.0) -> Tensor:
+def _gemm(p, q, u, v, target, bias=None, keep_bits=None, inv_keep=1.0) -> Tensor:
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
     aligned = _describable(p) and _describable(q) and _describable(o)
@@ -138,23 +138,23 @@ def _gemm(p, q, u, v, target, bias=None, words=None, inv_keep=1.0) -> Tensor:
     )
     lora_gemm(
         o, p, q, u, v, config,
-        bias=bias, words=words, inv_keep=inv_keep, input_precision=_precision(p),
+        bias=bias, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
     )  # fmt: skip
     return o
 
 
-def _add(o, u, v, target, words=None, inv_keep=1.0, base=None, like=None) -> None:
+def _add(o, u, v, target, keep_bits=None, inv_keep=1.0, base=None, like=None) -> None:
     """``like`` has the dtype of the product, o's by default."""
     like = o if like is None else like
     config = _config(select_config.add_config, target, like.element_size(), *o.shape, u.shape[1])
     lora_add(
         o, u, v, config,
         base=base, dot_dtype=like.dtype,
-        words=words, inv_keep=inv_keep, input_precision=_precision(like),
+        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(like),
     )  # fmt: skip
 
 
-def _single_pass(p, q, z, v, scale, target, bias=None, words=None, inv_keep=1.0):
+def _single_pass(p, q, z, v, scale, target, bias=None, keep_bits=None, inv_keep=1.0):
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
     u = _rank_matrix(p.shape[0], z.shape[1], p.device)
@@ -168,14 +168,14 @@ def _single_pass(p, q, z, v, scale, target, bias=None, words=None, inv_keep=1.0)
     )
     single_pass(
         o, u, p, q, z.to(p.dtype), v, scale, config,
-        bias=bias, words=words, inv_keep=inv_keep, input_precision=_precision(p),
+        bias=bias, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
     )  # fmt: skip
     return o, u
 
 
-def _rank_grad(o, u, p, target, words=None, inv_keep=1.0) -> None:
+def _rank_grad(o, u, p, target, keep_bits=None, inv_keep=1.0) -> None:
     (M, L), R = p.shape, u.shape[1]
-    if words is None and M < MIN_ROWS_PER_RANK * R:
+    if keep_bits is None and M < MIN_ROWS_PER_RANK * R:
         o.copy_(torch.mm(u.to(p.dtype).t(), p))
         return
     config = _config(
@@ -187,7 +187,9 @@ def _rank_grad(o, u, p, target, words=None, inv_keep=1.0) -> None:
         R,
         describable=_describable(p),
     )
-    rank_grad(o, u, p, config, words=words, inv_keep=inv_keep, input_precision=_precision(p))
+    rank_grad(
+        o, u, p, config, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p)
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -97,16 +97,17 @@ def view(rows, columns, dtype=BF16, *, offset=0, pitch=None):
     return flat[offset : offset + rows * pitch].view(rows, pitch)[:, :columns]
 
 
-def gemm(M=64, K=64, N=128, R=16, dtype=BF16, *, adapter=BF16, bias=True, words=False, tensors=(),
-         inv_keep=1.0, descriptors=False, warps=4, stages=3, transposed=True):  # fmt: skip
+def gemm(M=64, K=64, N=128, R=16, dtype=BF16, *, adapter=BF16, bias=True, keep_bits=False,
+         inv_keep=1.0, tensors=(), descriptors=False, warps=4, stages=3,
+         transposed=True):  # fmt: skip
     """A launch of ``lora_gemm``; ``tensors`` replaces operands by name."""
     q = view(N, K, dtype).t() if transposed else view(K, N, dtype)
     operands = {"o": view(M, N, dtype), "p": view(M, K, dtype), "q": q, "u": view(M, R, FP32),
                 "v": view(N, R, adapter).t()} | dict(tensors)  # fmt: skip
     config = the(GemmConfig, warps, stages, descriptors, block_m=32, block_n=64, block_l=32)
     options = {"bias": view(1, N, FP32)[0] if bias else None, "inv_keep": inv_keep}
-    if words:
-        options["words"] = view(M, 4 * (-(-N // 128)), torch.int32)
+    if keep_bits:
+        options["keep_bits"] = view(M, 4 * (-(-N // 128)), torch.int32)
     return lambda: lora_gemm(*operands.values(), config, **options)
 
 
@@ -141,8 +142,8 @@ def single(M=16, K=64, N=64, R=16, descriptors=False):
 
 def mask(keep, M=64):
     """A launch of ``dropout_mask``."""
-    words, seed = view(M, 8, torch.int32), torch.zeros((), dtype=torch.int64)
-    return lambda: dropout.dropout_mask(words, seed, keep, 16)
+    keep_bits, seed = view(M, 8, torch.int32), torch.zeros((), dtype=torch.int64)
+    return lambda: dropout.dropout_mask(keep_bits, seed, keep, 16)
 
 
 def sums(rows=16, columns=64, factor=1.0, scale=True):
@@ -171,9 +172,9 @@ def cases(arch: str, folder: str) -> dict[str, object]:
         "fp16": gemm(dtype=FP16),
         "fp32 adapter": gemm(adapter=FP32),
         "no bias": gemm(bias=False),
-        "words": gemm(words=True),
-        "another keep": gemm(words=True, inv_keep=1.25),
-        "an integer for a float": gemm(words=True, inv_keep=1),
+        "keep_bits": gemm(keep_bits=True),
+        "another keep": gemm(keep_bits=True, inv_keep=1.25),
+        "an integer for a float": gemm(keep_bits=True, inv_keep=1),
         "weight not transposed": gemm(transposed=False),
         "warps": gemm(warps=8),
         "stages": gemm(stages=2),

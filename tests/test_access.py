@@ -52,13 +52,13 @@ def layer(case):
 def run_both_directions(case, tensors):
     M, K, _, _, _, strategy, dropped = case
     x, weight, A, B, dy = (tensors[n] for n in ("x", "weight", "lora_A", "lora_B", "dy"))
-    words = None
+    keep_bits = None
     if dropped:
-        words = dropout.empty_words(M, K, x.device)
-        strategies.dropout_mask(words, torch.tensor(7), 50_000, DIGITS)
+        keep_bits = dropout.empty_keep_bits(M, K, x.device)
+        strategies.dropout_mask(keep_bits, torch.tensor(7), 50_000, DIGITS)
     bias = torch.randn(weight.shape[0])
-    _, S = strategies.forward(x, weight, A, B, bias, 2.0, words, 1.3, strategy)
-    strategies.backward(dy, x, weight, A, B, S, 2.0, words, 1.3, (True, True, True), strategy)
+    _, S = strategies.forward(x, weight, A, B, bias, 2.0, keep_bits, 1.3, strategy)
+    strategies.backward(dy, x, weight, A, B, S, 2.0, keep_bits, 1.3, (True, True, True), strategy)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -81,8 +81,8 @@ def test_tiles_wider_than_the_matrix(M, N, L, R, transposed, masked):
     q = torch.randn(N, L).t() if transposed else torch.randn(L, N)
     o, bias, scale = torch.zeros(M, N), torch.randn(N), torch.tensor(0.5)
     seed = torch.tensor(1)
-    over_o = {"words": dropout.keep_words(seed, M, N, 45_000) if masked else None}
-    over_p = {"words": dropout.keep_words(seed, M, L, 45_000) if masked else None}
+    over_o = {"keep_bits": dropout.make_keep_bits(seed, M, N, 45_000) if masked else None}
+    over_p = {"keep_bits": dropout.make_keep_bits(seed, M, L, 45_000) if masked else None}
     with record() as launches:
         for block in (32, 256):
             for programs in (0, 3):

@@ -78,8 +78,8 @@ def test_as_good_as_eager(case, impl):
     if p:
         torch.manual_seed(5)
         keep = dropout.keep_count(p)
-        words = dropout.keep_words(dropout.draw_seed(dy.device), *shape[:2], keep)
-        mask = dropout.keep_matrix(words, shape[1], FP64) * (dropout.KEEP_ALL / keep)
+        keep_bits = dropout.make_keep_bits(dropout.draw_seed(dy.device), *shape[:2], keep)
+        mask = dropout.keep_mask(keep_bits, shape[1], FP64) * (dropout.KEEP_ALL / keep)
     wide = {name: t.double() for name, t in tensors.items()}
     exact = results(lambda **kw: formula(**kw, mask=mask), wide, dy.double())
     eager = results(lambda **kw: formula(**kw, mask=mask), tensors, dy)

@@ -167,8 +167,8 @@ def test_saves_the_input_the_thin_product_and_the_mask_as_bits(impl, p):
         inputs[name].requires_grad_()
     parameters = sum(inputs[n].nbytes for n in ("weight", "lora_A", "lora_B"))
     total, _ = saved_bytes(lambda: fused_lora_linear(**inputs, dropout_p=p, impl=impl))
-    x, S, words = 2 * M * K, 4 * M * R, M * -(-K // 128) * 16
-    assert total - parameters <= x + S + (words if p else 0)
+    x, S, keep_bits = 2 * M * K, 4 * M * R, M * -(-K // 128) * 16
+    assert total - parameters <= x + S + (keep_bits if p else 0)
     assert total - parameters <= x + S + M * K  # a byte an element, as PEFT's mask alone
 
 
@@ -350,11 +350,11 @@ def test_a_tensor_scaling_is_a_float_scaling():
 @pytest.mark.parametrize(
     ("needs", "extra"),
     [
-        ("x", ["weight", "words"]),
-        ("lora_A", ["x", "words"]),
+        ("x", ["weight", "keep_bits"]),
+        ("lora_A", ["x", "keep_bits"]),
         ("lora_B", ["S"]),
         ("bias", []),
-        ("x lora_B", ["weight", "words", "S"]),
+        ("x lora_B", ["weight", "keep_bits", "S"]),
     ],
 )
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
@@ -366,7 +366,7 @@ def test_saves_exactly_what_its_gradients_need(needs, extra, impl):
     saved = []
     with saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         fused_lora_linear(**inputs, dropout_p=0.1, impl=impl)
-    shapes = {"x": (64, 96), "weight": (80, 96), "words": (64, 4), "S": (64, 8)}
+    shapes = {"x": (64, 96), "weight": (80, 96), "keep_bits": (64, 4), "S": (64, 8)}
     assert sorted(saved) == sorted([(8, 96), (80, 8), *(shapes[name] for name in extra)])
 
 

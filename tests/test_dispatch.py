@@ -138,7 +138,7 @@ def test_auto_falls_back_with_one_warning(broken, monkeypatch):
 def test_a_gpu_that_cannot_run_the_kernels_is_announced_once(monkeypatch):
     monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: "too old")
     gpu = torch.device("cuda", 0)
-    decide = functools.partial(dispatch._decide, "auto", gpu, torch.float16)
+    decide = functools.partial(dispatch.decide, "auto", gpu, torch.float16)
     with pytest.warns(UserWarning, match="too old") as caught:
         decisions = [decide(rows, 8, 8, 2, False) for rows in (1, 2, 3)]
     assert len(caught) == 1
@@ -360,7 +360,7 @@ def test_a_choice_on_a_gpu_says_that_nothing_was_measured(pretended):
     pretended.setattr(dispatch, "triton_problem", lambda device: None)
     pretended.setattr(dispatch.tuned, "lookup", lambda call, device: None)
     gpu = torch.device("cuda", 0)
-    reason = dispatch._decide("auto", gpu, BF16, 8192, 4096, 4096, 16, False).reason
+    reason = dispatch.decide("auto", gpu, BF16, 8192, 4096, 4096, 16, False).reason
     assert "modelled, nothing was measured for this shape" in reason
     assert "python -m fused_lora.tune" in reason
 

@@ -69,8 +69,8 @@ def test_keep_rate(p):
     rows, columns = 512, 2048
     keep = dropout.keep_count(p)
     assert keep / dropout.KEEP_ALL == pytest.approx(1 - p, abs=2.0**-17)
-    words = dropout.keep_words(dropout.draw_seed(CPU), rows, columns, keep)
-    mask = dropout.keep_matrix(words, columns, torch.float64)
+    keep_bits = dropout.make_keep_bits(dropout.draw_seed(CPU), rows, columns, keep)
+    mask = dropout.keep_mask(keep_bits, columns, torch.float64)
     q = keep / dropout.KEEP_ALL
     for count, trials in (
         (mask.sum(), mask.numel()),
@@ -85,7 +85,9 @@ def test_keep_rate(p):
 def test_bits_are_independent_of_their_neighbours_and_of_the_next_seed():
     keep = dropout.keep_count(0.5)
     first, second = (
-        dropout.keep_matrix(dropout.keep_words(torch.tensor(s), 512, 1024, keep), 1024, torch.float)
+        dropout.keep_mask(
+            dropout.make_keep_bits(torch.tensor(s), 512, 1024, keep), 1024, torch.float
+        )
         for s in (1, 2)
     )
     a = 2 * first - 1
@@ -107,10 +109,10 @@ def test_numpy_makes_the_same_bits(keep, monkeypatch):
     shapes = [(0, 8), (3, 0), (1, 1), (1, 768), (16, 64), (33, 65), (700, 1000)]
     for value in (0, 1, 2**63 - 2, -1):
         seed = torch.tensor(value)
-        by_numpy = [dropout._keep_words_by_numpy(seed, *shape, keep) for shape in shapes]
+        by_numpy = [dropout._make_keep_bits_by_numpy(seed, *shape, keep) for shape in shapes]
         with monkeypatch.context() as patch:
             patch.setattr(dropout, "_has_numpy", lambda: False)
-            by_torch = [dropout.keep_words(seed, *shape, keep) for shape in shapes]
+            by_torch = [dropout.make_keep_bits(seed, *shape, keep) for shape in shapes]
         for mine, theirs in zip(by_numpy, by_torch, strict=True):
             assert torch.equal(mine, theirs)
 
@@ -119,11 +121,11 @@ def test_numpy_makes_the_same_bits(keep, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int16])
 def test_numpy_expands_to_the_same_matrix(dtype, monkeypatch):
     for shape in [(0, 8), (3, 0), (1, 1), (16, 64), (33, 129)]:
-        words = dropout.keep_words(torch.tensor(5), *shape, 40_000)
-        by_numpy = dropout._keep_matrix_by_numpy(words, shape[1], dtype)
+        keep_bits = dropout.make_keep_bits(torch.tensor(5), *shape, 40_000)
+        by_numpy = dropout._keep_mask_by_numpy(keep_bits, shape[1], dtype)
         with monkeypatch.context() as patch:
             patch.setattr(dropout, "_has_numpy", lambda: False)
-            by_torch = dropout.keep_matrix(words, shape[1], dtype)
+            by_torch = dropout.keep_mask(keep_bits, shape[1], dtype)
         assert by_numpy.dtype == by_torch.dtype == dtype
         assert torch.equal(by_numpy, by_torch)
 
@@ -131,17 +133,19 @@ def test_numpy_expands_to_the_same_matrix(dtype, monkeypatch):
 @needs_numpy
 def test_numpy_makes_small_masks_and_those_of_few_threads(monkeypatch):
     made = []
-    real = dropout._keep_words_by_numpy
-    monkeypatch.setattr(dropout, "_keep_words_by_numpy", lambda *a: made.append(a[1:3]) or real(*a))
+    real = dropout._make_keep_bits_by_numpy
+    monkeypatch.setattr(
+        dropout, "_make_keep_bits_by_numpy", lambda *a: made.append(a[1:3]) or real(*a)
+    )
     seed, keep = dropout.draw_seed(CPU), dropout.keep_count(0.1)
     for threads, rows, expected in ((2, 2000, 1), (4, 64, 1), (4, 2000, 0)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         made.clear()
-        dropout.keep_words(seed, rows, 768, keep)
+        dropout.make_keep_bits(seed, rows, 768, keep)
         assert len(made) == expected
     made.clear()
     with torch.autocast("cpu"):  # anything that may look at operators is given PyTorch's
-        dropout.keep_words(seed, 1, 768, keep)
+        dropout.make_keep_bits(seed, 1, 768, keep)
     assert not made
 
 
@@ -182,9 +186,9 @@ def test_a_probability_below_the_grid_keeps_everything():
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (1, 1), (3, 129)])
 def test_mask_shapes(shape):
     rows, columns = shape
-    words = dropout.keep_words(dropout.draw_seed(CPU), rows, columns, 40_000)
-    assert words.shape == (rows, -(-columns // 128) * 4)
-    assert dropout.keep_matrix(words, columns, torch.bfloat16).shape == shape
+    keep_bits = dropout.make_keep_bits(dropout.draw_seed(CPU), rows, columns, 40_000)
+    assert keep_bits.shape == (rows, -(-columns // 128) * 4)
+    assert dropout.keep_mask(keep_bits, columns, torch.bfloat16).shape == shape
 
 
 @needs_triton

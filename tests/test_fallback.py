@@ -81,7 +81,7 @@ def test_float64_needs_no_warning(recwarn, monkeypatch):
     monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
     dispatch.clear_decisions()
     gpu = torch.device("cuda", 0)
-    decision = dispatch._decide("auto", gpu, torch.float64, 8, 8, 8, 2, False)
+    decision = dispatch.decide("auto", gpu, torch.float64, 8, 8, 8, 2, False)
     assert (decision.impl, "float64" in decision.reason) == ("torch", True)
     assert not recwarn.list
 

@@ -184,9 +184,9 @@ def test_a_mask_that_does_not_change_is_found(monkeypatch):
 def test_a_backward_with_another_mask_is_found(monkeypatch):
     backward = strategies.backward
 
-    def other_mask(dy, x, weight, A, B, S, scaling, words, *args):
+    def other_mask(dy, x, weight, A, B, S, scaling, keep_bits, *args):
         return backward(
-            dy, x, weight, A, B, S, scaling, None if words is None else words.flip(0), *args
+            dy, x, weight, A, B, S, scaling, None if keep_bits is None else keep_bits.flip(0), *args
         )
 
     monkeypatch.setattr(strategies, "backward", other_mask)

@@ -36,10 +36,10 @@ def rand(*shape, dtype=FP32):
     return torch.randn(shape).to(dtype)
 
 
-def keep_bits(rows, columns):
+def random_keep_bits(rows, columns):
     seed = torch.tensor(1234567)
-    words = dropout.keep_words(seed, rows, columns, KEEP)
-    return words, dropout.keep_matrix(words, columns, torch.float64) * INV_KEEP
+    keep_bits = dropout.make_keep_bits(seed, rows, columns, KEEP)
+    return keep_bits, dropout.keep_mask(keep_bits, columns, torch.float64) * INV_KEEP
 
 
 def check(actual, expected, dtype):
@@ -63,10 +63,10 @@ SHRINK = [
 def test_shrink(case):
     M, L, R, dtype, splits, descriptors, masked = case
     p, q, scale = rand(M, L, dtype=dtype), rand(L, R, dtype=dtype), torch.tensor(0.7)
-    words, mask = keep_bits(M, L) if masked else (None, 1.0)
+    keep_bits, mask = random_keep_bits(M, L) if masked else (None, 1.0)
     u = torch.empty(M, R)
     config = ShrinkConfig(4, 2, descriptors, block_m=32, block_l=64, splits=splits)
-    shrink(u, p, q, scale, config, words=words, inv_keep=INV_KEEP if masked else 1.0)
+    shrink(u, p, q, scale, config, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0)
     check(u, 0.7 * (p.double() * mask) @ q.double(), FP32)
 
 
@@ -89,12 +89,14 @@ def test_lora_gemm(case, programs):
     p, u, v = rand(M, L, dtype=dtype), rand(M, R), rand(R, N, dtype=adapter)
     q = rand(N, L, dtype=dtype).t() if transposed else rand(L, N, dtype=dtype)
     bias = rand(N, dtype=dtype) if has_bias else None
-    words, mask = keep_bits(M, N) if masked else (None, 1.0)
+    keep_bits, mask = random_keep_bits(M, N) if masked else (None, 1.0)
     o = torch.empty(M, N, dtype=dtype)
     config = GemmConfig(
         4, 2, descriptors, block_m=32, block_n=64, block_l=32, group_m=2, programs=programs
     )
-    lora_gemm(o, p, q, u, v, config, bias=bias, words=words, inv_keep=INV_KEEP if masked else 1.0)
+    lora_gemm(
+        o, p, q, u, v, config, bias=bias, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0
+    )
     low_rank = u.to(dtype).double() @ v.to(dtype).double() * mask
     expected = p.double() @ q.double() + low_rank + (bias.double() if has_bias else 0)
     check(o, expected, dtype)
@@ -106,7 +108,7 @@ def test_lora_gemm(case, programs):
 def test_lora_add(case, masked, base):
     M, N, R, dtype = case
     o, u, v, bias = rand(M, N, dtype=dtype), rand(M, R), rand(R, N, dtype=dtype), rand(N)
-    words, mask = keep_bits(M, N) if masked else (None, 1.0)
+    keep_bits, mask = random_keep_bits(M, N) if masked else (None, 1.0)
     given = {
         "in place": o,
         "beside": rand(M, 2 * N, dtype=dtype)[:, N:],
@@ -116,7 +118,7 @@ def test_lora_add(case, masked, base):
     before = torch.zeros(M, N).double() if given is None else given.double()
     config = AddConfig(4, 1, block_m=32, block_n=64)
     inv_keep = INV_KEEP if masked else 1.0
-    lora_add(o, u, v, config, base=given, bias=bias, words=words, inv_keep=inv_keep)
+    lora_add(o, u, v, config, base=given, bias=bias, keep_bits=keep_bits, inv_keep=inv_keep)
     low_rank = u.to(dtype).double() @ v.double() * mask
     check(o, before + low_rank + bias.double(), dtype)
 
@@ -135,10 +137,10 @@ RANK_GRAD = [
 def test_rank_grad(case):
     M, L, R, dtype, out_dtype, splits, descriptors, masked, transposed = case
     u, p = rand(M, R), rand(M, L, dtype=dtype)
-    words, mask = keep_bits(M, L) if masked else (None, 1.0)
+    keep_bits, mask = random_keep_bits(M, L) if masked else (None, 1.0)
     o = torch.empty(L, R, dtype=out_dtype).t() if transposed else torch.empty(R, L, dtype=out_dtype)
     config = RankGradConfig(4, 2, descriptors, block_m=32, block_l=64, splits=splits)
-    rank_grad(o, u, p, config, words=words, inv_keep=INV_KEEP if masked else 1.0)
+    rank_grad(o, u, p, config, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0)
     check(o, u.to(dtype).double().t() @ (p.double() * mask), out_dtype)
 
 
@@ -157,12 +159,12 @@ def test_single_pass(case):
     p, z, v = rand(M, L, dtype=dtype), rand(L, R, dtype=dtype), rand(R, N, dtype=adapter)
     q = rand(N, L, dtype=dtype).t() if transposed else rand(L, N, dtype=dtype)
     bias = rand(N, dtype=dtype) if has_bias else None
-    words, mask = keep_bits(M, N) if masked else (None, 1.0)
+    keep_bits, mask = random_keep_bits(M, N) if masked else (None, 1.0)
     o, u = torch.empty(M, N, dtype=dtype), torch.empty(M, R)
     config = SinglePassConfig(4, 2, descriptors, block_m=16, block_n=64, block_l=64)
     single_pass(
         o, u, p, q, z, v, torch.tensor(0.1), config,
-        bias=bias, words=words, inv_keep=INV_KEEP if masked else 1.0,
+        bias=bias, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0,
     )  # fmt: skip
     low = 0.1 * p.double() @ z.double()
     check(u, low, FP32)
@@ -201,9 +203,9 @@ def test_shipped_tiles_of_lora_gemm(case):
     config, R = case
     M, N, L = config.block_m + 5, config.block_n + 8, config.block_l + 8
     p, q, u, v = rand(M, L, dtype=FP16), rand(L, N, dtype=FP16), rand(M, R), rand(R, N, dtype=FP16)
-    words, mask = keep_bits(M, N)
+    keep_bits, mask = random_keep_bits(M, N)
     o = torch.empty(M, N, dtype=FP16)
-    lora_gemm(o, p, q, u, v, config, words=words, inv_keep=INV_KEEP)
+    lora_gemm(o, p, q, u, v, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
     low_rank = u.to(FP16).double() @ v.double() * mask
     check(o, p.double() @ q.double() + low_rank, FP16)
 
@@ -215,9 +217,9 @@ def test_shipped_tiles_of_lora_add(case):
     config, R = case
     M, N = config.block_m + 5, config.block_n + 8
     o, u, v = rand(M, N, dtype=FP16), rand(M, R), rand(R, N, dtype=FP16)
-    words, mask = keep_bits(M, N)
+    keep_bits, mask = random_keep_bits(M, N)
     before = o.double()
-    lora_add(o, u, v, config, base=o, words=words, inv_keep=INV_KEEP)
+    lora_add(o, u, v, config, base=o, keep_bits=keep_bits, inv_keep=INV_KEEP)
     check(o, before + u.to(FP16).double() @ v.double() * mask, FP16)
 
 
@@ -232,9 +234,9 @@ def test_shipped_tiles_of_shrink(case):
     config, R = case
     M, L = config.block_m + 5, config.block_l + 9
     p, q, scale = rand(M, L, dtype=FP16), rand(L, R, dtype=FP16), torch.tensor(0.7)
-    words, mask = keep_bits(M, L)
+    keep_bits, mask = random_keep_bits(M, L)
     u = torch.empty(M, R)
-    shrink(u, p, q, scale, config, words=words, inv_keep=INV_KEEP)
+    shrink(u, p, q, scale, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
     check(u, 0.7 * (p.double() * mask) @ q.double(), FP32)
 
 
@@ -249,9 +251,9 @@ def test_shipped_tiles_of_rank_grad(case):
     config, R = case
     M, L = config.block_m + 5, config.block_l + 9
     u, p = rand(M, R), rand(M, L, dtype=FP16)
-    words, mask = keep_bits(M, L)
+    keep_bits, mask = random_keep_bits(M, L)
     o = torch.empty(R, L)
-    rank_grad(o, u, p, config, words=words, inv_keep=INV_KEEP)
+    rank_grad(o, u, p, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
     check(o, u.to(FP16).double().t() @ (p.double() * mask), FP32)
 
 
@@ -286,9 +288,9 @@ def test_sum_partials(shape):
 def test_dropout_mask_equals_pytorchs(case):
     rows, columns, keep = case
     seed = dropout.draw_seed(torch.get_default_device())
-    words = dropout.empty_words(rows, columns, seed.device)
-    strategies.dropout_mask(words, seed, keep, DIGITS)
-    assert torch.equal(words, dropout.keep_words(seed, rows, columns, keep))
+    keep_bits = dropout.empty_keep_bits(rows, columns, seed.device)
+    strategies.dropout_mask(keep_bits, seed, keep, DIGITS)
+    assert torch.equal(keep_bits, dropout.make_keep_bits(seed, rows, columns, keep))
 
 
 def test_partial_sums_are_rounded_once():
@@ -316,7 +318,7 @@ def test_what_a_descriptor_can_address():
 @pytest.mark.parametrize("how", ["split", "single_pass", "addmm"])
 def test_the_thin_product_is_kept_in_float32(how):
     inputs = make_inputs(17, 40, 24, 5, BF16)
-    y, S = strategies.forward(**inputs, words=None, inv_keep=1.0, strategy=how)
+    y, S = strategies.forward(**inputs, keep_bits=None, inv_keep=1.0, strategy=how)
     assert (y.dtype, S.dtype, S.shape) == (BF16, FP32, (17, 5))
     assert S.stride(0) * 4 % 16 == 0  # rows start on a vector
 

@@ -102,8 +102,8 @@ def draw(case, impl) -> tuple[dict, dict, dict]:
         seed = torch.initial_seed() + 1  # of every device's generator
         torch.manual_seed(seed)
         keep = dropout.keep_count(p)
-        words = dropout.keep_words(dropout.draw_seed(dy.device), M, K, keep)
-        mask = dropout.keep_matrix(words, K, torch.float64) * (dropout.KEEP_ALL / keep)
+        keep_bits = dropout.make_keep_bits(dropout.draw_seed(dy.device), M, K, keep)
+        mask = dropout.keep_mask(keep_bits, K, torch.float64) * (dropout.KEEP_ALL / keep)
         torch.manual_seed(seed)
     x = arrange(inputs["x"], layout)
     shaped_dy = dy if x.dim() == 2 else dy.reshape(*x.shape[:-1], N)

@@ -113,14 +113,14 @@ def check_both_ways(case):
     torch.library.opcheck(torch.ops.fused_lora.lora_linear.default, forward)
 
     with torch.no_grad():
-        y, S, words, scaling = torch.ops.fused_lora.lora_linear(*forward)
+        y, S, keep_bits, scaling = torch.ops.fused_lora.lora_linear(*forward)
         x, weight, A, B, _, _, seed, keep, impl, _ = forward
         dy = torch.randn(M, y.shape[-1]).to(x.dtype)
         needs = [f in case["grads"] for f in ("x", "lora_A", "lora_B")]
-        flat, words = x.reshape(M, x.shape[-1]), None if seed is None else words
+        flat, keep_bits = x.reshape(M, x.shape[-1]), None if seed is None else keep_bits
         backward = (
             dy, flat.detach(), weight, A.detach(), B.detach(), S, scaling,
-            words, dropout.KEEP_ALL / keep, impl, needs,
+            keep_bits, dropout.KEEP_ALL / keep, impl, needs,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.fused_lora.lora_linear_backward.default, backward)
 

@@ -94,7 +94,7 @@ def test_epilogue_operands_are_not_the_products_own():
     bare = traffic.vendor_gemm("mm", H100.target.sms, case.M, case.L, case.N)
     assert fused.gemm_bytes == pytest.approx(bare.gemm_bytes * traffic.TRITON_TRAFFIC)
     assert bare.thin_bytes == 0
-    assert fused.thin_bytes >= sum(fused.reads[name] for name in ("u", "v", "words", "bias"))
+    assert fused.thin_bytes >= sum(fused.reads[name] for name in ("u", "v", "keep_bits", "bias"))
 
 
 def test_a_large_u_falls_out_of_the_cache_between_columns():
@@ -130,13 +130,15 @@ def recorded(case) -> list[tuple[str, dict, dict]]:
     M, K, N, R, dtype, adapter_dtype, strategy, dropped = case
     inputs = make_inputs(M, K, N, R, dtype, adapter_dtype)
     x, weight, A, B, bias = (inputs[n] for n in ("x", "weight", "lora_A", "lora_B", "bias"))
-    dy, words = torch.randn(M, N).to(dtype), None
+    dy, keep_bits = torch.randn(M, N).to(dtype), None
     with record() as launches:
         if dropped:
-            words = dropout.empty_words(M, K, x.device)
-            strategies.dropout_mask(words, torch.tensor(7), 50_000, DIGITS)
-        _, S = strategies.forward(x, weight, A, B, bias, 2.0, words, 1.3, strategy)
-        strategies.backward(dy, x, weight, A, B, S, 2.0, words, 1.3, (True, True, True), strategy)
+            keep_bits = dropout.empty_keep_bits(M, K, x.device)
+            strategies.dropout_mask(keep_bits, torch.tensor(7), 50_000, DIGITS)
+        _, S = strategies.forward(x, weight, A, B, bias, 2.0, keep_bits, 1.3, strategy)
+        strategies.backward(
+            dy, x, weight, A, B, S, 2.0, keep_bits, 1.3, (True, True, True), strategy
+        )
 
     def operands(sizes):
         return {name.removesuffix("_ptr"): size for name, size in sizes.items()}

@@ -31,7 +31,7 @@ PRODUCTS = {
     "single_pass": ("y", "dx"),
     "shrink": ("S", "G"),
     "rank_grad": ("dA", "dB"),
-    "dropout_mask": ("words",),
+    "dropout_mask": ("keep_bits",),
     "sum_partials": ("S", "dB"),
 }
 LOOPING = ("lora_gemm", "single_pass", "shrink", "rank_grad")
@@ -75,8 +75,8 @@ class Case:
         A, B = (_empty(*shape, ADAPTER_DTYPES[self.dtype]) for shape in ((R, K), (N, R)))
         u = _empty(M, -(-R // 4) * 4, torch.float32)[:, :R]  # as in ops.py: rows start on a vector
         scale, config = torch.tensor(1.0), self.config
-        words = dropout.empty_words(M, K, x.device) if self.masked else None
-        mask = {"words": words, "inv_keep": 1.25 if self.masked else 1.0}
+        keep_bits = dropout.empty_keep_bits(M, K, x.device) if self.masked else None
+        mask = {"keep_bits": keep_bits, "inv_keep": 1.25 if self.masked else 1.0}
         bias = _empty(1, N, torch.float32)[0]
         match self.kernel, self.product:
             case "lora_gemm", "y":
@@ -108,8 +108,8 @@ class Case:
                 parts = torch.empty(4, R, N)
                 return lambda: sum_partials(B.t(), parts, 1.0)
             case "dropout_mask", _:
-                words = dropout.empty_words(M, K, x.device)
-                return lambda: dropout_mask(words, torch.tensor(1), 58_982, DIGITS)
+                keep_bits = dropout.empty_keep_bits(M, K, x.device)
+                return lambda: dropout_mask(keep_bits, torch.tensor(1), 58_982, DIGITS)
         raise ValueError(f"expected a kernel and a product of PRODUCTS, got {self}")
 
 

@@ -106,11 +106,11 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
     A, B = draw(R, K) / K**0.5, draw(N, R) / R**0.5
     u, scale = torch.randn(M, R, device=device), torch.tensor(2.0, device=device)
     half = u.bfloat16()
-    words = dropout.empty_words(M, N, device)
+    keep_bits = dropout.empty_keep_bits(M, N, device)
     seed = torch.zeros((), dtype=torch.int64, device=device)
     keep = dropout.keep_count(0.1)
-    masked = {"words": words, "inv_keep": INV_KEEP}
-    make_mask = partial(dropout_mask, words, seed, keep, DIGITS)
+    masked = {"keep_bits": keep_bits, "inv_keep": INV_KEEP}
+    make_mask = partial(dropout_mask, keep_bits, seed, keep, DIGITS)
     yield Race("copy", 4 * M * N, {"copy_": partial(o.copy_, other)})
     yield Race("mask", M * N / 8, {"dropout_mask": make_mask})
 

@@ -48,14 +48,14 @@ class Forced(torch.autograd.Function):
 
         keep = dropout.keep_count(p)
         ctx.inv_keep = dropout.KEEP_ALL / keep
-        words = None
+        keep_bits = None
         if keep != dropout.KEEP_ALL:
-            words = dropout.empty_words(*x.shape, x.device)
-            strategies.dropout_mask(words, dropout.draw_seed(x.device), keep, DIGITS)
+            keep_bits = dropout.empty_keep_bits(*x.shape, x.device)
+            strategies.dropout_mask(keep_bits, dropout.draw_seed(x.device), keep, DIGITS)
         y, S = strategies.forward(
-            x, weight, lora_A, lora_B, bias, scaling, words, ctx.inv_keep, strategy
+            x, weight, lora_A, lora_B, bias, scaling, keep_bits, ctx.inv_keep, strategy
         )
-        ctx.save_for_backward(x, weight, lora_A, lora_B, S, words)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, S, keep_bits)
         ctx.scaling, ctx.strategy = scaling, strategy
         return y
 
@@ -63,9 +63,9 @@ class Forced(torch.autograd.Function):
     def backward(ctx, dy):
         from fused_lora.kernels import strategies
 
-        x, weight, lora_A, lora_B, S, words = ctx.saved_tensors
+        x, weight, lora_A, lora_B, S, keep_bits = ctx.saved_tensors
         dx, dA, dB = strategies.backward(
-            dy, x, weight, lora_A, lora_B, S, ctx.scaling, words, ctx.inv_keep,
+            dy, x, weight, lora_A, lora_B, S, ctx.scaling, keep_bits, ctx.inv_keep,
             (True, True, True), ctx.strategy,
         )  # fmt: skip
         return dx, None, None, dA, dB, None, None, None

@@ -54,24 +54,24 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
     if base is not None:
         base = _flatten(base)
     runner = dispatch.choose(flat, weight, lora_B, impl, seed is not None, base)
-    words = None if seed is None else runner.dropout_mask(seed, *flat.shape, keep)
+    keep_bits = None if seed is None else runner.dropout_mask(seed, *flat.shape, keep)
     y, S = runner.forward(
-        flat, weight, lora_A, lora_B, bias, scaling, words, dropout.KEEP_ALL / keep, base=base
+        flat, weight, lora_A, lora_B, bias, scaling, keep_bits, dropout.KEEP_ALL / keep, base=base
     )
     if x.dim() != 2:
         # A plain view could not be modified in place by the next layer.
         y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
-    return y, S, words, runner
+    return y, S, keep_bits, runner
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        y, S, words, runner = forward(*args)
+        y, S, keep_bits, runner = forward(*args)
         scaling = args[5]
         if isinstance(scaling, Tensor):  # a new one may be written in place before backward
             scaling = scaling.clone()
-        save(ctx, args, S, words, scaling, runner)
+        save(ctx, args, S, keep_bits, scaling, runner)
         return y
 
     @staticmethod
@@ -79,7 +79,7 @@ class _LoRALinear(torch.autograd.Function):
         return backward(ctx, dy)
 
 
-def save(ctx, args: tuple, S: Tensor, words: Tensor | None, scaling, runner) -> None:
+def save(ctx, args: tuple, S: Tensor, keep_bits: Tensor | None, scaling, runner) -> None:
     """Keep for backward what the gradients of ``args``, those of :func:`forward`, ask for."""
     x, weight, lora_A, lora_B, bias, _, _, keep, *_ = args
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
@@ -93,7 +93,7 @@ def save(ctx, args: tuple, S: Tensor, words: Tensor | None, scaling, runner) -> 
         lora_A,
         lora_B,
         S if need_B else None,
-        words if need_x or need_A else None,
+        keep_bits if need_x or need_A else None,
         scaling if is_tensor else None,
     )
 
@@ -105,7 +105,7 @@ def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(dy.device.type, enabled=False):
             return backward(ctx, dy)
     need_x, _, need_A, need_B, need_bias, *_, need_base = ctx.needs_input_grad
-    x, weight, lora_A, lora_B, S, words, scaling = ctx.saved_tensors
+    x, weight, lora_A, lora_B, S, keep_bits, scaling = ctx.saved_tensors
     runner, number, inv_keep, x_shape, dtype, bias_dtype = ctx.call
     twice = torch.is_grad_enabled()
     if type(dy) is not Tensor:
@@ -121,7 +121,7 @@ def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         lora_B,
         S,
         number if scaling is None else scaling,
-        words,
+        keep_bits,
         inv_keep,
         (need_x, need_A, need_B),
     )

@@ -78,12 +78,12 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
     All contiguous. The copy is for backward: a new scale, written in place, may come before that.
     """
     with modes.without_autocast(x):
-        y, S, words, _ = autograd.forward(
+        y, S, keep_bits, _ = autograd.forward(
             x, weight, lora_A, lora_B, bias, _on_host(scaling), seed, keep, impl, base
         )
-    if words is None:
-        words = _no_words(x)
-    return y.contiguous(), S.to(_rank_dtype(x)).contiguous(), words, scaling.clone()
+    if keep_bits is None:
+        keep_bits = _no_keep_bits(x)
+    return y.contiguous(), S.to(_rank_dtype(x)).contiguous(), keep_bits, scaling.clone()
 
 
 @torch.library.register_fake("fused_lora::lora_linear", lib=_library)
@@ -92,24 +92,24 @@ def _(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
     M = math.prod(x.shape[:-1])  # Size.numel() would make a constant of a symbolic number
     y = x.new_empty((*x.shape[:-1], N), dtype=x.dtype if base is None else base.dtype)
     S = x.new_empty((M, R), dtype=_rank_dtype(x))
-    words = _no_words(x) if seed is None else dropout.empty_words(M, K, x.device)
-    return y, S, words, torch.empty_like(scaling)
+    keep_bits = _no_keep_bits(x) if seed is None else dropout.empty_keep_bits(M, K, x.device)
+    return y, S, keep_bits, torch.empty_like(scaling)
 
 
 @torch.library.impl(_library, "lora_linear_backward", "CompositeExplicitAutograd")
-def _backward(dy, x, weight, lora_A, lora_B, S, scaling, words, inv_keep, impl, needs):
+def _backward(dy, x, weight, lora_A, lora_B, S, scaling, keep_bits, inv_keep, impl, needs):
     """Those of ``dx (M,K)``, ``dA`` and ``dB`` that ``needs`` asks for, contiguous."""
-    dropped = words is not None
+    dropped = keep_bits is not None
     with modes.without_autocast(dy):
         runner = dispatch.choose_backward(dy, weight, lora_A, lora_B, impl, dropped)
         gradients = runner.backward(
-            dy, x, weight, lora_A, lora_B, S, _on_host(scaling), words, inv_keep, tuple(needs)
+            dy, x, weight, lora_A, lora_B, S, _on_host(scaling), keep_bits, inv_keep, tuple(needs)
         )
     return [g.contiguous() for g, need in zip(gradients, needs, strict=True) if need]
 
 
 @torch.library.register_fake("fused_lora::lora_linear_backward", lib=_library)
-def _(dy, x, weight, lora_A, lora_B, S, scaling, words, inv_keep, impl, needs):
+def _(dy, x, weight, lora_A, lora_B, S, scaling, keep_bits, inv_keep, impl, needs):
     dx = dy.new_empty((dy.shape[0], lora_A.shape[1]))
     made = dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
     return [gradient for gradient, need in zip(made, needs, strict=True) if need]
@@ -128,10 +128,10 @@ class _Registered:
 
 
 def _setup_context(ctx, inputs, output):
-    _, S, words, scaling = output
+    _, S, keep_bits, scaling = output
     *_, seed, _, impl, _ = inputs
-    ctx.mark_non_differentiable(S, words, scaling)
-    autograd.save(ctx, inputs, S, None if seed is None else words, scaling, _Registered(impl))
+    ctx.mark_non_differentiable(S, keep_bits, scaling)
+    autograd.save(ctx, inputs, S, None if seed is None else keep_bits, scaling, _Registered(impl))
 
 
 def _gradient(ctx, dy, *_):
@@ -153,5 +153,5 @@ def _rank_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _no_words(x: Tensor) -> Tensor:
+def _no_keep_bits(x: Tensor) -> Tensor:
     return x.new_empty((0,), dtype=torch.int32)

@@ -1,14 +1,21 @@
-"""The LoRA branch's dropout: keep bits from a seed, and the seed from PyTorch's generator.
+"""The LoRA branch's dropout. The same words are used everywhere:
 
-A mask is ``int32 (M, words)``: bit ``j`` of word ``w`` keeps column ``32·w + j``. It is a pure
-function of the seed, made alike here and in ``kernels/dropout.py``, so that every implementation
-drops the same entries and a recomputed forward repeats its mask.
+    p           probability that an entry of x is dropped
+    keep_count  int, 1 … 2¹⁶: the keep probability in units of 2⁻¹⁶
+    inv_keep    float: 2¹⁶ / keep_count, the factor of kept entries
+    seed        0-d int64 from PyTorch's generator: which mask
+    keep_bits   int32 (M, words), the packed mask: bit j of word w keeps column 32·w + j
+    mask        (M, K) of zeros and ones in a floating dtype: keep_bits unpacked
+
+``keep_bits`` is a pure function of the seed, computed alike here and in ``kernels/dropout.py``, so
+every implementation drops the same entries and a recomputed forward repeats its mask. 64 columns
+share a random word:
 
     h[m, l]  =  mix(mix(seed) xor (m·2³² + l))                   for the 64 columns 64·l …
     r[i]     =  mix(h + (i+1)·γ),  i = 0 … 15                    SplitMix64 seeded with h
-    bits     =  r[i] | bits  if digit i of the keep probability is 1,  else  r[i] & bits
+    bits     =  r[i] | bits  if digit i of keep_count is 1,  else  r[i] & bits
 
-Each bit is 1 with probability keep/2¹⁶. SplitMix64: Steele, Lea and Flood, "Fast splittable
+Each bit is 1 with probability keep_count/2¹⁶. SplitMix64: Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators", 2014, with the constants of Stafford's variant 13.
 """
 
@@ -31,8 +38,8 @@ except Exception:  # not there, or broken, which it can be in any way
 
 KEEP_ALL = 1 << DIGITS  # the keep probability is a multiple of 2⁻¹⁶
 
-_LANE = 64  # columns of one random word
-_PITCH = 2  # lanes: a row is a whole number of 16-byte vectors
+_COLUMNS = 64  # of one random word
+_PITCH = 2  # 64-bit words: a row is a whole number of 16-byte vectors
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
@@ -55,69 +62,69 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def empty_words(rows: int, columns: int, device: torch.device) -> Tensor:
+def empty_keep_bits(rows: int, columns: int, device: torch.device) -> Tensor:
     """An uninitialised mask ``int32 (rows, words)`` for ``columns`` columns."""
-    return _empty_lanes(rows, columns, device).view(torch.int32)
+    return _empty_words(rows, columns, device).view(torch.int32)
 
 
-def _empty_lanes(rows: int, columns: int, device: torch.device) -> Tensor:
-    return torch.empty((rows, _lanes(columns)), dtype=torch.int64, device=device)
+def _empty_words(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.empty((rows, _row_words(columns)), dtype=torch.int64, device=device)
 
 
-def _lanes(columns: int) -> int:
-    return -(-columns // (_LANE * _PITCH)) * _PITCH
+def _row_words(columns: int) -> int:
+    return -(-columns // (_COLUMNS * _PITCH)) * _PITCH
 
 
-def keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
-    """Keep bits ``int32 (rows, words)``, each set with probability keep/2¹⁶."""
+def make_keep_bits(seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
+    """Keep bits ``int32 (rows, words)``, each set with probability keep_count/2¹⁶."""
     # Compilers see one operator: views of another dtype and 64-bit constants are beyond them.
-    make = _keep_words_op if torch.compiler.is_compiling() else _keep_words
-    return make(seed, rows, columns, keep)
+    make = _make_keep_bits_op if torch.compiler.is_compiling() else _make_keep_bits
+    return make(seed, rows, columns, keep_count)
 
 
-def first_digit(keep: int) -> int:
-    """The lowest binary digit of a keep probability that is 1: AND with zero leaves zero."""
-    return (keep & -keep).bit_length() - 1
+def first_digit(keep_count: int) -> int:
+    """Index of the lowest digit that is 1: below it every fold is an AND with zero bits."""
+    return (keep_count & -keep_count).bit_length() - 1
 
 
-def _keep_words(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
+def _make_keep_bits(seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
     device = seed.device
-    lowest = first_digit(keep)
-    random_words = rows * -(-columns // _LANE) * (DIGITS - lowest)
+    lowest = first_digit(keep_count)
+    random_words = rows * -(-columns // _COLUMNS) * (DIGITS - lowest)
     if _is_for_numpy(seed, random_words):
-        return _keep_words_by_numpy(seed, rows, columns, keep)
-    lanes = _empty_lanes(rows, columns, device)
-    width = lanes.shape[1]
+        return _make_keep_bits_by_numpy(seed, rows, columns, keep_count)
+    words = _empty_words(rows, columns, device)
+    width = words.shape[1]
     steps = torch.arange(lowest + 1, DIGITS + 1, device=device).mul_(_GAMMA)
     at_once = (
         _CPU_WORDS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _DEVICE_WORDS
     )
     block = max(1, at_once // max(1, width * steps.numel()))
-    lane = torch.arange(width, device=device)
+    word = torch.arange(width, device=device)
     key = _mix(seed.clone())
     for first in range(0, rows, block):
         row = torch.arange(first, min(first + block, rows), device=device)
-        h = _mix((row[:, None] * (1 << 32) + lane).bitwise_xor_(key))
+        h = _mix((row[:, None] * (1 << 32) + word).bitwise_xor_(key))
         random = _mix(h + steps[:, None, None])
-        bits = lanes[first : first + block].copy_(random[0])
+        bits = words[first : first + block].copy_(random[0])
         for digit, more in enumerate(random[1:], start=lowest + 1):
-            if keep >> digit & 1:
+            if keep_count >> digit & 1:
                 bits.bitwise_or_(more)
             else:
                 bits.bitwise_and_(more)
-    return lanes.view(torch.int32)
+    return words.view(torch.int32)
 
 
-def keep_matrix(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+def keep_mask(keep_bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The mask as a new ``(M, columns)`` of zeros and ones in ``dtype``."""
-    if _is_for_numpy(words, words.numel() // 2 * DIGITS):  # two words a lane
-        return _keep_matrix_by_numpy(words, columns, dtype)
-    octets = words.view(torch.uint8).int()
+    if _is_for_numpy(keep_bits, keep_bits.numel() // 2 * DIGITS):  # two int32 per random word
+        return _keep_mask_by_numpy(keep_bits, columns, dtype)
+    packed = keep_bits.view(torch.uint8).int()
     # Not kept on a GPU: inductor's CUDA graphs own what is made in their memory pool.
-    args = dtype, words.device
-    table = constant(_byte_table, *args) if words.is_cpu else _byte_table(*args)
+    args = dtype, keep_bits.device
+    table = constant(_byte_table, *args) if keep_bits.is_cpu else _byte_table(*args)
     # A row of eight values a byte: 0.3 ns an element; shifting and comparing takes twice that.
-    return F.embedding(octets, table).flatten(1)[:, :columns]
+    return F.embedding(packed, table).flatten(1)[:, :columns]
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -156,11 +163,11 @@ def _has_numpy() -> bool:
     return numpy is not None
 
 
-def _keep_words_by_numpy(seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
+def _make_keep_bits_by_numpy(seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
     # Results are given their places and constants are made once: half the time of a row.
-    width = _lanes(columns)
-    lanes = numpy.empty((rows, width), numpy.uint64)
-    lowest = first_digit(keep)
+    width = _row_words(columns)
+    words = numpy.empty((rows, width), numpy.uint64)
+    lowest = first_digit(keep_count)
     steps = _numpy_steps(lowest)
     key = _mix_int(seed.item())
     block = max(1, _NUMPY_WORDS // max(1, width * len(steps)))
@@ -171,23 +178,23 @@ def _keep_words_by_numpy(seed: Tensor, rows: int, columns: int, keep: int) -> Te
         h = _mix_numpy(numpy.bitwise_xor(counters, numpy.uint64(key)))
         bits, *rest = _mix_numpy(numpy.add(h, steps))
         for digit, more in enumerate(rest, start=lowest + 1):
-            fold = numpy.bitwise_or if keep >> digit & 1 else numpy.bitwise_and
+            fold = numpy.bitwise_or if keep_count >> digit & 1 else numpy.bitwise_and
             fold(bits, more, bits)
-        lanes[first : first + block] = bits
-    return torch.from_numpy(lanes.view(numpy.int32))
+        words[first : first + block] = bits
+    return torch.from_numpy(words.view(numpy.int32))
 
 
-def _keep_matrix_by_numpy(words: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    octets = words.numpy().view(numpy.uint8)
-    bits = numpy.unpackbits(octets, axis=1, count=columns, bitorder="little")
+def _keep_mask_by_numpy(keep_bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    packed = keep_bits.numpy().view(numpy.uint8)
+    bits = numpy.unpackbits(packed, axis=1, count=columns, bitorder="little")
     return torch.from_numpy(bits).to(dtype)
 
 
 @lru_cache(maxsize=16)
 def _numpy_counters(rows: int, width: int):
     """``m·2³² + l``, uint64 ``(rows, width)``."""
-    row, lane = (numpy.arange(n, dtype=numpy.uint64) for n in (rows, width))
-    return (row[:, None] << numpy.uint64(32)) + lane
+    row, word = (numpy.arange(n, dtype=numpy.uint64) for n in (rows, width))
+    return (row[:, None] << numpy.uint64(32)) + word
 
 
 @lru_cache(maxsize=DIGITS)
@@ -225,17 +232,17 @@ def _mix_int(z: int) -> int:
     return z
 
 
-_keep_words_op = torch.library.custom_op(
+_make_keep_bits_op = torch.library.custom_op(
     "fused_lora::keep_words",
-    _keep_words,
+    _make_keep_bits,
     mutates_args=(),
     schema="(Tensor seed, SymInt rows, SymInt columns, int keep) -> Tensor",
 )
 
 
-@_keep_words_op.register_fake
-def _(seed, rows, columns, keep):
-    return empty_words(rows, columns, seed.device)
+@_make_keep_bits_op.register_fake
+def _(seed, rows, columns, keep_count):
+    return empty_keep_bits(rows, columns, seed.device)
 
 
 def _byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:

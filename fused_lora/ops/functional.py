@@ -149,6 +149,6 @@ def _products(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base) 
     mask = None
     if seed is not None:
         K = x.shape[-1]
-        words = dropout.keep_words(seed, x.numel() // max(1, K), K, keep)
-        mask = dropout.keep_matrix(words, K, x.dtype) * (dropout.KEEP_ALL / keep)
+        keep_bits = dropout.make_keep_bits(seed, x.numel() // max(1, K), K, keep)
+        mask = dropout.keep_mask(keep_bits, K, x.dtype) * (dropout.KEEP_ALL / keep)
     return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling, mask, base)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import keep_matrix
+from .dropout import keep_mask
 
 
 def lora_linear(
@@ -43,7 +43,7 @@ def backward(
     lora_B: Tensor,
     S: Tensor | None,
     scaling: float | Tensor,
-    words: Tensor | None,
+    keep_bits: Tensor | None,
     inv_keep: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -56,8 +56,8 @@ def backward(
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     dx = dA = dB = None
     dropped, mask = x, None
-    if words is not None:
-        mask = keep_matrix(words, lora_A.shape[1], dtype) * inv_keep
+    if keep_bits is not None:
+        mask = keep_mask(keep_bits, lora_A.shape[1], dtype) * inv_keep
         dropped = None if x is None else x * mask
     G = scaling * (dy @ B)
     if needs[0]:

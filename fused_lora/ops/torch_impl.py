@@ -20,7 +20,7 @@ from .constants import constant
 from .cpu_gemm import is_widened, thin_products, wide_product
 from .modes import is_observed
 
-dropout_mask = dropout.keep_words
+dropout_mask = dropout.make_keep_bits
 
 _zeros: dict[torch.dtype, Tensor] = {}  # a CPU's, by dtype
 
@@ -36,7 +36,7 @@ def forward(
     lora_B: Tensor,
     bias: Tensor | None,
     scaling: float | Tensor,
-    words: Tensor | None,
+    keep_bits: Tensor | None,
     inv_keep: float,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -51,9 +51,9 @@ def forward(
     dtype, turned = thin_products(x, lora_A)
     A = lora_A if lora_A.dtype == dtype else lora_A.to(dtype)
     B = lora_B if lora_B.dtype == dtype else lora_B.to(dtype)
-    if words is not None:
+    if keep_bits is not None:
         # ``D(x)`` but for its factor, over the mask: another large temporary would cost more.
-        operand = dropout.keep_matrix(words, x.shape[1], dtype).mul_(x)
+        operand = dropout.keep_mask(keep_bits, x.shape[1], dtype).mul_(x)
     else:
         operand = x if dtype is given else x.to(dtype)
     S = _scaled_mm(operand, A.t(), scaling, inv_keep, turned)
@@ -65,7 +65,7 @@ def forward(
         if bias is not None and bias.dtype != given:
             bias = bias.to(given)
         if dtype is not given and is_widened(x, weight, 1):
-            if words is not None:
+            if keep_bits is not None:
                 del operand
                 operand = x.to(dtype)
             return wide_product(operand, weight.t(), S, Bt, given, bias=bias), S
@@ -88,7 +88,7 @@ def backward(
     lora_B: Tensor,
     S: Tensor | None,
     scaling: float | Tensor,
-    words: Tensor | None,
+    keep_bits: Tensor | None,
     inv_keep: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -104,8 +104,8 @@ def backward(
     if needs[2]:
         dB = _rank_gradient(wide_dy, S if S.dtype == dtype else S.to(dtype), lora_B.dtype, turned)
     if needs[0] or needs[1]:
-        if words is not None:
-            mask = dropout.keep_matrix(words, lora_A.shape[1], dtype)
+        if keep_bits is not None:
+            mask = dropout.keep_mask(keep_bits, lora_A.shape[1], dtype)
         # Carries 1/(1-p) for both of its uses, so the mask itself stays zeros and ones.
         B = lora_B if lora_B.dtype == dtype else lora_B.to(dtype)
         G = _scaled_mm(wide_dy, B, scaling, inv_keep, turned)

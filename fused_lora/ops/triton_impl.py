@@ -65,9 +65,9 @@ class TritonRunner:
         """Keep bits ``int32 (rows, words)``; see :mod:`.dropout`."""
 
         def kernel():
-            words = dropout.empty_words(rows, columns, seed.device)
-            self.ops.dropout_mask(words, seed, keep, DIGITS)
-            return words
+            keep_bits = dropout.empty_keep_bits(rows, columns, seed.device)
+            self.ops.dropout_mask(keep_bits, seed, keep, DIGITS)
+            return keep_bits
 
         return self._run(kernel, lambda: torch_impl.dropout_mask(seed, rows, columns, keep))
 

@@ -66,8 +66,8 @@ def patch_peft(model: nn.Module | None = None) -> PatchReport:
         setattr(layer, _FLAG, _generation)
         _patched.add(layer)
     _forget_compiled()
+    # An instance-level forward may bypass the class's (X-LoRA's does): report it as unpatched.
     found = {
-        # Its caller is not ours to know: X-LoRA's does not come back to the class.
         name: "a forward replaced on the instance"
         if "forward" in vars(layer)
         else parts_of(layer, _replaced)

@@ -132,7 +132,7 @@ def dropout_mask(M: int, L: int) -> Kernel:
     """The keep bits of ``(M, L)``, made once a forward."""
     written = M * _pitch(L) * 4
     integers = written / 8 * (_MASK_LOOP * DIGITS + _MASK_REST)
-    return Kernel("dropout_mask", {"seed": 8}, {"lanes": written}, integers=integers)
+    return Kernel("dropout_mask", {"seed": 8}, {"keep_bits": written}, integers=integers)
 
 
 def shrink(device: Device, c: Product) -> list[Kernel]:
@@ -142,7 +142,7 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
     _, splits = split_evenly(c.L, config.splits, config.block_l)
     reads = {"p": c.M * c.L * c.itemsize, "q": c.L * c.R * c.itemsize}
     if c.masked == "operand":
-        reads["words"] = _mask_bytes(c.M, c.L, config.block_l)
+        reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
     flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
     kernels = _cast(c.L * c.R, c)
     out = c.M * c.R * 4
@@ -218,7 +218,7 @@ def rank_grad(device: Device, c: Product) -> list[Kernel]:
     _, splits = split_evenly(c.M, config.splits, config.block_m)
     reads = {"p": p, "u": u}
     if masked:
-        reads["words"] = _mask_bytes(c.M, c.L, config.block_l)
+        reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
     flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
     if splits == 1:
         return [Kernel("rank_grad", reads, {"o": out}, flops)]
@@ -300,7 +300,7 @@ def _low_rank(c: Product, block_n: int) -> dict[str, int]:
     """What an epilogue reads."""
     reads = {"u": c.M * c.R * 4, "v": c.R * c.N * c.adapter_itemsize}
     if c.masked == "output":
-        reads["words"] = _mask_bytes(c.M, c.N, block_n)
+        reads["keep_bits"] = _mask_bytes(c.M, c.N, block_n)
     if c.bias:
         reads["bias"] = c.N * c.itemsize
     return reads
@@ -316,11 +316,11 @@ def _cast(elements: int, c: Product) -> list[Kernel]:
 def _expanded_mask(M: int, columns: int, itemsize: int) -> list[Kernel]:
     """Keep bits as zeros and ones: a table of all bytes, and a row of it for each."""
     table = [_torch(name, {}, {"table": 2048 * itemsize}) for name in _TABLE_OPERATORS]
-    octets = 4 * M * _pitch(columns)
+    packed = 4 * M * _pitch(columns)
     return [
         *table,
-        _torch("int", {"words": octets}, {"octets": 4 * octets}),
-        _torch("embedding", {"octets": 4 * octets}, {"mask": M * columns * itemsize}),
+        _torch("int", {"keep_bits": packed}, {"bytes": 4 * packed}),
+        _torch("embedding", {"bytes": 4 * packed}, {"mask": M * columns * itemsize}),
     ]
 
 
