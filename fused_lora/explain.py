@@ -24,18 +24,19 @@ def explain(
 ) -> Decision:
     """Which implementation and strategy a call would use, and why. Runs nothing.
 
-    Of an eager call on plain tensors, in ``x``'s own dtype: autocast and compilers are not asked.
+    Assumes an eager call on plain tensors in ``x``'s own dtype; autocast and compilers are ignored.
 
     Args:
         target: an adapted layer, or ``x (..., in)`` with ``weight`` and
             ``lora_A`` as for :func:`fused_lora.fused_lora_linear`.
-        tokens: number of rows to assume for a module.
-        dropout_p: of the call; a module's own unless given.
-        impl: as in the call; a module's own unless given.
+        tokens: number of rows to assume for a layer.
+        dropout_p: the call's dropout probability. Default: the layer's (0 in eval mode), or 0 for
+            tensors.
+        impl: the call's ``impl``. Default: the layer's, or "auto" for tensors.
 
     Raises:
-        TypeError: neither a layer nor three tensors.
-        ValueError: an explicit ``impl`` that cannot run here.
+        TypeError: neither a layer nor three tensors, or an argument of the wrong type.
+        ValueError: an explicit ``impl`` that cannot run here, or an argument that does not fit.
     """
     if isinstance(target, nn.Module) and hasattr(target, "lora_A"):
         layer = target
@@ -43,12 +44,13 @@ def explain(
             raise ValueError(f"expected tokens >= 0, got {tokens}")
         if layer.merged or not layer.enabled:
             state = "merged" if layer.merged else "disabled"
-            return Decision("torch", None, None, f"the adapter is {state}: the plain layer")
+            return Decision("torch", None, None, f"the adapter is {state}: the base layer alone")
         if layer.no_kernel is not None:
             return Decision("torch", None, None, f"{layer.no_kernel}, in plain PyTorch")
         weight, lora_A = layer.to_matrix(layer.weight), layer.lora_A
         if is_shard(weight):
-            weight = weight.to_local()  # what this rank computes with
+            weight = weight.to_local()  # each rank runs the kernels on its own part
+        # On the meta device: only the shape and dtype of x are read.
         x = torch.empty((tokens, weight.shape[1]), dtype=weight.dtype, device="meta")
         impl = layer.impl if impl is None else impl
         if dropout_p is None:
@@ -57,9 +59,11 @@ def explain(
             return _explain_dora(layer, weight, tokens, dropout_p, impl)
     elif all(isinstance(t, Tensor) for t in (target, weight, lora_A)):
         x = target
-        if weight.dim() == lora_A.dim() == 2:
-            lora_B = lora_A.new_empty((weight.shape[0], lora_A.shape[0]))
-            check_tensors(x, weight.detach(), lora_A, lora_B, None, 1.0)
+        if not weight.dim() == lora_A.dim() == 2:
+            shapes = f"{tuple(weight.shape)} and {tuple(lora_A.shape)}"
+            raise ValueError(f"expected weight (out, in) and lora_A (rank, in), got {shapes}")
+        lora_B = lora_A.new_empty((weight.shape[0], lora_A.shape[0]))
+        check_tensors(x, weight.detach(), lora_A, lora_B, None, 1.0)
     else:
         raise TypeError(
             "expected an adapted layer, or the tensors x, weight and lora_A, got "
@@ -75,15 +79,16 @@ def explain(
 
 def _explain(impl: str, weight: Tensor, dtype, rows: int, rank: int, dropout_p: float) -> Decision:
     if impl == "reference":
-        return Decision("reference", None, None, "asked for: eager autograd")
+        return Decision("reference", None, None, "requested: eager autograd")
     dropped = dropout.keep_count(dropout_p) < dropout.KEEP_ALL
     return decide(impl, weight.device, dtype, rows, *weight.shape, rank, dropped)
 
 
 def _explain_dora(layer, weight: Tensor, tokens: int, dropout_p: float, impl: str) -> Decision:
-    """The product that DoRA is built around, and what DoRA adds to it."""
+    """The decision for the fused product inside DoRA; the reason names DoRA's extra work."""
+    # The mask is applied to x before that product, which therefore runs without dropout.
     inner = _explain(impl, weight, weight.dtype, tokens, layer.rank, 0.0)
-    added = "DoRA adds, in PyTorch, the norms (one read of the weight) and a product with y"
+    added = "DoRA adds, in PyTorch, the row norms (one read of the weight) and a scaling of y"
     if dropout_p:
-        added += ", and with dropout a second product with the weight"
+        added += ", and, with dropout, a second product with the weight"
     return replace(inner, reason=f"{inner.reason}; {added}")

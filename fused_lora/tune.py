@@ -3,8 +3,8 @@
     python -m fused_lora.tune 8192x4096x4096x16 llama3-8b --dropout 0 0.1
 
 A shape is ``MxKxNxR`` (tokens, inputs, outputs, rank); a model's name stands for its projections.
-:func:`tune_model` takes the shapes from a live model. Strategies are tuned, PyTorch's operators
-among them, not tiles: these are ``kernels/select_config.py``'s, alike for every candidate.
+:func:`tune_model` reads the shapes from a model in memory. Only strategies are tuned, including
+PyTorch's operators; ``kernels/select_config.py`` chooses the tiles of every candidate.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .distributed.sharding import is_shard
+from .kernels.config import is_aligned
+from .kernels.operands import BackwardOperands, ForwardOperands
 from .layers.base import LoRALayer
 from .ops import dispatch, dropout, torch_impl
 from .ops.triton_impl import is_sticky, run_backward, run_forward
@@ -30,7 +32,7 @@ from .strategy import tuning_cache
 from .strategy.timing import Times, call_times
 from .strategy.tuning_cache import Call, Entry
 
-# Published configurations; (K, N) of q and o, of k and v, of gate and up, of down.
+# Published configurations: (K, N) of q and o, of k and v, of gate and up, and of down.
 MODELS = {
     "llama3.2-1b": ((2048, 2048), (2048, 512), (2048, 8192), (8192, 2048)),
     "llama3-8b": ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
@@ -38,16 +40,16 @@ MODELS = {
     "qwen2.5-32b": ((5120, 5120), (5120, 1024), (5120, 27648), (27648, 5120)),
     "llama3-70b": ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)),
 }
-_SHAPES = f"MxKxNxR, as 8192x4096x4096x16, or one of {', '.join(MODELS)}"
+_SHAPES = f"MxKxNxR, for example 8192x4096x4096x16, or one of {', '.join(MODELS)}"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CHECKED_ROWS = 256  # of the output, in float64: all of them would take longer than the timing
+CHECKED_ROWS = 256  # rows compared with float64: all of them would take longer than the timing
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Times]]
 
 
 class Layer(NamedTuple):
-    """What is tuned: one layer's sizes, dtype and dropout, both directions of it."""
+    """A layer to tune in both directions: its sizes, dtype and dropout probability ``p``."""
 
     M: int
     K: int
@@ -65,22 +67,22 @@ def tune(
     report: Callable[[str], object] = lambda line: None,
     graphs: bool = False,
 ) -> dict[Call, Entry]:
-    """Time every strategy of every layer, and keep the winners in :func:`.tuning_cache.cache_path`.
+    """Time every strategy of every layer, and store the best in :func:`.tuning_cache.cache_path`.
 
-    A candidate is checked first: its output errs at most twice as much as eager PyTorch's in that
-    dtype, plus one unit round-off. It then takes the place of what would have run without tuning
-    only if it was faster in three of four rounds. The time of an eager call is the device's or the
-    host's, whichever is longer; both are kept. A layer's entries are stored as soon as it is done.
+    Each candidate is checked first: its relative RMS error may be at most twice eager PyTorch's in
+    the same dtype, plus one unit round-off. It replaces the strategy that would run without tuning
+    only if it was faster in three of four rounds. The time of an eager call is the longer one of
+    device and host; both are stored. A layer's entries are stored as soon as it is tuned.
 
     Args:
         device: a GPU that the kernels run on; it need not be the current one.
-        timer: both times by name of the callables that it is given, round by round;
-            :func:`.timing.call_times` by default.
-        report: takes a line of text per direction.
-        graphs: choose for calls that CUDA graphs replay, by the device's time alone.
+        timer: maps callables by name to their :class:`.timing.Times`, one value per round; by
+            default :func:`.timing.call_times`.
+        report: called with one line of text per direction.
+        graphs: choose for replays of CUDA graphs, by device time only.
 
     Returns:
-        The entries that were kept, by call.
+        The stored entries, by call.
 
     Raises:
         ValueError: the kernels cannot run on ``device``.
@@ -107,13 +109,13 @@ def tune(
 
 
 def tune_model(model: nn.Module, tokens: int = 8192, **options) -> dict[Call, Entry]:
-    """Tune for the linear LoRA layers of ``model``, its own or PEFT's, at ``tokens`` rows.
+    """Tune for the linear LoRA layers of ``model``, this package's or PEFT's, at ``tokens`` rows.
 
-    Each layer's dtype, rank and dropout are those of its active adapter; options and result are
-    :func:`tune`'s.
+    The rank and dropout of a layer are those of its active adapter, or of each of its adapters in
+    PEFT. Options and result are those of :func:`tune`.
 
     Raises:
-        ValueError: no such layer, several devices, or the kernels cannot run there.
+        ValueError: no such layer, layers on several devices, or the kernels cannot run there.
     """
     found = [(weight.device, Layer(tokens, *rest)) for weight, *rest in _adapted(model)]
     devices = {device for device, _ in found}
@@ -150,23 +152,23 @@ def _checked_device(device: torch.device) -> torch.device:
 
 
 def _directions(layer: Layer, device: torch.device):
-    """``(call, candidates, problem)`` each way; ``problem`` says why a candidate's output is wrong.
+    """``(call, candidates, problem)`` per direction; ``problem(output)`` is its error, or None.
 
-    All three gradients are timed; ``dx`` is checked.
+    Backward computes all three gradients; only ``dx`` is checked.
     """
     from .kernels import strategies
 
     M, K, N, R, dtype, p = layer
-    scale = torch.tensor(2.0, device=device)  # a tensor in layers on a GPU, too
+    scale = torch.tensor(2.0, device=device)  # as in layers on a GPU
     make = partial(torch.randn, device=device)
     x, dy = make(M, K).to(dtype), make(M, N).to(dtype)
     weight, bias = (make(N, K) / K**0.5).to(dtype), make(N).to(dtype)
     A, B = (make(R, K) / K**0.5).to(dtype), (make(N, R) / R**0.5).to(dtype)
-    keep = dropout.keep_count(p)
-    keep_bits, inv_keep = None, dropout.KEEP_ALL / keep
-    if keep < dropout.KEEP_ALL:
+    keep_count = dropout.keep_count(p)
+    keep_bits, inv_keep = None, dropout.KEEP_ALL / keep_count
+    if keep_count < dropout.KEEP_ALL:
         seed = torch.zeros((), dtype=torch.int64, device=device)
-        keep_bits = dropout.make_keep_bits(seed, M, K, keep)
+        keep_bits = dropout.make_keep_bits(seed, M, K, keep_count)
     rows = torch.arange(0, M, max(1, M // CHECKED_ROWS), device=device)
     mask = (
         None
@@ -182,20 +184,19 @@ def _directions(layer: Layer, device: torch.device):
         low = _masked(scale * (dy[rows].to(wide) @ B.to(wide)) @ A.to(wide), mask)
         return dy[rows].to(wide) @ weight.to(wide) + low
 
-    saved = x, weight, A, B
+    forth = ForwardOperands(x, weight, A, B, bias, scale, keep_bits, inv_keep)
+    _, S = torch_impl.forward(forth)
+    back = BackwardOperands(dy, x, weight, A, B, S, scale, keep_bits, inv_keep)
+    # Each implementation's backward reads S in the dtype in which its own forward saves it.
+    backs = {False: back, True: back._replace(S=S.to(torch.float32))}
 
     def forward(strategy):
-        return run_forward(strategies, strategy, *saved, bias, scale, keep_bits, inv_keep, None)[0]
+        return run_forward(strategies, strategy, forth)[0]
 
     def backward(strategy):
-        S, needs = thin["torch" if strategy == "torch" else "kernels"], (True, True, True)
-        return run_backward(strategies, strategy, dy, *saved, S, scale, keep_bits, inv_keep, needs)[
-            0
-        ]
+        return run_backward(strategies, strategy, backs[strategy != "torch"])[0]
 
-    _, S = torch_impl.forward(*saved, bias, scale, keep_bits, inv_keep)
-    thin = {"torch": S, "kernels": S.to(torch.float32)}  # as each one's forward saves it
-    aligned = K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
+    aligned = is_aligned(K * dtype.itemsize, N * dtype.itemsize)
     for name, run, exact in (("forward", forward, y), ("backward", backward, dx)):
         call = Call(name, dtype, M, K, N, R, keep_bits is not None, aligned)
         candidates = {strategy: partial(run, strategy) for strategy in call.strategies}
@@ -220,21 +221,21 @@ def _yardstick(exact: Callable, rows: Tensor, dtype: torch.dtype) -> Callable[[T
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the error over that of what is expected."""
+    """The relative RMS error: that of the difference over that of ``expected``."""
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def _winner(
     call, candidates, problem, modelled: str, timer: Timer, graphs: bool
 ) -> tuple[Entry | None, str]:
-    """The entry for ``call``, or None; and a line that says how it came about."""
+    """The entry for ``call``, or None if every candidate failed; and a line for the report."""
     failed = {}
     for name, run in candidates.items():
         try:
             reason = problem(run())
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # does not compile or launch here
+        except Exception as error:  # it does not compile or launch here
             if is_sticky(error):
                 raise
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -256,14 +257,14 @@ def _winner(
         {name: 1e6 * statistics.median(t.host) for name, t in both.items()},
         graphs,
     )
-    kept = "as modelled" if strategy == modelled else f"in place of the model's {modelled}"
+    kept = "as modelled" if strategy == modelled else f"in place of the modelled {modelled}"
     return entry, f"{entry}, {kept}{said}"
 
 
 def _faster(times: list[float], base: list[float]) -> bool:
     """Whether ``times`` beat ``base`` in three of four rounds.
 
-    Of thirty, chance alone does that once in 380 times (binomial distribution).
+    With thirty rounds, chance alone does so once in 380 times (binomial distribution).
     """
     wins = sum(time < other for time, other in zip(times, base, strict=True))
     return 4 * wins >= 3 * len(base)
@@ -273,8 +274,8 @@ def parse(text: str, tokens: int, rank: int) -> list[tuple[int, int, int, int]]:
     """``(M, K, N, R)`` of each shape that ``text`` names.
 
     Raises:
-        ValueError: neither four positive integers joined by x nor a model of :data:`MODELS`;
-            ``tokens`` or ``rank`` under 1.
+        ValueError: neither four positive integers joined by x nor a model of :data:`MODELS`; or
+            ``tokens`` or ``rank`` is under 1.
     """
     if text in MODELS:
         if tokens < 1 or rank < 1:
@@ -287,17 +288,17 @@ def parse(text: str, tokens: int, rank: int) -> list[tuple[int, int, int, int]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 1 if nothing could be kept, 2 if there is no GPU to tune for."""
+    """The command. Exit status: 1 if nothing was stored, 2 if there is no GPU to tune for."""
     parser = argparse.ArgumentParser(
         prog="python -m fused_lora.tune", description=__doc__.partition(" and keep")[0]
     )
     parser.add_argument("shapes", nargs="+", metavar="SHAPE", help=_SHAPES)
-    parser.add_argument("--tokens", type=int, default=8192, help="M of a model's shapes")
-    parser.add_argument("--rank", type=int, default=16, help="R of a model's shapes")
+    parser.add_argument("--tokens", type=int, default=8192, help="M of the shapes of a named model")
+    parser.add_argument("--rank", type=int, default=16, help="R of the shapes of a named model")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument(
-        "--graphs", action="store_true", help="choose for replays of CUDA graphs, without the host"
+        "--graphs", action="store_true", help="choose for CUDA graphs, by device time only"
     )
     options = parser.parse_args(arguments)
     try:

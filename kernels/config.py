@@ -1,6 +1,6 @@
-"""Launch configurations: what they are, and when one is valid.
+"""Launch configurations, and the check that one fits a GPU.
 
-A launcher takes an explicit one; ``select_config.py`` chooses which one a shape gets.
+Launchers take an explicit configuration; ``select_config.py`` chooses one for a shape.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 MIN_BLOCK_R = 16  # the smallest inner size of a matrix instruction for half precision
 MAX_BLOCK_R = 32  # larger ranks are chunked: at 64, U's fp32 tile spills on sm_80 and sm_90
-MAX_THIN_BLOCK_R = 256  # of shrink and rank_grad: larger ranks are several programs
+MAX_THIN_BLOCK_R = 256  # in shrink and rank_grad: larger ranks are split over several programs
 SINGLE_PASS_MAX_ROWS = 64
 SINGLE_PASS_MAX_RANK = 64
-BARRIER_BYTES = 256  # of NVIDIA's pipelined copies, beside the tiles
-DIGITS = 16  # binary digits of a keep probability, a random word each
-MIN_ROWS_PER_RANK = 16  # below, rank_grad's partial sums outweigh the operand
+BARRIER_BYTES = 256  # barriers of NVIDIA's pipelined copies, in addition to the tiles
+DIGITS = 16  # binary digits of a keep probability, with one random word per digit
+# With fewer rows, one partial sum of rank_grad (fp32, written and read) would exceed a quarter of a
+# half-precision operand's bytes.
+MIN_ROWS_PER_RANK = 16
+VECTOR_BYTES = 16  # of vector loads, asynchronous copies and tensor descriptors
 
 
 def cdiv(a: int, b: int) -> int:
@@ -22,39 +25,58 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def is_aligned(*offsets: int) -> bool:
+    """Whether all of these numbers of bytes (strides, addresses) are multiples of a vector."""
+    return all(offset % VECTOR_BYTES == 0 for offset in offsets)
+
+
+def single_pass_applies(M: int, rank: int, masked: str | None) -> bool:
+    """Whether ``single_pass`` can compute a direction.
+
+    Args:
+        masked: what dropout applies to: "operand" of the reduction, "output", or None.
+    """
+    return M <= SINGLE_PASS_MAX_ROWS and rank <= SINGLE_PASS_MAX_RANK and masked != "operand"
+
+
+def rank_grad_applies(M: int, rank: int, *, masked: bool) -> bool:
+    """Whether ``rank_grad`` computes a gradient of the adapter; else the vendor's GEMM does."""
+    return masked or MIN_ROWS_PER_RANK * rank <= M
+
+
 def split_evenly(extent: int, splits: int, block: int) -> tuple[int, int]:
-    """Length of each part and number of parts of a reduction, parts being whole blocks."""
+    """``(length, number)`` of a reduction's parts, each a whole number of blocks."""
     part = cdiv(cdiv(extent, splits), block) * block
     return part, cdiv(extent, part)
 
 
 def padded_rank(rank: int, most: int = MAX_BLOCK_R) -> int:
-    """The tile size for ``rank``: a power of two from MIN_BLOCK_R to ``most``."""
+    """The block size for ``rank``: a power of two from MIN_BLOCK_R to ``most``."""
     return min(max(MIN_BLOCK_R, 1 << (rank - 1).bit_length()), most)
 
 
 @dataclass(frozen=True)
 class Config:
-    """What every kernel's configuration has."""
+    """The fields that every kernel's configuration has."""
 
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    splits = 1  # of the contraction
+    splits = 1  # parts of the reduction, each computed by its own programs
 
     def tile(self, rank: int) -> tuple[int, int]:
-        """Rows and columns of the result that a program owns."""
+        """Rows and columns of the result that one program computes."""
         raise NotImplementedError
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton is given beside the kernel's arguments."""
+        """Triton's launch options."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
 class GemmConfig(Config):
-    """``lora_gemm``; ``programs`` 0 is one program a tile, else that many persistent ones."""
+    """``lora_gemm``: one program per tile if ``programs`` is 0, else that many persistent ones."""
 
     block_m: int = 64
     block_n: int = 64
@@ -63,23 +85,24 @@ class GemmConfig(Config):
     programs: int = 0
 
     def rank_blocks(self, rank: int) -> tuple[int, int]:
-        """Block and number of chunks that cover ``rank``."""
+        """``(block size, number of blocks)`` that cover ``rank``."""
         block = padded_rank(rank)
         return block, cdiv(rank, block)
 
     def tile(self, rank: int) -> tuple[int, int]:
-        """As of :class:`Config`."""
+        """See :class:`Config`."""
         return self.block_m, self.block_n
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block's tiles."""
+        """Upper bound on the bytes of shared memory that a thread block's tiles take."""
         block_r, chunks = self.rank_blocks(rank)
-        # A warp-group product, behind descriptors, still reads the step before.
+        # With descriptors the product is asynchronous: it still reads the previous step's buffer.
         buffers = self.num_stages if self.descriptors else max(1, self.num_stages - 1)
         loop = buffers * (self.block_m + self.block_n) * self.block_l * itemsize
         output = self.block_m * self.block_n * itemsize if self.descriptors else 0
         if chunks > 1:
-            # A loop of its own in the other's memory: U and V in fp32, V once more in its dtype.
+            # The loop over the rank reuses the main loop's memory. It stages U and V in fp32, and
+            # V once more in the dtype of the product.
             staged = (self.block_m + self.block_n) * 4 + self.block_n * itemsize
             return max(loop, staged * block_r) + output
         return loop + (self.block_m + self.block_n) * block_r * itemsize + output
@@ -96,14 +119,14 @@ class AddConfig(Config):
     tile = GemmConfig.tile
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block's tiles."""
+        """Upper bound on the bytes of shared memory that a thread block's tiles take."""
         staged = 2 * (self.block_m + self.block_n) * padded_rank(rank) * 4
         return max(staged, self.block_m * self.block_n * 4)
 
 
 @dataclass(frozen=True)
 class ShrinkConfig(Config):
-    """``shrink``; ``splits`` of the contraction."""
+    """``shrink``; ``splits`` divides the contraction."""
 
     block_m: int = 32
     block_l: int = 64
@@ -111,15 +134,15 @@ class ShrinkConfig(Config):
     max_block_r: int = MAX_THIN_BLOCK_R
 
     def block_r(self, rank: int) -> int:
-        """Columns of U a program owns."""
+        """Columns of U that one program computes."""
         return padded_rank(rank, self.max_block_r)
 
     def tile(self, rank: int) -> tuple[int, int]:
-        """As of :class:`Config`."""
+        """See :class:`Config`."""
         return self.block_m, self.block_r(rank)
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block's tiles."""
+        """Upper bound on the bytes of shared memory that a thread block's tiles take."""
         block_r = self.block_r(rank)
         loop = self.num_stages * (self.block_m + block_r) * self.block_l * itemsize
         keep_bits = self.num_stages * self.block_m * cdiv(self.block_l, 32) * 4
@@ -128,7 +151,7 @@ class ShrinkConfig(Config):
 
 @dataclass(frozen=True)
 class RankGradConfig(Config):
-    """``rank_grad``; ``splits`` of the rows."""
+    """``rank_grad``; ``splits`` divides the rows."""
 
     block_m: int = 32
     block_l: int = 64
@@ -136,15 +159,15 @@ class RankGradConfig(Config):
     max_block_r: int = MAX_THIN_BLOCK_R
 
     def block_r(self, rank: int) -> int:
-        """Rows of the output a program owns."""
+        """Rows of the output that one program computes."""
         return padded_rank(rank, self.max_block_r)
 
     def tile(self, rank: int) -> tuple[int, int]:
-        """As of :class:`Config`."""
+        """See :class:`Config`."""
         return self.block_r(rank), self.block_l
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block; U and the output are staged in fp32."""
+        """Upper bound, as in :class:`GemmConfig`; U and the output are staged in fp32."""
         block_r = self.block_r(rank)
         loop = self.num_stages * self.block_m * (self.block_l * itemsize + block_r * 4)
         loop += self.block_m * (self.block_l * 4 + block_r * itemsize)
@@ -166,7 +189,7 @@ class SinglePassConfig(Config):
     tile = GemmConfig.tile
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
-        """Upper bound of the shared memory of a block's tiles."""
+        """Upper bound on the bytes of shared memory that a thread block's tiles take."""
         block_r = self.block_r(rank)
         rows = self.block_m + self.block_n + block_r
         low_rank = (self.block_m + self.block_n) * block_r * itemsize
@@ -175,20 +198,20 @@ class SinglePassConfig(Config):
 
 @dataclass(frozen=True)
 class Target:
-    """What a choice needs to know of a GPU."""
+    """The properties of a GPU that the choice of a configuration depends on."""
 
     arch: str  # "sm_90", "gfx942", or "interpreter"
     sms: int
-    shared_bytes: int  # the most a block may have
+    shared_bytes: int  # the most that one thread block may use
 
     @property
     def descriptors(self) -> bool:
-        """Whether tensor descriptors are copied by hardware."""
+        """Whether hardware copies the tiles of tensor descriptors; True for the interpreter."""
         return self.arch in ("sm_90", "sm_100", "sm_120", "interpreter")
 
 
 def is_valid(config: Config, target: Target, itemsize: int, rank: int) -> bool:
-    """The one rule every table, tuner and test asks: does ``config`` fit ``target``?"""
+    """Whether ``config`` fits ``target``: the one predicate of tables, tile search and tests."""
     if config.descriptors and not target.descriptors:
         return False
     if isinstance(config, SinglePassConfig) and rank > SINGLE_PASS_MAX_RANK:

@@ -1,7 +1,9 @@
-"""The layer's two directions as sequences of kernels.
+"""Forward and backward of the layer as sequences of kernels.
 
 A strategy is "split" (``shrink`` then ``lora_gemm``), "single_pass", or "addmm" (the vendor's
-GEMM, ``shrink`` and ``lora_add``). All three save and read one state: ``x``, ``S``, keep bits.
+GEMM, ``shrink`` and ``lora_add``). All three save the same state: ``x``, ``S`` and the keep bits,
+so backward need not use the forward's strategy. ``p``, ``q``, ``u``, ``v`` and ``o`` are the
+operands of the kernels, in their notation.
 """
 
 from __future__ import annotations
@@ -12,42 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.constants import constant, scalar
 from . import select_config
-from .config import MIN_ROWS_PER_RANK, Config, cdiv
+from .config import VECTOR_BYTES, Config, cdiv, is_aligned, rank_grad_applies
 from .dropout import dropout_mask
 from .interpreter import INTERPRETED
 from .lora_add import lora_add
 from .lora_gemm import lora_gemm
+from .operands import BackwardOperands, ForwardOperands
 from .rank_grad import rank_grad
 from .shrink import shrink
 from .single_pass import single_pass
 
 __all__ = ["INTERPRETED", "backward", "dropout_mask", "forward"]
 
-_VECTOR_BYTES = 16
 
+def forward(operands: ForwardOperands, strategy: str) -> tuple[Tensor, Tensor]:
+    """``y (M,N)`` in x's dtype (with a base, in the base's) and ``S (M,R)`` in fp32.
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float | Tensor,
-    keep_bits: Tensor | None,
-    inv_keep: float,
-    strategy: str,
-    base: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``y (M,N)`` in x's dtype and ``S (M,R)`` fp32, from ``x (M,K)``; no dimension is 0.
-
-    With ``base (M,N)`` in place of a weight, ``y`` is ``base`` and the low-rank product, in base's
-    dtype.
+    No dimension may be 0, and the scale must be a tensor.
     """
+    x, weight, lora_A, lora_B, bias, scale, keep_bits, inv_keep, base = operands
     x = _inner_contiguous(x)
     target = select_config.target_of(x.device)
-    scale = _scale_tensor(scaling, x.device)
     if base is not None:
         S = _shrink(x, lora_A.t(), scale, target, keep_bits, inv_keep)
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
@@ -67,25 +55,15 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    S: Tensor | None,
-    scaling: float | Tensor,
-    keep_bits: Tensor | None,
-    inv_keep: float,
-    needs: tuple[bool, bool, bool],
-    strategy: str,
+    operands: BackwardOperands, strategy: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``(dx, dA, dB)`` from ``dy (M,N)``; None where ``needs`` is false.
+    """``(dx, dA, dB)``, each in the dtype of its tensor.
 
-    Without a weight, ``dx`` is the adapter's part alone.
+    ``S`` must be fp32, and the scale a tensor.
     """
+    dy, x, weight, lora_A, lora_B, S, scale, keep_bits, inv_keep, needs = operands
     dy = _inner_contiguous(dy)
     target = select_config.target_of(dy.device)
-    scale = _scale_tensor(scaling, dy.device)
     G = dx = dA = dB = None
     if needs[0] and weight is None:
         G = _shrink(dy, lora_B, scale, target)
@@ -144,7 +122,7 @@ def _gemm(p, q, u, v, target, bias=None, keep_bits=None, inv_keep=1.0) -> Tensor
 
 
 def _add(o, u, v, target, keep_bits=None, inv_keep=1.0, base=None, like=None) -> None:
-    """``like`` has the dtype of the product, o's by default."""
+    """Write ``o = base + D(u v)``; ``like`` has the dtype of the product, by default o's."""
     like = o if like is None else like
     config = _config(select_config.add_config, target, like.element_size(), *o.shape, u.shape[1])
     lora_add(
@@ -175,7 +153,7 @@ def _single_pass(p, q, z, v, scale, target, bias=None, keep_bits=None, inv_keep=
 
 def _rank_grad(o, u, p, target, keep_bits=None, inv_keep=1.0) -> None:
     (M, L), R = p.shape, u.shape[1]
-    if keep_bits is None and M < MIN_ROWS_PER_RANK * R:
+    if not rank_grad_applies(M, R, masked=keep_bits is not None):  # the vendor's GEMM is better
         o.copy_(torch.mm(u.to(p.dtype).t(), p))
         return
     config = _config(
@@ -194,21 +172,21 @@ def _rank_grad(o, u, p, target, keep_bits=None, inv_keep=1.0) -> None:
 
 @lru_cache(maxsize=4096)
 def _config(choose, *args, **kwargs) -> Config:
-    """``choose(*args, **kwargs)``, the same object each time: launches are kept by it."""
+    """``choose(*args, **kwargs)``, cached: ``launch`` identifies a config by its ``id``."""
     return choose(*args, **kwargs)
 
 
 def _rank_matrix(M: int, R: int, device: torch.device) -> Tensor:
-    """An uninitialised fp32 ``(M, R)`` whose rows start on a vector."""
-    pitch = cdiv(R * 4, _VECTOR_BYTES) * _VECTOR_BYTES // 4
+    """An uninitialised fp32 ``(M, R)`` matrix whose rows start on 16-byte boundaries."""
+    pitch = cdiv(R * 4, VECTOR_BYTES) * VECTOR_BYTES // 4
     return torch.empty((M, pitch), dtype=torch.float32, device=device)[:, :R]
 
 
 def _inner_contiguous(t: Tensor) -> Tensor:
-    """``t`` with inner stride 1; rows may lie anywhere, even on top of each other."""
+    """``t`` with inner stride 1; its rows may have any stride, and may overlap."""
     if t.stride(1) == 1:
         return t
-    if t.shape[1] == 1:  # its stride means nothing, and ``contiguous`` leaves it
+    if t.shape[1] == 1:  # any stride is valid, and ``contiguous`` keeps it
         return t.as_strided(t.shape, (t.stride(0), 1))
     return t.contiguous()
 
@@ -224,16 +202,11 @@ def _describable(t: Tensor) -> bool:
     return (
         t.stride(1) == 1
         and t.stride(0) >= t.shape[1]
-        and t.stride(0) * t.element_size() % _VECTOR_BYTES == 0
-        and t.data_ptr() % _VECTOR_BYTES == 0
+        and is_aligned(t.stride(0) * t.element_size(), t.data_ptr())
     )
 
 
-def _scale_tensor(scaling: float | Tensor, device: torch.device) -> Tensor:
-    return scaling if isinstance(scaling, Tensor) else constant(scalar, float(scaling), device)
-
-
 def _precision(t: Tensor) -> str:
-    """TF32 only where the user allowed it to torch."""
+    """TF32 only if the user allowed it in PyTorch's settings."""
     allowed = t.dtype == torch.float32 and t.is_cuda and not torch.version.hip
     return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,22 +1,22 @@
-"""Tensor parallelism: where the operands of a layer must lie, and the product on local parts.
+"""Tensor parallelism: the placements of a layer's operands, and the layer on their local parts.
 
-Along a dimension of the mesh, the weight's placement (for a given base, the base's) decides that of
-``y``, and ``y``'s decides the others'. Every rank then computes the layer on plain tensors:
+Along each dimension of the mesh, the placement of the weight (or of a given base) determines that
+of ``y``, which determines all others. Every rank then computes the layer on plain tensors:
 
-    weight      y           x           A           B           bias        to be reduced
+    weight      y           x           A           B           bias        reduced
     Shard(0)    Shard(-1)   Replicate   Replicate   Shard(0)    Shard(0)    dx, dA
     Shard(1)    Partial     Shard(-1)   Shard(1)    Replicate   1/n each    y, dB
     Replicate   as x        rows, or    Replicate   Replicate   Replicate   dA, dB if x is
                             Replicate                                       sharded by rows
 
-``y_local = x_local W_localᵀ + S_local Bᵀ`` is linear in its shards, so a base and its adapter have
-one reduction between them. ``dB = dYᵀ S`` and ``dA = Gᵀ D(x)`` with a part of ``S`` or ``G`` are
-parts of a sum. Operands that lie elsewhere are redistributed, and so are their gradients.
+``y_local = x_local W_localᵀ + S_local Bᵀ`` is linear in its shards, so the base and the adapter
+share one reduction. ``dB = dYᵀ S`` and ``dA = Gᵀ D(x)`` are partial sums if ``S`` or ``G`` is one.
+Operands with other placements are redistributed, and their gradients back again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 
 class _Along(NamedTuple):
-    """Placements along one dimension of the mesh: operands, and their local parts' gradients."""
+    """Placements along one mesh dimension: of operands, and of their local parts' gradients."""
 
     x: Placement
     lora_A: Placement
@@ -39,7 +39,7 @@ class _Along(NamedTuple):
 
 
 def _along(y: Placement, columns: Shard) -> _Along:
-    """What a placement of ``y`` asks for; ``columns`` is that of its last dimension."""
+    """The placements that go with ``y``'s; ``columns`` is the shard of its last dimension."""
     whole, partial, first = Replicate(), Partial(), Shard(0)
     if y == columns:
         return _Along(whole, whole, first, first, partial, partial, first, first)
@@ -51,30 +51,26 @@ def _along(y: Placement, columns: Shard) -> _Along:
     return _Along(y, whole, whole, whole, y, partial, partial, partial)
 
 
-def on_shards(
-    product: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float | Tensor,
-    seed: Tensor | None,
-    keep: int,
-    impl: str,
-    base: Tensor | None,
-) -> Tensor:
-    """``product`` of the same arguments, DTensors, on every rank's local parts; ``y`` a DTensor.
+def local_operands(operands):
+    """This rank's part of a call on DTensors.
 
-    With dropout, ranks that have the same part of ``x`` drop the same entries of it, whatever the
-    state of their generators; different parts have independent masks.
+    With dropout, ranks with the same part of ``x`` drop the same entries, whatever the state of
+    their generators. Different parts have independent masks.
+
+    Args:
+        operands: :class:`fused_lora.ops.operands.Operands` of DTensors.
+
+    Returns:
+        The operands as plain local tensors, and a function that converts the local ``y`` to the
+        DTensor ``y``.
 
     Raises:
-        ValueError: a plain tensor among them, another mesh, or a placement that is none of these.
+        ValueError: one of them is a plain tensor, on another mesh, or has a placement that is not
+            in the table above.
     """
+    x, weight, lora_A, lora_B, bias, scaling, seed, _, _, base = operands
     frozen = {"weight": weight} if base is None else {"base": base}
-    operands = {"x": x, **frozen, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
-    mesh = _common_mesh(operands)
+    mesh = _common_mesh({"x": x, **frozen, "lora_A": lora_A, "lora_B": lora_B, "bias": bias})
     columns = Shard(x.dim() - 1)
     if base is None:
         pairs = zip(weight.placements, x.placements, strict=True)
@@ -86,23 +82,22 @@ def on_shards(
         bias = _parameter(bias, along.bias, along.dbias)
         if (summands := _summands(outputs, mesh)) > 1:
             bias = bias / summands
-    y = product(
-        _input(x, along.x, along.dx),
-        None if weight is None else weight.to_local(),
-        _parameter(lora_A, along.lora_A, along.dA),
-        _parameter(lora_B, along.lora_B, along.dB),
-        bias,
-        scaling.to_local() if isinstance(scaling, DTensor) else scaling,
-        None if seed is None else _local_seed(seed, along.x, mesh),
-        keep,
-        impl,
-        None if base is None else base.to_local(),
+    local = operands._replace(
+        x=_input(x, along.x, along.dx),
+        weight=None if weight is None else weight.to_local(),
+        lora_A=_parameter(lora_A, along.lora_A, along.dA),
+        lora_B=_parameter(lora_B, along.lora_B, along.dB),
+        bias=bias,
+        scaling=scaling.to_local() if isinstance(scaling, DTensor) else scaling,
+        seed=None if seed is None else _local_seed(seed, along.x, mesh),
+        base=None if base is None else base.to_local(),
     )
-    return _Joined.apply(y, mesh, tuple(outputs), (*x.shape[:-1], lora_B.shape[0]))
+    shape = (*x.shape[:-1], lora_B.shape[0])
+    return local, lambda y: _Joined.apply(y, mesh, tuple(outputs), shape)
 
 
 class _Joined(torch.autograd.Function):
-    """``y`` of every rank as a DTensor."""
+    """The DTensor that consists of every rank's ``y``."""
 
     @staticmethod
     def forward(ctx, y, mesh, placements, shape):
@@ -114,8 +109,8 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        # What from_local does, but for a second backward: each rank's part of a row-wise layer has
-        # a gradient in dY, and dY's is their sum.
+        # As from_local, except in a second backward: each rank's part of a row-wise layer has a
+        # gradient in dY, and the gradient of dY is their sum.
         whole = [Replicate() if p.is_partial() else p for p in ctx.placements]
         local = dy.redistribute(placements=whole).to_local(grad_placements=ctx.placements)
         return local, None, None, None
@@ -139,7 +134,7 @@ def _common_mesh(operands: dict[str, Tensor | None]) -> DeviceMesh:
 
 
 def _output(weight: Placement, x: Placement, columns: Shard) -> Placement:
-    """Where ``y`` lies, from where the weight and ``x`` do."""
+    """The placement of ``y`` that follows from those of the weight and ``x``."""
     if weight == Shard(0):
         return columns
     if weight == Shard(1):
@@ -156,41 +151,41 @@ def _checked_base(base: Placement) -> Placement:
 
 
 def _input(x: Tensor, placements: Sequence[Placement], gradient: Sequence[Placement]) -> Tensor:
-    """The local part of ``x``, whose gradient stays partial: whoever distributed x reduces it."""
+    """The local part of ``x``; its gradient stays partial until ``x``'s own backward reduces it."""
     if x.placements != tuple(placements):
         x = x.redistribute(placements=placements)
     return _Split.apply(x, tuple(gradient))
 
 
 class _Split(torch.autograd.Function):
-    """``to_local`` that can be differentiated twice, whatever distributed ``x``."""
+    """A ``to_local`` that is twice differentiable, however ``x`` was distributed."""
 
     @staticmethod
     def forward(ctx, x, gradient):
         ctx.mesh, ctx.placements, ctx.gradient = x.device_mesh, x.placements, gradient
         ctx.shape, ctx.stride = x.shape, x.stride()
         local = x.to_local()
-        return local.view_as(local)  # x keeps its own, which has no gradient
+        return local.view_as(local)  # not x's own local tensor, which has no gradient
 
     @staticmethod
     def backward(ctx, dx):
         dx = DTensor.from_local(
             dx, ctx.mesh, ctx.gradient, run_check=False, shape=ctx.shape, stride=ctx.stride
         )
-        if torch.is_grad_enabled():  # the reduction in from_local's backward would end the graph
+        if torch.is_grad_enabled():  # the reduction in from_local's backward is not differentiable
             dx = dx.redistribute(placements=ctx.placements)
         return dx, None
 
 
 def _parameter(p: Tensor, placements: Sequence[Placement], gradient: Sequence[Placement]) -> Tensor:
-    """The local part of a parameter, whose gradient comes to lie as it does."""
-    # Redistributed even where it lies right: in backward that reduces the gradient, once. Not by
-    # to_local: PyTorch 2.11 guesses the strides of an uneven gradient, and autograd then copies it.
+    """The local part of a parameter; its gradient gets the parameter's own placements."""
+    # Redistributed even if its placements match: in backward this reduces the gradient, once. Not
+    # by to_local, which guesses an uneven gradient's strides in PyTorch 2.11: autograd copies it.
     return _Split.apply(p.redistribute(placements=placements), tuple(gradient))
 
 
 def _summands(outputs: Sequence[Placement], mesh: DeviceMesh) -> int:
-    """How many local ``y`` are summed: a bias is added by each in equal parts."""
+    """How many local ``y`` are summed: each of them adds an equal part of the bias."""
     count = 1
     for dim, placement in enumerate(outputs):
         if placement.is_partial():
@@ -199,7 +194,7 @@ def _summands(outputs: Sequence[Placement], mesh: DeviceMesh) -> int:
 
 
 def _local_seed(seed: Tensor, x: Sequence[Placement], mesh: DeviceMesh) -> Tensor:
-    """The first rank's seed where ``x`` is replicated, another for each shard of it."""
+    """The first rank's seed for all replicas of ``x``, and a different one for each shard."""
     whole = [Replicate()] * mesh.ndim
     if Replicate() in x:
         sources = [Shard(0) if p.is_replicate() else Replicate() for p in x]

@@ -1,4 +1,4 @@
-"""An adapter's hyper-parameters, and an adapter that is kept aside."""
+"""An adapter's hyper-parameters, their checks, and the container of an inactive adapter."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class AdapterConfig:
     Attributes:
         rank: ``R >= 1``, the inner size of the adapter.
         alpha: ``s = alpha / rank``, or ``alpha / sqrt(rank)`` with ``use_rslora``.
-        dropout: probability in [0, 1) of dropping an entry of ``x`` on the adapter's way.
+        dropout: probability in [0, 1) that an entry of the adapter's input is dropped.
         use_rslora: rank-stabilised scaling (Kalajdzievski, 2023).
-        use_dora: a trained magnitude a column of output (Liu et al., 2024); see
+        use_dora: one trained magnitude per output feature (Liu et al., 2024); see
             :mod:`.dora`.
         init: "default", "gaussian", "orthogonal" or "pissa"; see :mod:`.initialization`.
 
@@ -41,18 +41,21 @@ class AdapterConfig:
         check_hyperparameters(self.rank, self.alpha, self.dropout, self.init)
         check_flag("use_rslora", self.use_rslora)
         check_flag("use_dora", self.use_dora)
-        object.__setattr__(self, "rank", int(self.rank))  # NumPy's numbers are not JSON's
+        object.__setattr__(self, "rank", int(self.rank))  # JSON cannot hold NumPy scalars
         object.__setattr__(self, "dropout", float(self.dropout))
 
     @property
     def scaling(self) -> float:
-        """``s``."""
+        """``s``, the factor of the adapter's output."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 @dataclass
 class Adapter:
-    """An adapter aside: its hyper-parameters, its scale, and its tensors by parameter name."""
+    """An adapter outside the layer's Parameters: its tensors are keyed by parameter name.
+
+    ``scaling`` can differ from ``config.scaling``: a layer's may be assigned.
+    """
 
     config: AdapterConfig
     scaling: float
@@ -60,7 +63,7 @@ class Adapter:
 
 
 def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str) -> None:
-    """Check what an adapter is made with.
+    """Check the hyper-parameters of a new adapter.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -74,14 +77,16 @@ def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str) ->
     check_dropout(dropout)
     if init not in INITS:
         raise ValueError(f"expected init to be one of {', '.join(INITS)}, got {init!r}")
+    # One factor uses the even rows of an orthogonal (rank, rank) matrix, the other the odd ones.
     if init == "orthogonal" and rank % 2:
         raise ValueError(f"expected an even rank for init='orthogonal', got {rank}")
+    # PiSSA's factors contain √(Σ/s).
     if init == "pissa" and alpha <= 0:
         raise ValueError(f"expected alpha > 0 for init='pissa', got {alpha}")
 
 
 def check_rank(rank: int) -> None:
-    """Check the inner size of an adapter: an int of at least 1."""
+    """Check a rank: an int of at least 1."""
     if not isinstance(rank, Integral) or isinstance(rank, bool):
         raise TypeError(f"expected rank to be an int, got {rank!r} ({type(rank).__name__})")
     if rank < 1:
@@ -89,13 +94,13 @@ def check_rank(rank: int) -> None:
 
 
 def check_flag(name: str, value: bool) -> None:
-    """Check a flag: True or False, and no word that would count as True."""
+    """Check a flag: a bool, since a string such as "no" would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"expected {name} to be True or False, got {value!r}")
 
 
 def check_scaling(value: float) -> None:
-    """Check the factor of an adapter's output: a finite number."""
+    """Check a scale: a finite number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"expected scaling to be a number, got {value!r} ({type(value).__name__})")
     if not math.isfinite(value):
@@ -103,7 +108,7 @@ def check_scaling(value: float) -> None:
 
 
 def check_features(in_features: int, out_features: int) -> None:
-    """Check the sizes of a layer."""
+    """Check a linear layer's sizes: ints of at least 0, as ``nn.Linear`` allows."""
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if not isinstance(size, Integral) or isinstance(size, bool):
             raise TypeError(f"expected {name} to be an int, got {size!r} ({type(size).__name__})")

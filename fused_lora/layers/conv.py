@@ -13,11 +13,12 @@ from .config import AdapterConfig
 class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A frozen ``nn.Conv2d`` with an adapter: ``y = W∗x + bias + s·B∗(A∗D(x))``.
 
-    Plain PyTorch, as in PEFT: ``A`` convolves to ``rank`` channels with the layer's kernel, stride,
-    padding and dilation, ``B`` is 1×1. ``D`` drops single entries of ``x`` in training mode.
+    Computed in plain PyTorch, as in PEFT: ``A`` is a convolution to ``rank`` channels with the
+    layer's kernel size, stride, padding and dilation; ``B`` is a 1×1 convolution. In training mode
+    ``D`` drops single entries of ``x``, not whole channels.
 
-    Made by :meth:`from_conv2d`. Attributes as :class:`fused_lora.FusedLoRALinear`, with ``lora_A
-    (rank, in_channels, kH, kW)`` and ``lora_B (out_channels, rank, 1, 1)``.
+    Created by :meth:`from_conv2d`. Attributes as in :class:`fused_lora.FusedLoRALinear`, with
+    ``lora_A (rank, in_channels, kH, kW)`` and ``lora_B (out_channels, rank, 1, 1)``.
     """
 
     no_kernel = "a convolution's adapter is two convolutions"
@@ -30,7 +31,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     def from_conv2d(
         cls, conv: nn.Conv2d, *, adapter_dtype: torch.dtype | None = None, **hyperparameters
     ) -> LoRAConv2d:
-        """Adapt ``conv``; hyper-parameters as ``FusedLoRALinear.from_linear``.
+        """Adapt ``conv``; hyper-parameters as in ``FusedLoRALinear.from_linear``.
 
         Raises:
             TypeError: not exactly an ``nn.Conv2d``.
@@ -45,7 +46,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         super().check_plain(base)
         if base.groups != 1:
             raise ValueError(
-                f"expected groups=1, got {base.groups}: its adapter could not be merged"
+                f"expected groups=1, got {base.groups}: a grouped weight cannot absorb an adapter"
             )
         if base.padding_mode != "zeros":
             raise ValueError(f"expected padding_mode='zeros', got {base.padding_mode!r}")
@@ -65,7 +66,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         }
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` or ``(C, H, W)`` as ``nn.Conv2d``.
+        """``(N, C, H, W)`` or ``(C, H, W)``, as for ``nn.Conv2d``.
 
         Raises:
             RuntimeError: disabled while merged with ``keep_base=False``.
@@ -74,5 +75,6 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
             return self._conv_forward(input, self.plain_weight(), self.bias)
         y = self._conv_forward(input, self.weight, self.bias)
         dropped = F.dropout(input, self.dropout, self.training)
+        # A convolution does not mix dtypes: the factors are cast to the input's.
         S = self._conv_forward(dropped, self.lora_A.to(input.dtype), None) * self._scale()
         return y + F.conv2d(S, self.lora_B.to(S.dtype))

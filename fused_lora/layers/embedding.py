@@ -13,11 +13,12 @@ from .config import AdapterConfig
 class LoRAEmbedding(LoRALayer, nn.Embedding):
     """A frozen ``nn.Embedding`` with an adapter: ``y = W[i] + s·(A[:, i])ᵀ Bᵀ``.
 
-    Plain PyTorch: a look-up of ``rank`` numbers and a thin product. There is no dropout on it, and
-    ``lora_A`` starts at zero and ``lora_B`` normal, as in PEFT. The sum is taken in the wider dtype
-    of weight and adapter and returned in the weight's.
+    Computed in plain PyTorch: a look-up of ``rank`` numbers per index and a thin product. As in
+    PEFT there is no dropout; ``lora_A`` starts at zero and ``lora_B`` with normal random values.
+    The sum is computed in the wider of the weight's and the adapter's dtypes and returned in the
+    weight's.
 
-    Made by :meth:`from_embedding`. Attributes as :class:`fused_lora.FusedLoRALinear`, with
+    Created by :meth:`from_embedding`. Attributes as in :class:`fused_lora.FusedLoRALinear`, with
     ``lora_A (rank, num_embeddings)`` and ``lora_B (embedding_dim, rank)``.
     """
 
@@ -35,11 +36,12 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         adapter_dtype: torch.dtype | None = None,
         **hyperparameters,
     ) -> LoRAEmbedding:
-        """Adapt ``embedding``; hyper-parameters as ``FusedLoRALinear.from_linear``.
+        """Adapt ``embedding``; hyper-parameters as in ``FusedLoRALinear.from_linear``.
 
         Raises:
             TypeError: not exactly an ``nn.Embedding``.
-            ValueError: an argument out of range, or ``max_norm``, which rewrites the weight.
+            ValueError: an argument out of range, or ``max_norm``, with which forward rewrites the
+                weight.
         """
         config = AdapterConfig(**hyperparameters)
         return cls.from_plain(embedding, config, adapter_dtype=adapter_dtype)
@@ -60,11 +62,12 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return matrix.t()
 
     def _fill(self, init: str, lora_A: Tensor, lora_B: Tensor) -> None:
+        # PEFT's start for every ``init``: A = 0, where the linear layers have B = 0.
         nn.init.zeros_(lora_A)
         nn.init.normal_(lora_B)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Indices of any shape to ``(..., embedding_dim)``.
+        """Integer indices ``(...)`` to ``(..., embedding_dim)``.
 
         Raises:
             RuntimeError: disabled while merged with ``keep_base=False``.

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ..distributed import sharding
 from ..ops.modes import without_autocast
+from .adapter import AdapterLayer
 
-_ROUNDING = 4e-3  # of bfloat16
+_ROUNDING = 4e-3  # bfloat16's unit round-off
 _merged_layers: WeakSet[MergeableLayer] = WeakSet()
 
 
 def memory(tensor: Tensor) -> tuple[int, int, int]:
-    """Which storage ``tensor`` lies in, and from where to where: Parameters may share one."""
+    """``(storage, first byte, end)`` of a tensor; Parameters may be views of one storage."""
     local = tensor.to_local() if sharding.is_shard(tensor) else tensor.detach()
     extent = sum((n - 1) * stride for n, stride in zip(local.shape, local.stride(), strict=True))
     start = local.storage_offset() * local.element_size()
@@ -24,25 +25,25 @@ def memory(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
-    """Whether two places of :func:`memory` have bytes in common."""
+    """Whether two results of :func:`memory` have bytes in common."""
     return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights differ by no more than two machines' rounding of one SVD."""
+    """Whether two weights differ by no more than the rounding of an SVD on two machines."""
     difference = torch.linalg.vector_norm(a.to(b.device, torch.float32) - b.float())
     return bool(difference <= _ROUNDING * torch.linalg.vector_norm(b, dtype=torch.float32))
 
 
-class MergeableLayer(nn.Module):
-    """The merging half of :class:`fused_lora.layers.base.LoRALayer`, which has the attributes.
+class MergeableLayer(AdapterLayer):
+    """The merging part of :class:`.base.LoRALayer`, which documents the attributes.
 
-    ``_base_weight`` keeps the base while merged; ``_original_weight`` is what a PiSSA layer was
-    made from.
+    ``_base_weight`` is the base weight while merged; ``_original_weight`` is the weight that a
+    PiSSA layer was split from.
     """
 
     def plain_weight(self) -> Tensor:
-        """The weight of a forward without the adapter's branch: merged, or disabled.
+        """The weight for a forward without the adapter's branch: merged, or disabled.
 
         Raises:
             RuntimeError: disabled, and there is no base weight.
@@ -50,20 +51,22 @@ class MergeableLayer(nn.Module):
         if not self.enabled:
             self.check_base()
         weight = self.weight if self.enabled else self.base_weight
-        return sharding.like(weight, self.weight)  # a base kept as a shard, in a gathered layer
+        # A base kept as a shard is gathered while FSDP has gathered the layer.
+        return sharding.like(weight, self.weight)
 
     @property
     def base_weight(self) -> Tensor | None:
-        """The weight without the adapter; None where it is gone, see :meth:`check_base`."""
+        """The weight without the adapter; None if it is lost, see :meth:`check_base`."""
         if self.init == "pissa":
             return self._original_weight
         return self._base_weight if self.merged else self.weight
 
     def check_base(self) -> None:
-        """Check that the weight without the adapter is there.
+        """Check that the weight without the adapter still exists.
 
         Raises:
-            RuntimeError: it is not, after a final merge or in a PiSSA layer with another's state.
+            RuntimeError: it does not, after a merge with ``keep_base=False`` or in a PiSSA layer
+                that loaded the state of another weight.
         """
         if self.base_weight is None:
             why = (
@@ -75,11 +78,11 @@ class MergeableLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True) -> None:
-        """Make the adapter part of the weight, in place, computed in float32 (float64 for float64).
+        """Add the adapter to the weight, in place, computed in float32 (float64 for float64).
 
         The base weight is kept aside, on the same device, for ``unmerge``; ``keep_base=False``
-        frees it and makes the merge final. Whatever else uses the weight (a tied module, another
-        adapter) sees it merged too; :func:`fused_lora.merge_lora` refuses that.
+        frees it and makes the merge final. Other users of the weight (a tied module, another
+        adapter) then see the merged weight; :func:`fused_lora.merge_lora` refuses to do that.
 
         Raises:
             RuntimeError: already merged, or another layer has merged into the same weight.
@@ -148,11 +151,11 @@ class MergeableLayer(nn.Module):
         self.disown_weight()
 
     def disown_weight(self) -> None:
-        """Let other layers merge into the weight again."""
+        """Allow other layers to merge into the weight."""
         _merged_layers.discard(self)
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)  # of a copy, or one unpickled
+        super().__setstate__(state)  # after a copy or unpickling
         if self.merged:
             _merged_layers.add(self)
 
@@ -163,7 +166,7 @@ class MergeableLayer(nn.Module):
         if self._base_weight is not None:
             destination[prefix + "weight"] = self._base_weight
             return
-        # The adapter is part of the weight for good: saved beside it, it would count twice.
+        # The saved weight contains the adapter: B = 0, so that loading does not add it twice.
         destination[prefix + "lora_B"] = torch.zeros_like(self.lora_B)
         if self.use_dora:
             norm = torch.linalg.vector_norm(self.to_matrix(self.weight), dim=1)
@@ -172,48 +175,54 @@ class MergeableLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        keys = [prefix + name for name in ("weight", *self.adapter_parameters())]
-        given = [key in state_dict for key in keys]
-        plain = given[0] and not any(given[1:])
-        if plain and (self._original_weight is not None or self.use_dora):
-            kind = "DoRA" if self.use_dora else "PiSSA"
-            error_msgs.append(
-                f"expected {', '.join(keys)} together for a {kind} layer, whose adapter belongs to"
-                f" its weight, got {keys[0]} alone; load a plain state before adapting"
-            )
+        names = ("weight", *self.adapter_parameters())
+        state = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        if problem := self._state_problem(state, prefix):
+            error_msgs.append(problem)
             return
-        remerge = self.merged and any(given)
-        if remerge and self._base_weight is None:
-            own = {**self.adapter_parameters(), "weight": self.weight}
-            fits = all(
-                state_dict[prefix + name].shape == parameter.shape
-                for name, parameter in own.items()
-                if prefix + name in state_dict
-            )
-            if not all(given) or not fits:
-                error_msgs.append(
-                    f"expected the whole state of {prefix[:-1] or 'the layer'}, merged with"
-                    f" keep_base=False, got {', '.join(keys)} only in part or in other shapes"
-                )
-                return
-            self._forget_merge()
-            remerge = False
-        if remerge:
-            self.unmerge()
+        remerge = False
+        if self.merged and state:
+            remerge = self._base_weight is not None
+            if remerge:
+                self.unmerge()
+            else:
+                self._forget_merge()  # the state replaces weight and adapter
         residual = self.weight.detach().clone() if self._original_weight is not None else None
         first_missing = len(missing_keys)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if plain:
-            # The state of a plain layer: the adapter stays as it is.
+        if state.keys() == {"weight"}:  # a plain layer's: the adapter keeps its values
+            own = {prefix + name for name in names}
             added = missing_keys[first_missing:]
-            missing_keys[first_missing:] = [key for key in added if key not in keys]
+            missing_keys[first_missing:] = [key for key in added if key not in own]
         self._renew_scaling_tensor()
         if residual is not None and not _same(residual, self.weight):
-            self.__dict__["_original_weight"] = None  # the state's base is another
+            self.__dict__["_original_weight"] = None  # the state was split from another weight
         if remerge:
             if local_metadata.get("assign_to_params_buffers", False):
                 # The weight is now the caller's tensor, which merging must not change.
                 self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
             self.merge()
+
+    def _state_problem(self, state: dict[str, Tensor], prefix: str) -> str | None:
+        """Why these tensors cannot be loaded, by parameter name, or None."""
+        own = {"weight": self.weight, **self.adapter_parameters()}
+        keys = ", ".join(prefix + name for name in own)
+        if state.keys() == {"weight"} and (self._original_weight is not None or self.use_dora):
+            kind = "DoRA" if self.use_dora else "PiSSA"
+            return (
+                f"expected {keys} together for a {kind} layer, whose adapter belongs to its weight,"
+                f" got {prefix}weight alone; load a plain state before adapting"
+            )
+        final = self.merged and self._base_weight is None
+        if (
+            state
+            and final
+            and {n: t.shape for n, t in state.items()} != {n: p.shape for n, p in own.items()}
+        ):
+            return (
+                f"expected the whole state of {prefix[:-1] or 'the layer'}, merged with"
+                f" keep_base=False, got {keys} only in part or in other shapes"
+            )
+        return None

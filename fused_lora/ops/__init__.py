@@ -1,1 +1,1 @@
-"""One adapted product: validation, autograd, dispatch, and the implementations behind it."""
+"""The adapted linear product: validation, autograd, dispatch, and its implementations."""

@@ -1,7 +1,7 @@
-"""The chain rule of the layer; who computes each product is :mod:`.dispatch`'s business.
+"""The layer as an autograd Function; :mod:`.dispatch` selects what computes each direction.
 
-Saved for backward: ``x``, ``S`` and the keep bits, each only if a gradient asks for it, and the
-parameters. Never the dropped ``x``.
+Saved for backward: the adapter, and each of ``x``, ``weight``, ``S`` and the keep bits that a
+gradient needs. The dropped ``x`` is not saved: backward computes it again from ``x`` and the bits.
 """
 
 from __future__ import annotations
@@ -12,31 +12,21 @@ import torch
 from torch import Tensor
 
 from ..distributed.sharding import ready
+from ..kernels.operands import pack_backward, pack_forward
 from . import dispatch, dropout, reference
 from .modes import autocasts
+from .operands import Operands
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float | Tensor,
-    seed: Tensor | None,
-    keep: int,
-    impl: str,
-    base: Tensor | None = None,
-) -> Tensor:
-    """``y (..., N)`` for validated arguments; ``seed`` is None without dropout.
-
-    ``base (..., N)`` takes the place of ``x Wᵀ + bias``.
-    """
-    if type(x) is not Tensor:
-        x = ready(x)
-    if base is not None:
-        base = ready(base)
-    args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
+def lora_linear(operands: Operands) -> Tensor:
+    """``y (..., N)``, differentiable twice."""
+    x, _, lora_A, lora_B, bias, _, _, _, _, base = operands
+    if type(x) is not Tensor and (waited := ready(x)) is not x:
+        x = waited
+        operands = operands._replace(x=x)
+    if base is not None and (waited := ready(base)) is not base:
+        base = waited
+        operands = operands._replace(base=base)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad
@@ -44,49 +34,41 @@ def lora_linear(
         or (bias is not None and bias.requires_grad)
         or (base is not None and base.requires_grad)
     ):
-        return _LoRALinear.apply(*args)
-    return forward(*args)[0]
+        return _LoRALinear.apply(*operands)
+    return forward(operands)[0]
 
 
-def forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
-    """``y (..., N)``, ``S (M,R)``, the keep bits or None, and who ran."""
+def forward(operands: Operands):
+    """``y (..., N)``, ``S (M,R)``, the keep bits or None, and the implementation that ran."""
+    x, weight, lora_A, lora_B, bias, scaling, seed, keep_count, impl, base = operands
     flat = x if x.dim() == 2 else _flatten(x)
     if base is not None:
         base = _flatten(base)
     runner = dispatch.choose(flat, weight, lora_B, impl, seed is not None, base)
-    keep_bits = None if seed is None else runner.dropout_mask(seed, *flat.shape, keep)
+    keep_bits = None if seed is None else runner.make_keep_bits(seed, *flat.shape, keep_count)
+    inv_keep = dropout.KEEP_ALL / keep_count
     y, S = runner.forward(
-        flat, weight, lora_A, lora_B, bias, scaling, keep_bits, dropout.KEEP_ALL / keep, base=base
+        pack_forward((flat, weight, lora_A, lora_B, bias, scaling, keep_bits, inv_keep, base))
     )
     if x.dim() != 2:
-        # A plain view could not be modified in place by the next layer.
+        # Not ``view``: autograd forbids in-place changes to a view that a Function returns.
         y = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
     return y, S, keep_bits, runner
 
 
-class _LoRALinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        y, S, keep_bits, runner = forward(*args)
-        scaling = args[5]
-        if isinstance(scaling, Tensor):  # a new one may be written in place before backward
-            scaling = scaling.clone()
-        save(ctx, args, S, keep_bits, scaling, runner)
-        return y
+def save(ctx, operands: Operands, S: Tensor, keep_bits: Tensor | None, scaling, runner) -> None:
+    """Keep for backward what the gradients of ``operands`` need.
 
-    @staticmethod
-    def backward(ctx, dy):
-        return backward(ctx, dy)
-
-
-def save(ctx, args: tuple, S: Tensor, keep_bits: Tensor | None, scaling, runner) -> None:
-    """Keep for backward what the gradients of ``args``, those of :func:`forward`, ask for."""
-    x, weight, lora_A, lora_B, bias, _, _, keep, *_ = args
+    Args:
+        scaling: the scale that backward reads; a tensor must keep its value until then.
+        runner: an object whose ``backward`` takes :class:`BackwardOperands`.
+    """
+    x, weight, lora_A, lora_B, bias, _, _, keep_count, *_ = operands
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     is_tensor = isinstance(scaling, Tensor)
     number = None if is_tensor else scaling
     bias_dtype = bias.dtype if need_bias else None
-    ctx.call = runner, number, dropout.KEEP_ALL / keep, x.shape, x.dtype, bias_dtype
+    ctx.call = runner, number, dropout.KEEP_ALL / keep_count, x.shape, x.dtype, bias_dtype
     ctx.save_for_backward(
         x if need_A else None,
         weight if need_x else None,
@@ -107,23 +89,19 @@ def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, _, need_A, need_B, need_bias, *_, need_base = ctx.needs_input_grad
     x, weight, lora_A, lora_B, S, keep_bits, scaling = ctx.saved_tensors
     runner, number, inv_keep, x_shape, dtype, bias_dtype = ctx.call
-    twice = torch.is_grad_enabled()
+    twice = torch.is_grad_enabled()  # in backward: only under ``create_graph``
     if type(dy) is not Tensor:
         dy = ready(dy)
     flat_dy = dy if dy.dim() == 2 else _flatten(dy)
-    if flat_dy.dtype != dtype:  # the base output's
+    if flat_dy.dtype != dtype:  # dy has the dtype of the base output
         flat_dy = flat_dy.to(dtype)
+    if x is not None and x.dim() != 2:
+        x = _flatten(x)
+    if scaling is None:
+        scaling = number
+    needs = need_x, need_A, need_B
     dx, dA, dB = (reference if twice else runner).backward(
-        flat_dy,
-        x if x is None or x.dim() == 2 else _flatten(x),
-        weight,
-        lora_A,
-        lora_B,
-        S,
-        number if scaling is None else scaling,
-        keep_bits,
-        inv_keep,
-        (need_x, need_A, need_B),
+        pack_backward((flat_dy, x, weight, lora_A, lora_B, S, scaling, keep_bits, inv_keep, needs))
     )
     if twice and need_B and need_x and x is None:
         dB = _OnceDifferentiable.apply(dB)
@@ -136,8 +114,21 @@ def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, dA, dB, db, None, None, None, None, dy if need_base else None
 
 
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *operands):  # apply() has unpacked the Operands; their order is the same
+        y, S, keep_bits, runner = forward(operands)
+        _, _, _, _, _, scaling, *_ = operands
+        if isinstance(scaling, Tensor):  # it may be written in place before backward
+            scaling = scaling.clone()
+        save(ctx, operands, S, keep_bits, scaling, runner)
+        return y
+
+    backward = staticmethod(backward)
+
+
 class _OnceDifferentiable(torch.autograd.Function):
-    """``dB`` depends on an x that was not saved, since a frozen ``lora_A`` does not ask for it."""
+    """Returns ``dB``; its derivative raises, since ``x`` is not saved for a frozen ``lora_A``."""
 
     @staticmethod
     def forward(ctx, dB):
@@ -152,6 +143,6 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def _flatten(t: Tensor) -> Tensor:
-    """``(..., n)`` as ``(M, n)``; the strides of a matrix are left as they are."""
-    # Size.numel() would make a constant of a symbolic number.
+    """``(..., n)`` as ``(M, n)``; a matrix is returned as it is, with its strides."""
+    # Size.numel() would specialise a symbolic number to a constant.
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

@@ -1,4 +1,4 @@
-"""Small constant tensors, made once."""
+"""Small constant tensors, created once and cached."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .modes import is_traced, is_transformed
 
-_MOST = 256  # never more, and none is let go: captured CUDA graphs may read it
+_MOST = 256  # limit; none is evicted, since a captured CUDA graph may read it
 _made: dict[tuple, Tensor] = {}
 
 
 def constant(make: Callable[..., Tensor], *args) -> Tensor:
-    """``make(*args)``, kept unless a compiler, a mode, a transform or a CUDA graph owns it."""
+    """``make(*args)``, cached unless a compiler, mode, transform or CUDA graph may own it."""
     if is_traced():
         return make(*args)
     key = make, args
@@ -22,7 +22,7 @@ def constant(make: Callable[..., Tensor], *args) -> Tensor:
     if kept is None:
         with torch.inference_mode(False):
             kept = make(*args)
-        # What is made while a CUDA graph is captured has no value before the replay.
+        # A tensor created during the capture of a CUDA graph has no value before a replay.
         captured = kept.is_cuda and torch.cuda.is_current_stream_capturing()
         if not captured and not is_transformed() and len(_made) < _MOST:
             _made[key] = kept
@@ -30,5 +30,5 @@ def constant(make: Callable[..., Tensor], *args) -> Tensor:
 
 
 def scalar(value: float, device: torch.device) -> Tensor:
-    """A 0-d fp32 tensor; filled on the device, which a CUDA graph may capture."""
+    """A 0-d fp32 tensor, filled on the device: CUDA graphs cannot capture a copy from the host."""
     return torch.full((), value, dtype=torch.float32, device=device)

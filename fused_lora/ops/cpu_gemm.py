@@ -1,4 +1,4 @@
-"""How a CPU computes thin products and those of a half precision that it only emulates."""
+"""Thin products on a CPU, and products in a half precision that the CPU only emulates."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
-# A widened weight is made in blocks of columns that stay in the cache: whole, at 4096², page faults
-# take 0.1 of 960 rows' time and ten times one row's.
-_WIDE_WEIGHTS = 1 << 20  # of a block, and so many outputs
-_WIDE_OUTPUTS = 1 << 22
-_WIDE_COLUMNS = 64  # at least
+# A weight is widened in blocks of columns that stay in the cache. Widening a 4096×4096 weight whole
+# costs page faults: a tenth of the time for 960 rows, and ten times the time for one row.
+_WIDE_WEIGHTS = 1 << 20  # most weights per block
+_WIDE_OUTPUTS = 1 << 22  # most outputs per block
+_WIDE_COLUMNS = 64  # fewest columns per block, whatever the limits above
 
 
 def wide_product(
@@ -44,14 +44,14 @@ def wide_product(
 
 
 def is_widened(tall: Tensor, weight: Tensor, summed: int) -> bool:
-    """Whether a product of half precision is to be taken in float32, on a CPU.
+    """Whether to compute a half-precision product in float32, on a CPU that only emulates it.
 
     Args:
         summed: the dimension of ``weight`` that the product sums over.
 
-    PyTorch's loop over dot products of contiguous vectors is good enough for few rows, where most
-    of the work is to read the weight; only there float16's base can overflow before the adapter is
-    added. A subclass, as a quantised weight is, may know no product but its own.
+    With up to 8 rows PyTorch's loop over contiguous dot products is fast enough, since reading the
+    weight dominates. Only there can a float16 base product overflow before the adapter is added.
+    Subclasses, such as quantised weights, may support no product other than their own.
     """
     return (
         tall.dtype in EMULATED
@@ -61,7 +61,7 @@ def is_widened(tall: Tensor, weight: Tensor, summed: int) -> bool:
 
 
 def _emulated() -> frozenset[torch.dtype]:
-    """The dtypes that this CPU has no instructions for, so that PyTorch's GEMM is a plain loop."""
+    """The dtypes that this CPU has no instructions for: PyTorch's GEMM is then a plain loop."""
     if platform.machine().lower() not in ("x86_64", "amd64"):  # others have loops of their own
         return frozenset()
     if not torch.backends.mkldnn.is_available():
@@ -75,22 +75,23 @@ def _emulated() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype, name in names.items() if is_lacking(name))
 
 
-EMULATED = _emulated()  # asked once, outside of what compilers and dispatch modes see
+EMULATED = _emulated()  # at import, where no compiler or dispatch mode intercepts the check
 
 
 def thin_products(tall: Tensor, lora_A: Tensor) -> tuple[torch.dtype, bool]:
-    """The dtype of products with ``tall``, and whether they are better taken as the transpose.
+    """The dtype of thin products with ``tall``, and whether to compute their transposes instead.
 
-    Two things that a CPU's GEMMs ask for. In half precision one takes 20 µs to start, in float32 3:
-    few rows are widened, as long as products and casts are small. A step takes 0.6 to 1.04 of the
-    time where the adapter is float32, and is not cast then; 0.7 to 1.03 where it is not.
+    Both adapt to the GEMMs of CPUs. A half-precision GEMM has 20 µs of overhead, a float32 one 3.
+    With few rows the operands are therefore widened, as long as products and casts are small. A
+    step then takes 0.6 to 1.04 of the time with a float32 adapter, which needs no cast, and 0.7 to
+    1.03 with others.
 
-    GEMMs of float32 and float64 block columns by 16: with ``R`` columns the transpose takes 0.3 to
-    0.95 of the time. Of few rows the views are what costs; one column is no GEMM; those of half
-    precision gain nothing, and float16's lose.
+    GEMMs in float32 and float64 process columns in blocks of 16: for a product with ``R`` columns
+    the transpose takes 0.3 to 0.95 of the time. With few rows the extra views dominate, and rank 1
+    is not a GEMM. In half precision bfloat16 gains nothing and float16 loses.
     """
     dtype, rows = tall.dtype, tall.shape[0]
-    if not tall.is_cpu or type(rows) is not int:  # a graph must hold for any number of rows
+    if not tall.is_cpu or type(rows) is not int:  # a graph must be valid for any number of rows
         return dtype, False
     rank = lora_A.shape[0]
     if dtype in EMULATED:

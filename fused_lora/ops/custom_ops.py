@@ -1,13 +1,13 @@
 """The layer as two registered operators, for compilers: ``torch.ops.fused_lora.lora_linear``.
 
-A compiler sees one opaque operator each way, and whoever computes it is chosen when it runs, as in
-eager mode: so Triton runs in compiled models, and the number of tokens may be symbolic. Both are
-pure functions of their inputs. The seed of dropout is one of these, drawn outside by
-``torch.randint``: an operator that drew it inside would give a recomputed forward (checkpointing)
-another mask than the one whose gradient is taken.
+To a compiler each direction is one opaque operator, whose implementation is chosen when it runs, as
+in eager mode. Triton therefore runs in compiled models, and the number of tokens may be symbolic.
+Both operators are pure functions of their inputs. The dropout seed is an input, drawn outside with
+``torch.randint``: an operator that drew its own seed would use another mask when activation
+checkpointing recomputes the forward.
 
-Eager mode calls :mod:`.autograd` directly, which costs the host less. An exported model has
-neither: see :func:`exported`.
+Eager mode calls :mod:`.autograd` directly, with less host overhead. An exported model contains
+neither operator: see :func:`exported`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, dispatch, dropout, modes
+from ..kernels.operands import BackwardOperands
+from . import autograd, dispatch, dropout
+from .modes import without_autocast
+from .operands import Operands
 from .torch_impl import as_dtype
 
-# Where the package is imported anew, taken out of sys.modules, its operators replace the old.
+# If the package is imported again after removal from sys.modules, replace the old operators.
 if hasattr(torch.ops.fused_lora, "_library"):
     torch.ops.fused_lora._library._destroy()
 _library = torch.ops.fused_lora._library = torch.library.Library("fused_lora", "FRAGMENT")
@@ -39,30 +42,29 @@ _library.define(
 )
 
 
-def lora_linear(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base=None) -> Tensor:
+def lora_linear(operands: Operands) -> Tensor:
     """:func:`.autograd.lora_linear` for code that a compiler traces."""
+    x, weight, lora_A, lora_B, bias, scaling, _, _, impl, base = operands
     tensors = (x, weight, lora_A, lora_B, bias, base)
     if not all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
-        # Subclasses need PyTorch's own operators; DTensors come as plain local parts.
+        # Subclasses need PyTorch's own operators; DTensors arrive here as plain local tensors.
         if impl.startswith("triton"):
             kinds = ", ".join(sorted({type(t).__name__ for t in tensors if t is not None}))
             raise ValueError(f"impl={impl!r} cannot run here: expected plain tensors, got {kinds}")
-        return autograd.lora_linear(
-            x, weight, lora_A, lora_B, bias, scaling, seed, keep, "torch", base
-        )
+        return autograd.lora_linear(operands._replace(impl="torch"))
     if not isinstance(scaling, Tensor):
-        # A product, of which compilers make one with a symbolic number; scalar_tensor pins it.
+        # A product, in which a compiler can keep the number symbolic; scalar_tensor would fix it.
         wide = torch.promote_types(x.dtype, torch.float32)
         scaling = torch.ones((), dtype=wide, device=x.device) * scaling
-    args = (x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base)
-    return torch.ops.fused_lora.lora_linear(*args)[0]
+    return torch.ops.fused_lora.lora_linear(*operands._replace(scaling=scaling))[0]
 
 
-def exported(x, weight, lora_A, lora_B, bias, scaling, dropout_p: float, base=None) -> Tensor:
-    """The layer in PyTorch's operators alone: an exported or traced model does not need more.
+def exported(operands: Operands, dropout_p: float) -> Tensor:
+    """The layer in PyTorch's operators only: an exported or traced model runs without this package.
 
-    Dropout, if any, is PyTorch's own.
+    Dropout is PyTorch's own too.
     """
+    x, weight, lora_A, lora_B, bias, scaling, *_, base = operands
     dtype = x.dtype
     if base is None:
         base = F.linear(x, as_dtype(weight, dtype), None if bias is None else as_dtype(bias, dtype))
@@ -72,15 +74,15 @@ def exported(x, weight, lora_A, lora_B, bias, scaling, dropout_p: float, base=No
 
 
 @torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")
-def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
-    """``y (..., N)``, ``S (M,R)``, the keep bits, empty without dropout, and a copy of the scale.
+def _forward(*args):
+    """``y (..., N)``, ``S (M,R)``, the keep bits (empty without dropout) and a copy of the scale.
 
-    All contiguous. The copy is for backward: a new scale, written in place, may come before that.
+    All are contiguous. Backward reads the copy, since the scale may be written in place before it.
     """
-    with modes.without_autocast(x):
-        y, S, keep_bits, _ = autograd.forward(
-            x, weight, lora_A, lora_B, bias, _on_host(scaling), seed, keep, impl, base
-        )
+    operands = Operands(*args)
+    x, scaling = operands.x, operands.scaling
+    with without_autocast(x):
+        y, S, keep_bits, _ = autograd.forward(operands._replace(scaling=_on_host(scaling)))
     if keep_bits is None:
         keep_bits = _no_keep_bits(x)
     return y.contiguous(), S.to(_rank_dtype(x)).contiguous(), keep_bits, scaling.clone()
@@ -89,7 +91,7 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
 @torch.library.register_fake("fused_lora::lora_linear", lib=_library)
 def _(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
     K, (N, R) = x.shape[-1], lora_B.shape
-    M = math.prod(x.shape[:-1])  # Size.numel() would make a constant of a symbolic number
+    M = math.prod(x.shape[:-1])  # Size.numel() would specialise a symbolic number
     y = x.new_empty((*x.shape[:-1], N), dtype=x.dtype if base is None else base.dtype)
     S = x.new_empty((M, R), dtype=_rank_dtype(x))
     keep_bits = _no_keep_bits(x) if seed is None else dropout.empty_keep_bits(M, K, x.device)
@@ -98,13 +100,16 @@ def _(x, weight, lora_A, lora_B, bias, scaling, seed, keep, impl, base):
 
 @torch.library.impl(_library, "lora_linear_backward", "CompositeExplicitAutograd")
 def _backward(dy, x, weight, lora_A, lora_B, S, scaling, keep_bits, inv_keep, impl, needs):
-    """Those of ``dx (M,K)``, ``dA`` and ``dB`` that ``needs`` asks for, contiguous."""
+    """Those of ``dx (M,K)``, ``dA`` and ``dB`` that ``needs`` selects, contiguous."""
     dropped = keep_bits is not None
-    with modes.without_autocast(dy):
+    with without_autocast(dy):
         runner = dispatch.choose_backward(dy, weight, lora_A, lora_B, impl, dropped)
         gradients = runner.backward(
-            dy, x, weight, lora_A, lora_B, S, _on_host(scaling), keep_bits, inv_keep, tuple(needs)
-        )
+            BackwardOperands(
+                dy, x, weight, lora_A, lora_B, S, _on_host(scaling), keep_bits, inv_keep,
+                tuple(needs),
+            )
+        )  # fmt: skip
     return [g.contiguous() for g, need in zip(gradients, needs, strict=True) if need]
 
 
@@ -116,22 +121,24 @@ def _(dy, x, weight, lora_A, lora_B, S, scaling, keep_bits, inv_keep, impl, need
 
 
 class _Registered:
-    """Runs backward by the registered operator; what :mod:`.dispatch` gives in eager mode."""
+    """The runner of compiled code: its backward calls the registered operator."""
 
     def __init__(self, impl: str):
         self.impl = impl
 
-    def backward(self, *args):
-        *tensors, needs = args
+    def backward(self, operands: BackwardOperands):
+        *tensors, needs = operands
         made = iter(torch.ops.fused_lora.lora_linear_backward(*tensors, self.impl, needs))
         return tuple(next(made) if need else None for need in needs)
 
 
 def _setup_context(ctx, inputs, output):
     _, S, keep_bits, scaling = output
-    *_, seed, _, impl, _ = inputs
+    operands = Operands(*inputs)
     ctx.mark_non_differentiable(S, keep_bits, scaling)
-    autograd.save(ctx, inputs, S, None if seed is None else keep_bits, scaling, _Registered(impl))
+    if operands.seed is None:
+        keep_bits = None
+    autograd.save(ctx, operands, S, keep_bits, scaling, _Registered(operands.impl))
 
 
 def _gradient(ctx, dy, *_):
@@ -144,12 +151,12 @@ torch.library.register_autograd(
 
 
 def _on_host(scaling: Tensor) -> float | Tensor:
-    """A scale in the CPU's memory as a number, which one product applies as it goes."""
+    """A scale in CPU memory as a number, which ``addmm`` applies as ``alpha`` in one pass."""
     return scaling.item() if scaling.is_cpu else scaling
 
 
 def _rank_dtype(x: Tensor) -> torch.dtype:
-    """What S is stored in: the same for any number of rows, and nothing of it is lost."""
+    """The dtype in which ``S`` is returned: lossless, and the same for every implementation."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Who runs a call: the choice of implementation and strategy, its reason, and the fallback."""
+"""Selects the implementation and strategies of a call, with a reason; "auto" can fall back."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from ..kernels.config import is_aligned
 from ..strategy import cost, devices, tuning_cache
 from . import cpu_gemm, torch_impl
 from .triton_impl import TritonRunner, described, forget_failures
 
-# The oldest that runs every test; torch 2.11 brings it.
+# The oldest version that passes every test; torch 2.11 includes it.
 MIN_TRITON = (3, 6)
 _OLDEST = ".".join(map(str, MIN_TRITON))
 _CURE = (
-    f"the kernels need Triton {_OLDEST} or newer: a GPU build of torch 2.11 or newer brings it, and"
-    " on Linux pip install -U triton adds it"
+    f"the kernels need Triton {_OLDEST} or newer: a GPU build of torch 2.11 or newer includes it;"
+    " on Linux, pip install -U triton installs it"
 )
-_UNTUNED = "; modelled, nothing was measured for this shape (python -m fused_lora.tune does)"
+_UNTUNED = "; modelled, not measured for this shape (python -m fused_lora.tune measures it)"
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Decision:
 
     Attributes:
         impl: "triton", "torch" or "reference".
-        forward: the strategy: Triton's "split", "single_pass" or "addmm", or "torch" (PyTorch's
-            operators, with Triton's mask and the other direction's kernels); None without Triton.
-        backward: likewise.
+        forward: the strategy: "split", "single_pass" or "addmm" of Triton, or "torch" (PyTorch's
+            operators; Triton still computes the mask or the other direction). None without Triton.
+        backward: the strategy of backward, one of the same.
         reason: one sentence.
     """
 
@@ -55,18 +56,18 @@ def choose(
     dropped: bool,
     base: Tensor | None = None,
 ):
-    """The runner for ``x (M,K)``: an object with ``dropout_mask``, ``forward`` and ``backward``.
+    """The runner for ``x (M,K)``: an object with ``make_keep_bits``, ``forward`` and ``backward``.
 
-    ``base`` is the output that takes the weight's place.
+    ``base``, if given, replaces the product with the weight.
     """
     if impl == "torch" or (
         impl == "auto" and not _may_run_triton(x, weight if base is None else base)
     ):
         return torch_impl
-    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    aligned = is_aligned(x.stride(0) * x.element_size(), x.data_ptr())
     (M, K), (N, R) = x.shape, lora_B.shape
     dtype = x.dtype
-    if base is not None:  # beside which there is one way only
+    if base is not None:  # the kernels have only one strategy without a weight
         dtype, impl = torch.promote_types(dtype, base.dtype), impl.partition(":")[0]
     return _runner(impl, x.device, dtype, M, N, K, R, dropped, aligned)
 
@@ -74,7 +75,7 @@ def choose(
 def choose_backward(
     dy: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, impl: str, dropped: bool
 ):
-    """The runner of a backward whose forward chose in another place, for ``dy (M,N)``."""
+    """The runner for ``dy (M,N)`` in the backward operator, which has no access to forward's."""
     if impl == "torch" or (
         impl == "auto" and not _may_run_triton(dy, dy if weight is None else weight)
     ):
@@ -86,7 +87,7 @@ def choose_backward(
 
 
 def _may_run_triton(x: Tensor, frozen: Tensor) -> bool:
-    """A plain tensor on a GPU; subclasses need PyTorch's own operators."""
+    """Whether these are plain tensors on a GPU; subclasses need PyTorch's own operators."""
     return x.is_cuda and type(x) is Tensor and type(frozen) in (Tensor, nn.Parameter)
 
 
@@ -95,14 +96,14 @@ def _runner(impl: str, device, dtype, M, N, K, R, dropped: bool, aligned: bool):
     decision = decide(impl, device, dtype, M, N, K, R, dropped, aligned)
     if decision.impl == "torch":
         return torch_impl
-    key = (device, dtype, N, K, R, dropped)
+    key = (device, dtype, N, K, R, dropped)  # one failure counts for any number of rows
     return TritonRunner(decision, device, key if impl == "auto" else None)
 
 
 @lru_cache(maxsize=4096)
 def decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
     if impl == "torch":
-        return Decision("torch", None, None, f"asked for{_widened(device, dtype)}")
+        return Decision("torch", None, None, f"requested{_widened(device, dtype)}")
     problem = _not_worth_it(device) if impl == "auto" else None
     problem = problem or triton_problem(device) or _dtype_problem(dtype)
     if problem is not None:
@@ -110,8 +111,8 @@ def decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
             raise ValueError(f"impl={impl!r} cannot run here: {problem}")
         if device.type == "cuda" and dtype != torch.float64:
             _warn_once(
-                f"fused_lora: PyTorch's products are used on {device}: {problem}. impl='torch' asks"
-                " for them without this warning."
+                f"fused_lora: PyTorch's operators are used on {device}: {problem}. impl='torch'"
+                " selects them without this warning."
             )
         return Decision("torch", None, None, f"{problem}{_widened(device, dtype)}")
     if 0 in (M, N, K):
@@ -119,17 +120,17 @@ def decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
     asked = impl.partition(":")[2]
 
     def strategy(direction: str, rows_aligned: bool) -> tuple[str, str]:
-        aligned = rows_aligned and K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
+        aligned = rows_aligned and is_aligned(K * dtype.itemsize, N * dtype.itemsize)
         call = tuning_cache.Call(direction, dtype, M, K, N, R, dropped, aligned)
         allowed = call.strategies if impl == "auto" else call.kernel_strategies
         if asked:
             if asked not in allowed:
                 able = " or ".join(allowed)
                 raise ValueError(f"impl={impl!r} cannot run here: expected {able} for {call.key}")
-            return asked, "asked for"
+            return asked, "requested"
         entry = tuning_cache.lookup(call, device)
         if entry is not None and (best := entry.best(allowed)):
-            other = "" if best == entry.strategy else f"; {best} is the fastest of the kernels'"
+            other = "" if best == entry.strategy else f"; {best} is the fastest kernel strategy"
             return best, f"tuned entry {call.key!r}: {entry}{other}"
         chosen, reason = modelled(call, device, with_torch=impl == "auto")
         return chosen, f"{reason}{_UNTUNED if device.type == 'cuda' else ''}"
@@ -138,7 +139,7 @@ def decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
     backward, backward_reason = strategy("backward", True)
     if backward_reason != reason:
         reason = f"forward: {reason}; backward: {backward_reason}"
-    if forward == backward == "torch" and not dropped:  # not even the mask is Triton's
+    if forward == backward == "torch" and not dropped:  # nor a mask that Triton would compute
         return Decision("torch", None, None, reason)
     return Decision("triton", forward, backward, reason)
 
@@ -149,7 +150,7 @@ def modelled(
     """The strategy that the cost model chooses for ``call``, and its reason.
 
     Args:
-        with_torch: whether PyTorch's operators alone are a candidate.
+        with_torch: whether "torch", PyTorch's operators only, is a candidate.
     """
     from ..kernels import launch
 
@@ -181,12 +182,12 @@ def triton_problem(device: torch.device) -> str | None:
         if _numbers(triton.__version__) < MIN_TRITON:
             return f"Triton {triton.__version__} is older than {_OLDEST}; {_CURE}"
         from ..kernels import strategies
-    except Exception as error:  # a damaged or foreign Triton fails in other ways than ImportError
+    except Exception as error:  # a damaged Triton can raise anything, not only ImportError
         return f"Triton cannot be imported ({described(error)}); {_CURE}"
     if device.type == "cpu" and not strategies.INTERPRETED:
         return (
-            "the tensors are on a CPU, where Triton runs only interpreted; set TRITON_INTERPRET=1"
-            " before the kernels are first used"
+            "the tensors are on a CPU, where Triton runs only in its interpreter:"
+            " set TRITON_INTERPRET=1 before the kernels are first used"
         )
     return None
 
@@ -203,7 +204,7 @@ def _dtype_problem(dtype: torch.dtype) -> str | None:
 
 
 def _not_worth_it(device: torch.device) -> str | None:
-    """Why "auto" leaves Triton aside although it could run."""
+    """Why "auto" does not use Triton on ``device``, even if it could run there; or None."""
     if device.type != "cuda":
         return f"the tensors are on a {device.type} device"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -212,11 +213,11 @@ def _not_worth_it(device: torch.device) -> str | None:
 
 
 def _widened(device: torch.device, dtype: torch.dtype) -> str:
-    """What a reason says of a dtype that a CPU emulates."""
+    """The end of a reason for a dtype that this CPU emulates; empty for others."""
     if device.type != "cpu" or dtype not in cpu_gemm.EMULATED:
         return ""
     name = str(dtype).removeprefix("torch.")
-    return f"; this CPU has no instructions for {name}: products in float32, the base's from 9 rows"
+    return f"; no instructions for {name} on this CPU: float32 products, for the base from 9 rows"
 
 
 @lru_cache
@@ -225,7 +226,7 @@ def _warn_once(message: str) -> None:
 
 
 def clear_decisions() -> None:
-    """Forget cached decisions and failures, as after a change of tuning."""
+    """Forget cached decisions and failures, for example after tuning."""
     _runner.cache_clear()
     decide.cache_clear()
     triton_problem.cache_clear()

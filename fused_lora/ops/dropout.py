@@ -1,15 +1,16 @@
-"""The LoRA branch's dropout. The same words are used everywhere:
+"""Dropout of the LoRA branch. These terms are used throughout the package:
 
     p           probability that an entry of x is dropped
     keep_count  int, 1 … 2¹⁶: the keep probability in units of 2⁻¹⁶
     inv_keep    float: 2¹⁶ / keep_count, the factor of kept entries
-    seed        0-d int64 from PyTorch's generator: which mask
+    seed        0-d int64 from PyTorch's generator: determines the mask
     keep_bits   int32 (M, words), the packed mask: bit j of word w keeps column 32·w + j
     mask        (M, K) of zeros and ones in a floating dtype: keep_bits unpacked
 
-``keep_bits`` is a pure function of the seed, computed alike here and in ``kernels/dropout.py``, so
-every implementation drops the same entries and a recomputed forward repeats its mask. 64 columns
-share a random word:
+``keep_bits`` is a pure function of the seed, and this module and ``kernels/dropout.py`` compute the
+same bits. So every implementation drops the same entries, and a recomputed forward has the same
+mask. The 64 columns of a 64-bit word share one random word per digit of keep_count. The bits start
+as zeros; the digits are applied from the lowest on:
 
     h[m, l]  =  mix(mix(seed) xor (m·2³² + l))                   for the 64 columns 64·l …
     r[i]     =  mix(h + (i+1)·γ),  i = 0 … 15                    SplitMix64 seeded with h
@@ -33,23 +34,23 @@ from .modes import is_observed
 
 try:
     import numpy
-except Exception:  # not there, or broken, which it can be in any way
+except Exception:  # missing; or damaged, and then it can raise anything
     numpy = None
 
 KEEP_ALL = 1 << DIGITS  # the keep probability is a multiple of 2⁻¹⁶
 
-_COLUMNS = 64  # of one random word
-_PITCH = 2  # 64-bit words: a row is a whole number of 16-byte vectors
+_COLUMNS = 64  # columns per random word
+_PITCH = 2  # rows are padded to a multiple of this many 64-bit words: 16-byte vectors
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 _ROUNDS = ((30, _MIX_1), (27, _MIX_2), (31, None))  # of SplitMix64's finaliser
 _64_BITS = (1 << 64) - 1
-# Random words made at once: temporaries stay in cache, and each thread has a grain of work.
+# Random words per block: temporaries stay in the cache, and each thread has enough work.
 _CPU_WORDS_PER_THREAD = 1 << 15
 _NUMPY_WORDS = 1 << 16
 _DEVICE_WORDS = 1 << 22
-_FEW_WORDS = 1 << 16  # which more threads do not make sooner
+_FEW_WORDS = 1 << 16  # up to here more threads do not help
 
 
 def keep_count(p: float) -> int:
@@ -77,13 +78,13 @@ def _row_words(columns: int) -> int:
 
 def make_keep_bits(seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
     """Keep bits ``int32 (rows, words)``, each set with probability keep_count/2¹⁶."""
-    # Compilers see one operator: views of another dtype and 64-bit constants are beyond them.
+    # One operator for compilers, which cannot handle dtype views or 64-bit constants.
     make = _make_keep_bits_op if torch.compiler.is_compiling() else _make_keep_bits
     return make(seed, rows, columns, keep_count)
 
 
 def first_digit(keep_count: int) -> int:
-    """Index of the lowest digit that is 1: below it every fold is an AND with zero bits."""
+    """Index of the lowest digit that is 1; the steps below it only AND with zero bits."""
     return (keep_count & -keep_count).bit_length() - 1
 
 
@@ -120,10 +121,10 @@ def keep_mask(keep_bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     if _is_for_numpy(keep_bits, keep_bits.numel() // 2 * DIGITS):  # two int32 per random word
         return _keep_mask_by_numpy(keep_bits, columns, dtype)
     packed = keep_bits.view(torch.uint8).int()
-    # Not kept on a GPU: inductor's CUDA graphs own what is made in their memory pool.
+    # Not cached on a GPU, where it may lie in the memory pool of one of inductor's CUDA graphs.
     args = dtype, keep_bits.device
     table = constant(_byte_table, *args) if keep_bits.is_cpu else _byte_table(*args)
-    # A row of eight values a byte: 0.3 ns an element; shifting and comparing takes twice that.
+    # Look up eight values per byte: 0.3 ns per element, half the time of shifts and comparisons.
     return F.embedding(packed, table).flatten(1)[:, :columns]
 
 
@@ -139,10 +140,11 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _is_for_numpy(tensor: Tensor, random_words: int) -> bool:
-    """Whether NumPy is to make or expand a mask of so many random words, for a given tensor.
+    """Whether NumPy computes or unpacks a mask of ``random_words``; ``tensor`` is the input.
 
-    It has logical shifts, and an operator costs it a third: 20 µs for a row where PyTorch takes 90.
-    Its one thread is as fast as three of PyTorch's. What watches operators would not see it.
+    NumPy has logical shifts and a third of the overhead per operator: a mask of one row takes 20 µs
+    instead of 90. Its one thread is as fast as three of PyTorch's. Compilers and dispatch modes
+    cannot intercept NumPy, so with them PyTorch's operators are used.
     """
     return (
         tensor.is_cpu
@@ -155,16 +157,16 @@ def _is_for_numpy(tensor: Tensor, random_words: int) -> bool:
 
 @lru_cache
 def _has_numpy() -> bool:
-    """Whether there is a NumPy that this PyTorch can use."""
+    """Whether NumPy is installed and this PyTorch can use it."""
     try:
         torch.empty(0, device="cpu").numpy()
-    except Exception:  # numpy.__version__ says nothing of this
+    except Exception:  # NumPy's version does not tell whether PyTorch can use it
         return False
     return numpy is not None
 
 
 def _make_keep_bits_by_numpy(seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
-    # Results are given their places and constants are made once: half the time of a row.
+    # Writing results in place and caching the constants halve the time of one row.
     width = _row_words(columns)
     words = numpy.empty((rows, width), numpy.uint64)
     lowest = first_digit(keep_count)
@@ -199,7 +201,7 @@ def _numpy_counters(rows: int, width: int):
 
 @lru_cache(maxsize=DIGITS)
 def _numpy_steps(lowest: int):
-    """``(i+1)·γ`` of the digits that count, uint64 ``(digits, 1, 1)``."""
+    """``(i+1)·γ`` of the digits from ``lowest`` on, uint64 ``(digits, 1, 1)``."""
     digits = numpy.arange(lowest + 1, DIGITS + 1, dtype=numpy.uint64)
     return (digits * numpy.uint64(_GAMMA & _64_BITS))[:, None, None]
 
@@ -212,7 +214,7 @@ def _numpy_rounds():
 
 
 def _mix_numpy(z):
-    """:func:`_mix` of uint64."""
+    """:func:`_mix` for a uint64 array, in place."""
     t = numpy.empty_like(z)
     for shift, factor in _numpy_rounds():
         numpy.right_shift(z, shift, t)
@@ -223,7 +225,7 @@ def _mix_numpy(z):
 
 
 def _mix_int(z: int) -> int:
-    """:func:`_mix` of one number, given signed or not."""
+    """:func:`_mix` for one integer, signed or unsigned; the result is unsigned."""
     z &= _64_BITS
     for shift, factor in _ROUNDS:
         z ^= z >> shift

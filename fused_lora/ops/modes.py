@@ -1,4 +1,4 @@
-"""Who looks at a call: exporters, compilers and dispatch modes, or transforms."""
+"""Whether a call is exported, compiled, intercepted by a dispatch mode, or transformed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from torch.utils._python_dispatch import (
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` or ``torch.jit.trace`` records.
+    """Whether ``torch.export`` or ``torch.jit.trace`` is recording.
 
-    Of the first, PyTorch's own answer was always yes under Dynamo in 2.9.
+    ``torch.compiler.is_exporting()`` always returned True under Dynamo in PyTorch 2.9; this reads
+    the flag instead.
     """
     return compiler._is_exporting_flag or jit.is_tracing()
 
 
 def is_traced() -> bool:
-    """Whether a compiler or a dispatch mode is given each operator, and may keep what it returns.
+    """Whether a compiler or a dispatch mode intercepts operators and may keep their results.
 
-    Selective checkpointing does; a FLOP counter does not, and knows PyTorch's operators only.
+    Selective checkpointing keeps them. A FLOP counter does not, and is ignored here: it counts only
+    PyTorch's own operators, which eager mode runs.
     """
     if is_compiling():
         return True
@@ -42,18 +44,20 @@ def is_traced() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation needs every operator's own rule."""
+    """Whether ``torch.func`` or forward-mode differentiation is active.
+
+    The layer then runs as plain operators: its autograd Function has no rules for transforms.
+    """
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_observed() -> bool:
-    """Whether any of the above may be so, or autocast is on: False is eager mode on a CPU or GPU.
+    """Whether any of the above may hold, or autocast is on. False: eager mode on a CPU or GPU.
 
-    One question, since every name that is looked up costs host time where the products before have
-    emptied the caches.
+    One combined check: with cold caches, each name lookup costs host time.
     """
     return (
-        is_dynamo_compiling()  # first: a compiler takes it for True and does not look further
+        is_dynamo_compiling()  # first: Dynamo evaluates it to True and skips the rest
         or compiler._is_compiling_flag
         or _is_any_autocast_enabled()
         or _len_torch_dispatch_stack() > 0
@@ -63,8 +67,8 @@ def is_observed() -> bool:
     )
 
 
-# Kinds of device without autocast. The tuple is a constant for compilers: Dynamo cannot trace
-# ``is_autocast_available`` in PyTorch 2.11.
+# Device types without autocast. Computed at import, since Dynamo cannot trace
+# ``is_autocast_available`` in PyTorch 2.11; a tuple is a constant to it.
 _WITHOUT_AUTOCAST = tuple(
     kind for kind in ("meta", "lazy", "vulkan") if not torch.amp.is_autocast_available(kind)
 )
@@ -72,7 +76,7 @@ _WITHOUT_AUTOCAST = tuple(
 
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on for operators on ``tensor``."""
-    # One question for all devices but some, MPS among them; to ask for one costs six times more.
+    # One flag covers all devices but a few, such as MPS; a check per device costs six times more.
     if (tensor.is_cpu or tensor.is_cuda) and not _is_any_autocast_enabled():
         return False
     device = tensor.device.type

@@ -1,4 +1,4 @@
-"""The formulas, in differentiable eager PyTorch: the only oracle.
+"""The formulas in differentiable eager PyTorch: the oracle for every other implementation.
 
     S  = s · D(x) Aᵀ             y  = x Wᵀ + bias + S Bᵀ
     G  = s · dY B                dx = dY W + D(G A)       dA = Gᵀ D(x)       dB = dYᵀ S
@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import keep_mask
+from ..kernels.operands import BackwardOperands
+from .dropout import KEEP_ALL, keep_mask, make_keep_bits
+from .operands import Operands
 
 
 def lora_linear(
@@ -26,7 +28,7 @@ def lora_linear(
 ) -> Tensor:
     """``y`` from ``x (..., K)``; ``mask`` is ``D`` as a matrix of 0 and 1/(1-p), or None.
 
-    ``base (..., N)`` takes the place of ``x Wᵀ + bias``, and ``y`` its dtype.
+    ``base (..., N)``, if given, replaces ``x Wᵀ + bias``; ``y`` then has its dtype.
     """
     dropped = x if mask is None else x * mask.view(x.shape)
     S = scaling * F.linear(dropped, lora_A.to(x.dtype))
@@ -35,23 +37,23 @@ def lora_linear(
     return (base + F.linear(S, lora_B.to(x.dtype))).to(base.dtype)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    S: Tensor | None,
-    scaling: float | Tensor,
-    keep_bits: Tensor | None,
-    inv_keep: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``(dx, dA, dB)`` from ``dy (M,N)``, differentiable in ``dy``, ``x`` and the parameters.
+def forward(operands: Operands) -> Tensor:
+    """``y (..., N)`` of one call, with the same dropout mask as every other implementation."""
+    x, weight, lora_A, lora_B, bias, scaling, seed, keep_count, _, base = operands
+    mask = None
+    if seed is not None:
+        K = x.shape[-1]
+        keep_bits = make_keep_bits(seed, x.numel() // max(1, K), K, keep_count)
+        mask = keep_mask(keep_bits, K, x.dtype) * (KEEP_ALL / keep_count)
+    return lora_linear(x, weight, lora_A, lora_B, bias, scaling, mask, base)
 
-    ``S`` is made again from ``x``, so that derivatives pass through it. Without a weight, ``dx`` is
-    the adapter's part alone.
+
+def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(dx, dA, dB)``, differentiable in ``dy``, ``x`` and the parameters.
+
+    ``S`` is computed again from ``x``, if that was saved, so that derivatives pass through it.
     """
+    dy, x, weight, lora_A, lora_B, S, scaling, keep_bits, inv_keep, needs = operands
     dtype = dy.dtype
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     dx = dA = dB = None

@@ -1,19 +1,22 @@
-"""The kernels with a decision taken; under "auto" with PyTorch's products behind them."""
+"""Runs the kernels that a decision names; under "auto", PyTorch's operators replace failed ones."""
 
 from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..kernels.config import DIGITS
+from ..kernels.operands import BackwardOperands, ForwardOperands
 from . import dropout, torch_impl
+from .constants import constant, scalar
 
 _failed: set[tuple] = set()
 
-# Part of the error's text or of its type's name, and what to do about it.
+# A part of the error's text or the name of its type, and the cure.
 _CURES = (
     ("OutOfResources", "a smaller rank needs less"),
     ("C compiler", "install gcc or clang, or set CC: Triton builds its launcher with it"),
@@ -23,111 +26,119 @@ _CURES = (
 )
 
 
-def run_forward(strategies, strategy: str, *args):
-    """As :func:`.torch_impl.forward` by ``strategy``, "torch" for PyTorch itself."""
+def run_forward(strategies, strategy: str, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
+    """The forward with ``strategy``; "torch" is :func:`.torch_impl.forward`.
+
+    Args:
+        strategies: the module :mod:`fused_lora.kernels.strategies`, whose import needs Triton.
+    """
     if strategy == "torch":
-        return torch_impl.forward(*args)
-    *args, base = args
-    return strategies.forward(*args, strategy, base)
+        return torch_impl.forward(operands)
+    return strategies.forward(_with_scale_tensor(operands, operands.x.device), strategy)
 
 
-def run_backward(strategies, strategy: str, dy, x, weight, lora_A, lora_B, S, *args):
-    """As :func:`.torch_impl.backward`, likewise; reads what either forward has saved."""
+def run_backward(strategies, strategy: str, operands: BackwardOperands):
+    """The backward with ``strategy``, whichever implementation's forward computed ``S``."""
     if strategy == "torch":
-        return torch_impl.backward(dy, x, weight, lora_A, lora_B, S, *args)
-    if S is not None and S.dtype != torch.float32:  # PyTorch's is in x's dtype
-        S = S.float()
-    return strategies.backward(dy, x, weight, lora_A, lora_B, S, *args, strategy)
+        return torch_impl.backward(operands)
+    S = operands.S
+    if S is not None and S.dtype != torch.float32:  # as torch_impl returns it
+        operands = operands._replace(S=S.float())
+    return strategies.backward(_with_scale_tensor(operands, operands.dy.device), strategy)
 
 
-# Of the driver's messages, those after which its context is lost.
+def _with_scale_tensor(operands, device: torch.device):
+    """The operands with the scale as a tensor, whose current value a captured graph reads."""
+    if isinstance(operands.scaling, Tensor):
+        return operands
+    return operands._replace(scaling=constant(scalar, float(operands.scaling), device))
+
+
+def _make_keep_bits(strategies, seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
+    keep_bits = dropout.empty_keep_bits(rows, columns, seed.device)
+    strategies.dropout_mask(keep_bits, seed, keep_count, DIGITS)
+    return keep_bits
+
+
+# Parts of the driver's error messages after which its context is lost.
 _STICKY = ("illegal", "misaligned address", "launch failure", "assert", "hardware stack error")
 
 
 class TritonRunner:
-    """What :func:`.dispatch.choose` gives for the kernels.
+    """The kernels, with the interface of :mod:`.torch_impl`; :func:`.dispatch.choose` returns it.
 
     Args:
-        decision: with a strategy each way, "torch" perhaps for one of them.
-        device: of the tensors.
-        fallback_key: under "auto", what a failure is remembered by; None raises it.
+        decision: a :class:`.dispatch.Decision` with a strategy per direction; it may be "torch".
+        device: the tensors' device.
+        fallback_key: under "auto", the key to remember a failure by; None: failures are raised.
     """
 
     def __init__(self, decision, device: torch.device, fallback_key: tuple | None):
         from ..kernels import strategies
 
-        self.ops = strategies
+        self.strategies = strategies
         self.decision = decision
         self.device = device
         self.key = fallback_key
 
-    def dropout_mask(self, seed: Tensor, rows: int, columns: int, keep: int) -> Tensor:
-        """Keep bits ``int32 (rows, words)``; see :mod:`.dropout`."""
+    def make_keep_bits(self, seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
+        """Keep bits, int32 ``(rows, words)``; see :mod:`.dropout`."""
+        kernel = partial(_make_keep_bits, self.strategies)
+        return self._run(kernel, torch_impl.make_keep_bits, seed, rows, columns, keep_count)
 
-        def kernel():
-            keep_bits = dropout.empty_keep_bits(rows, columns, seed.device)
-            self.ops.dropout_mask(keep_bits, seed, keep, DIGITS)
-            return keep_bits
-
-        return self._run(kernel, lambda: torch_impl.dropout_mask(seed, rows, columns, keep))
-
-    def forward(self, *args, base):
-        """As :func:`.torch_impl.forward`."""
+    def forward(self, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
+        """Same operands and results as :func:`.torch_impl.forward`."""
         if self.decision.forward == "torch":
-            return torch_impl.forward(*args, base)
-        return self._run(
-            lambda: run_forward(self.ops, self.decision.forward, *args, base),
-            lambda: torch_impl.forward(*args, base),
-        )
+            return torch_impl.forward(operands)
+        kernels = partial(run_forward, self.strategies, self.decision.forward)
+        return self._run(kernels, torch_impl.forward, operands)
 
-    def backward(self, *args):
-        """As :func:`.torch_impl.backward`."""
+    def backward(self, operands: BackwardOperands):
+        """Same operands and results as :func:`.torch_impl.backward`."""
         if self.decision.backward == "torch":
-            return torch_impl.backward(*args)
-        return self._run(
-            lambda: run_backward(self.ops, self.decision.backward, *args),
-            lambda: torch_impl.backward(*args),
-        )
+            return torch_impl.backward(operands)
+        kernels = partial(run_backward, self.strategies, self.decision.backward)
+        return self._run(kernels, torch_impl.backward, operands)
 
-    def _run(self, kernels, instead):
+    def _run(self, kernels, fallback, *args):
         if self.key in _failed:
-            return instead()
+            return fallback(*args)
         try:
             # Triton launches on the current device, whatever the tensors' device is.
             elsewhere = self.device.type == "cuda" and (
                 self.device.index != torch.cuda.current_device()
             )
             with torch.cuda.device(self.device) if elsewhere else nullcontext():
-                return kernels()
+                return kernels(*args)
         except Exception as error:
-            # An asynchronous error leaves the device unusable, and memory is missing either way.
+            # PyTorch could not run either: after a sticky error, or without free memory.
             if self.key is None or isinstance(error, torch.OutOfMemoryError) or is_sticky(error):
                 raise
             _failed.add(self.key)
             warnings.warn(
-                f"fused_lora: Triton failed ({described(error)}); PyTorch's products are used for"
-                " this layer shape from now on. impl='torch' asks for them without this warning;"
+                f"fused_lora: Triton failed ({described(error)}); PyTorch's operators are used for"
+                " this layer shape from now on. impl='torch' selects them without this warning;"
                 " impl='triton' raises the error.",
                 stacklevel=2,
             )
-            return instead()
+            return fallback(*args)
 
 
 def is_sticky(error: BaseException) -> bool:
-    """Whether the device is unusable after ``error``: everything that follows on it fails too."""
+    """Whether the device is unusable after ``error``, so that all later calls fail too."""
     if isinstance(error, torch.AcceleratorError):
         return True
-    text = str(error)  # Triton's own are RuntimeErrors
+    text = str(error)  # Triton's own errors are RuntimeErrors
     return "Triton Error" in text and any(kind in text for kind in _STICKY)
 
 
 def forget_failures() -> None:
-    """Let every shape try the kernels again."""
+    """Forget all failures, so that every layer shape tries the kernels again."""
     _failed.clear()
 
 
 def described(error: Exception) -> str:
-    """Type and first line of an error, and what to do about it where that is known."""
+    """Type and first line of an error, and the cure if it is known."""
     kind = type(error).__name__
     first_line = str(error).strip().partition("\n")[0]
     text = f"{kind}: {first_line}"

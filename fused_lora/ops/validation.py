@@ -1,4 +1,4 @@
-"""Checks of the public arguments; each message says what was expected and what came."""
+"""Checks of public arguments; each error states what was expected and what it got."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PLAIN = (nn.Parameter, Tensor)
 
 def check_dropout(p: float) -> None:
     """Check a dropout probability: a number in [0, 1)."""
-    # An abstract base class costs more to ask than the rest of a call's checks.
+    # isinstance() with an abstract base class costs more than all other checks of a call.
     if type(p) is not float and (not isinstance(p, Real) or isinstance(p, bool)):
         raise TypeError(f"expected dropout to be a number, got {p!r} ({type(p).__name__})")
     if not 0.0 <= p < 1.0:
@@ -37,8 +37,16 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"expected impl to be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
+def check_options(impl: str, dropout_p: float) -> None:
+    """:func:`check_impl` and :func:`check_dropout`, in one call on the hot path."""
+    if impl not in IMPLEMENTATIONS:
+        check_impl(impl)
+    if type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
+        check_dropout(dropout_p)
+
+
 def check_dtype(name: str, dtype: torch.dtype | None) -> None:
-    """Check a dtype asked for by name; None is the default."""
+    """Check a dtype argument; None selects the default."""
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"expected {name} to be one of {_names(FLOATS)}, got {dtype}")
 
@@ -54,19 +62,44 @@ def check_tensors(
     """Check the tensors of one call against each other.
 
     Returns:
-        Whether they are of the usual kind: plain tensors on a CPU or a CUDA device, x and the base
-        in one dtype. False says nothing.
+        True for plain tensors on one CPU or CUDA device, with ``x``, ``weight`` and ``bias`` in one
+        dtype. False for other valid tensors, which may need special treatment.
 
     Raises:
         TypeError: not a tensor, or a dtype that cannot be used.
         ValueError: shapes or devices that do not fit, or a weight that requires grad.
     """
-    usual = _is_usual(x, weight, lora_A, lora_B, bias)
-    if not usual:
+    # Fast check of valid tensors of the common kind. If it fails, _check_each decides.
+    is_plain = (
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and type(lora_A) in _PLAIN
+        and type(lora_B) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        # Single sizes: slicing and comparing torch.Size objects takes twice as long.
+        and len(W := weight.shape) == len(A := lora_A.shape) == len(B := lora_B.shape) == 2
+        and len(X := x.shape) > 0
+        and X[-1] == W[1] == A[1]
+        and B[0] == W[0]
+        and B[1] == A[0] > 0
+        and (bias is None or (len(b := bias.shape) == 1 and b[0] == W[0]))
+        and (dtype := x.dtype) in FLOATS
+        and weight.dtype is dtype
+        and lora_A.dtype in FLOATS
+        and lora_B.dtype in FLOATS
+        and (bias is None or bias.dtype is dtype)
+        and not weight.requires_grad
+        and (
+            weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)
+            if x.is_cpu
+            else _are_on_one_gpu(x, weight, lora_A, lora_B, bias)
+        )
+    )
+    if not is_plain:
         _check_each(x, weight, lora_A, lora_B, bias)
     if type(scaling) is not float:
         _check_scale(scaling, x)
-    return usual
+    return is_plain
 
 
 def _check_each(x, weight, lora_A, lora_B, bias) -> None:
@@ -86,33 +119,7 @@ def _check_each(x, weight, lora_A, lora_B, bias) -> None:
         raise ValueError(f"expected bias of shape ({N},), got {_shape(bias)}")
 
 
-def _is_usual(x, weight, lora_A, lora_B, bias) -> bool:
-    """Whether all is well and as it mostly is, found with few questions; no says nothing."""
-    if not (
-        type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and type(lora_A) in _PLAIN
-        and type(lora_B) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
-    ):
-        return False
-    dtype, shape, factor = x.dtype, weight.shape, lora_A.shape
-    if not (
-        len(shape) == len(factor) == 2
-        and x.shape[-1:] == shape[1:] == factor[1:]
-        and lora_B.shape == (shape[0], factor[0])
-        and factor[0] > 0
-        and (bias is None or bias.shape == shape[:1])
-        and dtype in FLOATS
-        and weight.dtype is dtype
-        and lora_A.dtype in FLOATS
-        and lora_B.dtype in FLOATS
-        and (bias is None or bias.dtype is dtype)
-        and not weight.requires_grad
-    ):
-        return False
-    if x.is_cpu:
-        return weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)
+def _are_on_one_gpu(x, weight, lora_A, lora_B, bias) -> bool:
     device = x.device
     return (
         x.is_cuda
@@ -126,7 +133,7 @@ def _is_usual(x, weight, lora_A, lora_B, bias) -> bool:
 def check_base(
     base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
 ) -> None:
-    """Check the tensors of a call that adds to a given base.
+    """Check the tensors of a call that adds to a given ``base``.
 
     Raises:
         TypeError: not a tensor, or a dtype that cannot be used.
@@ -138,22 +145,24 @@ def check_base(
         raise ValueError(f"expected lora_A (rank, in) and lora_B (out, rank), got {shapes}")
     N, K = lora_B.shape[0], lora_A.shape[1]
     _check_adapter(x, lora_A, lora_B, N, K)
-    _check_scale(scaling, x)
+    if type(scaling) is not float:
+        _check_scale(scaling, x)
     if base.shape != (*x.shape[:-1], N):
         expected = (*x.shape[:-1], N)
         raise ValueError(f"expected base of shape {expected}, got {_shape(base)}")
 
 
 def _check_kinds(x: Tensor, tensors: tuple[tuple[str, Tensor], ...]) -> None:
-    """Every one a floating tensor on x's device."""
+    """Check that each is a floating-point tensor on x's device."""
     device = getattr(x, "device", None)
+    on_cpu = device is not None and x.is_cpu  # comparing devices costs more than is_cpu
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
             kind = "a Tensor or None" if name == "bias" else "a Tensor"
             raise TypeError(f"expected {name} to be {kind}, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"expected {name} in one of {_names(FLOATS)}, got {tensor.dtype}")
-        if tensor.device != device:
+        if not (on_cpu and tensor.is_cpu) and tensor.device != device:
             raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}")
 
 
@@ -201,7 +210,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """``names`` for a message, the first ones if there are many."""
+    """``names`` for a message: at most ``most``, and the number of the others."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 

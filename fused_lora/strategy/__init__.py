@@ -1,1 +1,1 @@
-"""Which sequence of kernels a shape gets: what was tuned, else what bytes and time are modelled."""
+"""Choosing a strategy, a sequence of kernels, for a shape: the tuned one, else the modelled one."""

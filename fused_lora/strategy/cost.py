@@ -1,51 +1,53 @@
-"""What a call is expected to cost on a GPU that nothing was measured on. Modelled, not measured.
+"""The expected time of a call on a GPU without measurements. Modelled, not measured.
 
     device  =  Σ over kernels of  launch + max(DRAM bytes / bandwidth, operations / rate)
     host    =  Σ over kernels of  the time to queue one
-    call    =  max(device, host); replayed from a CUDA graph, the device's alone
+    call    =  max(device, host); in a CUDA graph's replay, the device's time only
 
-Bytes and operations: :mod:`.traffic`; rates, of half-precision products: :mod:`.devices`.
+Bytes and operations are from :mod:`.traffic`, the rates (of half-precision products) from
+:mod:`.devices`.
 """
 
 from __future__ import annotations
 
-from ..kernels.config import SINGLE_PASS_MAX_RANK, SINGLE_PASS_MAX_ROWS, cdiv
+from ..kernels.config import cdiv, single_pass_applies
 from .devices import Device
 from .traffic import Kernel, Product, product, rank_gradients
 
-# What cuBLAS reaches of the peak in large products: 716 of 989 TFLOPS on H100 (P. Shankhdhar,
+# Share of the peak that cuBLAS reaches in large products: 716 of 989 TFLOPS on H100 (P. Shankhdhar,
 # "Outperforming cuBLAS on H100", 2024), 1610 of 2250 on B200 (pyptx.dev/performance, 2025).
 SUSTAINED = 0.72
-# Of kernels queued back to back: 3.8 µs a launch for kernels of 2.9 µs on a V100 (NVIDIA, "Getting
-# started with CUDA graphs", 2019).
+# The gap between kernels queued back to back: 3.8 µs per launch of a kernel of 2.9 µs on a V100
+# (NVIDIA, "Getting started with CUDA graphs", 2019).
 LAUNCH_SECONDS = 0.9e-6
-# Host time to queue one kernel. A PyTorch operator: the least of the published 5 to 25 µs (Lin
-# Jiahuang, "From PyTorch op to kernel launch"). A Triton launch: 2.6 to 4.8 µs repeated and 8 to 28
-# plain, measured without a driver (benchmarks/launch_overhead.py), and a driver's call.
+# Host time to queue one kernel. A PyTorch operator: the lowest of the published 5 to 25 µs (Lin
+# Jiahuang, "From PyTorch op to kernel launch"). A Triton launch: 2.6 to 4.8 µs if repeated and 8 to
+# 28 if plain, measured without a driver (benchmarks/launch_overhead.py), plus the driver's call.
 TORCH_HOST_SECONDS = 5e-6
 TRITON_HOST_SECONDS = 5e-6
 PLAIN_TRITON_HOST_SECONDS = 20e-6
-VALID_CACHES = 1.5  # an operand smaller than so many caches is partly read from there
-SINGLE_PASS_COLUMNS = 64  # of one program
-MIN_GAIN = 0.05  # predicted gains below it are noise: "addmm" is chosen
+VALID_CACHES = 1.5  # an operand smaller than this many times the cache is partly read from it
+SINGLE_PASS_COLUMNS = 64  # columns of one program
+MIN_GAIN = 0.05  # smaller predicted gains are noise: "addmm" is chosen
 
 
 def seconds(kernels: list[Kernel], device: Device) -> float:
-    """Expected time of the device for ``kernels`` one after another, launches included."""
+    """Expected device time of ``kernels`` run one after another, launches included."""
     return sum(LAUNCH_SECONDS + _busy(kernel, device) for kernel in kernels)
 
 
 def host_seconds(kernels: list[Kernel], *, repeated: bool = True) -> float:
-    """Expected time of the host to queue ``kernels``.
+    """Expected host time to queue ``kernels``.
 
     Args:
-        repeated: whether Triton's launches are repeated, see ``kernels/launch.py``.
+        repeated: whether Triton launches are repeated, see ``kernels/launch.py``.
     """
     triton = TRITON_HOST_SECONDS if repeated else PLAIN_TRITON_HOST_SECONDS
     return sum(TORCH_HOST_SECONDS if kernel.is_torch else triton for kernel in kernels)
 
 
 def _busy(kernel: Kernel, device: Device) -> float:
+    """Expected time of one kernel: its slowest resource, since they work at the same time."""
     return max(
         (kernel.thin_bytes + kernel.gemm_bytes) / device.bandwidth,
         kernel.flops / (device.flops * SUSTAINED * kernel.speed),
@@ -54,7 +56,7 @@ def _busy(kernel: Kernel, device: Device) -> float:
 
 
 def is_valid(device: Device, operand_bytes: int) -> bool:
-    """Whether the model holds: smaller operands are still in the cache when they are read again."""
+    """Whether the model holds: smaller operands are still cached when they are read again."""
     return operand_bytes >= VALID_CACHES * device.cache
 
 
@@ -72,32 +74,33 @@ def choose_strategy(
     with_torch: bool = True,
     repeated: bool = True,
 ) -> tuple[str, str]:
-    """The strategy of one direction, ``(M,L) @ (L,N)``, and the reason for it.
+    """``(strategy, reason)`` for one direction, a product ``(M,L) @ (L,N)``.
 
     Args:
-        device: as of :func:`.devices.device_of`.
-        itemsize: bytes of an element.
-        masked: what is dropped: "operand" (of the contraction, in forward), "output" (the low-rank
-            product, in backward) or None.
-        aligned: every row of the operands starts on 16 bytes.
-        gradients: whether those of A and B are computed too, as in backward.
-        with_torch: whether PyTorch's operators alone are a candidate.
-        repeated: whether Triton's launches are repeated, see ``kernels/launch.py``.
+        device: from :func:`.devices.device_of`.
+        itemsize: bytes per element.
+        masked: what dropout applies to: "operand" (of the contraction, in forward), "output" (the
+            low-rank product, in backward) or None.
+        aligned: whether every row of the operands starts on a 16-byte boundary.
+        gradients: whether the gradients of A and B are computed too, as in backward.
+        with_torch: whether "torch", PyTorch's operators only, is a candidate.
+        repeated: whether Triton launches are repeated, see ``kernels/launch.py``.
     """
     arch = device.target.arch
-    few_rows = M <= SINGLE_PASS_MAX_ROWS and rank <= SINGLE_PASS_MAX_RANK and masked != "operand"
+    few_rows = single_pass_applies(M, rank, masked)
     if arch == "interpreter":
         return ("single_pass" if few_rows else "split"), "the interpreter runs Triton's own GEMM"
+    # With few rows the columns provide the parallelism: half of the SMs at least need a program.
     single = few_rows and device.target.sms / 2 <= cdiv(N, SINGLE_PASS_COLUMNS)
     candidates, reason = ["torch"] if with_torch else [], None
     if itemsize == 4:
         reason = "float32 products are faster in the vendor's GEMM"
     elif not aligned:
-        reason = "rows that do not start on 16 bytes are slow in Triton's GEMM"
+        reason = "rows that do not start on a 16-byte boundary are slow in Triton's GEMM"
     elif not device.has_gemm_ratio:
-        reason = f"no measurement or published ratio of Triton's GEMM on {arch}"
+        reason = f"no published speed of Triton's GEMM relative to the vendor's on {arch}"
     elif not single and not is_valid(device, M * N * itemsize):
-        reason = "the output is partly in the cache still, where an added pass is cheap"
+        reason = "the output is still partly in the cache, so an added pass is cheap"
     else:
         candidates.insert(0, "single_pass" if single else "split")
     case = Product(M, L, N, rank, itemsize, masked=masked)
@@ -115,5 +118,5 @@ def choose_strategy(
         return best, f"modelled gain of {gains[best]:.0%} over the vendor's GEMM and an added pass"
     if reason is None:
         name = candidates[0]
-        reason = f"modelled gain of {gains[name]:.0%} of {name} is under {MIN_GAIN:.0%}"
+        reason = f"modelled gain of {gains[name]:.0%} with {name} is under {MIN_GAIN:.0%}"
     return "addmm", reason

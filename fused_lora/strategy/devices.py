@@ -1,7 +1,7 @@
-"""What the cost model needs to know of a GPU: a table of known ones, and queries for any other.
+"""The properties of a GPU that the cost model uses: a table of known GPUs, and queries for others.
 
-Sources are named beside each row. Peak rates are derived, as in the vendors' own architecture
-papers: SMs (or CUs) · clock · operations of one SM in a clock.
+Sources are given with each row. Peak rates are derived as in the vendors' architecture papers:
+SMs (or CUs) · clock · operations of one SM per clock.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from ..kernels import select_config
 from ..kernels.config import Target
 
-# Dense half-precision operations a clock of one SM or CU, accumulating in fp32. NVIDIA's papers on
-# A100, GA102, Ada, H100 and Blackwell (GeForce parts where a family differs: half the rate of their
-# professional siblings); AMD's papers on CDNA 2, 3 and 4.
+# Dense half-precision operations per clock of one SM or CU, accumulating in fp32. NVIDIA's papers
+# on A100, GA102, Ada, H100 and Blackwell (in families that differ, the GeForce rate, half that of
+# professional GPUs); AMD's papers on CDNA 2, 3 and 4.
 _OPS_PER_CLOCK = {
     "sm_80": 2048,
     "sm_86": 512,
@@ -28,14 +28,15 @@ _OPS_PER_CLOCK = {
     "gfx942": 2048,
     "gfx950": 4096,
 }
-# Triton's GEMM speed over the vendor's, published: A100 0.89 to 0.97, H100 0.86 to 0.97. The middle
-# of each, A100's for its successors. For any other architecture nothing was published from which a
-# choice could be made.
+# Published speed of Triton's GEMM relative to the vendor's: A100 0.89 to 0.97, H100 0.86 to 0.97.
+# Here is the middle of each range; A100's is used for sm_86 and sm_89 too. Nothing usable has been
+# published for other architectures.
 _GEMM_RATIO = {"sm_80": 0.93, "sm_86": 0.93, "sm_89": 0.93, "sm_90": 0.92}
-_INTEGER_LANES = 64  # 32-bit integer results a clock of one SM, CUDA C++ programming guide; a CU's
+# 32-bit integer results per clock of one SM (CUDA C++ programming guide) or one CU.
+_INTEGER_LANES = 64
 
-# For GPUs that do not tell. Low peaks and high bandwidth make the added pass of the vendor's way
-# look cheap, so that an error in them keeps the vendor's GEMM.
+# For GPUs that do not report these. Low peaks and a high bandwidth make the pass that "addmm" adds
+# look cheap, so errors in them favour the vendor's GEMM.
 _DEFAULT_OPS_PER_CLOCK = 512
 _DEFAULT_CLOCK = 1.4e9
 _DEFAULT_BANDWIDTH = 8e12
@@ -47,11 +48,11 @@ class Device:
     """A GPU as the cost model sees it.
 
     Attributes:
-        name: for people.
+        name: the product's name, for display.
         target: architecture, SMs, shared memory.
         cache: bytes of the last cache before DRAM: L2, or AMD's Infinity Cache.
-        bandwidth: of DRAM, bytes per second, from the data sheet.
-        clock: Hz, the one that the data sheet's tensor peak is computed with.
+        bandwidth: of DRAM in bytes per second, from the data sheet.
+        clock: in Hz, the clock on which the data sheet's tensor peak is based.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Device:
 
     @property
     def flops(self) -> float:
-        """Peak of dense half-precision products with fp32 accumulation, per second."""
+        """Peak operations per second of dense half-precision products accumulated in fp32."""
         ops = _OPS_PER_CLOCK.get(self.target.arch, _DEFAULT_OPS_PER_CLOCK)
         return self.target.sms * self.clock * ops
 
@@ -73,12 +74,12 @@ class Device:
 
     @property
     def has_gemm_ratio(self) -> bool:
-        """Whether Triton's GEMM was measured against the vendor's by others."""
+        """Whether there is a published ratio for :attr:`gemm_ratio`."""
         return self.target.arch in _GEMM_RATIO
 
     @property
     def gemm_ratio(self) -> float:
-        """Triton's GEMM speed over the vendor's; 1 if nobody published one."""
+        """Speed of Triton's GEMM relative to the vendor's; 1 if no ratio was published."""
         return _GEMM_RATIO.get(self.target.arch, 1.0)
 
 
@@ -102,18 +103,19 @@ KNOWN = {
     "h100-nvl": _gpu("H100 NVL", "sm_90", 132, 50, 3.9e12, 1.545e9),
     # NVIDIA H200 data sheet, 2023: 989 TFLOPS
     "h200": _gpu("H200 SXM", "sm_90", 132, 50, 4.8e12, 1.83e9),
-    # NVIDIA HGX B200 data sheet, 2024: 2250 TFLOPS; its L2 as torch reports it
+    # NVIDIA HGX B200 data sheet, 2024: 2250 TFLOPS; size of the L2 as reported by torch
     "b200": _gpu("B200", "sm_100", 148, 126, 8.0e12, 1.85e9),
     # NVIDIA RTX Blackwell architecture paper, 2025: 209.5 TFLOPS
     "rtx5090": _gpu("RTX 5090", "sm_120", 170, 96, 1.792e12, 2.407e9),
     # AMD Instinct MI300X, MI325X and MI355X data sheets, 2023-2025: 1307, 1307 and 2516 TFLOPS;
-    # 256 MB of Infinity Cache stand before DRAM, behind 4 MB of L2 a die
+    # the last cache before DRAM is 256 MB of Infinity Cache, behind 4 MB of L2 per die
     "mi300x": _gpu("MI300X", "gfx942", 304, 256, 5.3e12, 2.1e9),
     "mi325x": _gpu("MI325X", "gfx942", 304, 256, 6.0e12, 2.1e9),
     "mi355x": _gpu("MI355X", "gfx950", 256, 256, 8.0e12, 2.4e9),
 }
 
-# torch.cuda.get_device_name(), in full: a laptop's RTX 4090 or a slice of an A100 is another GPU.
+# Full names from torch.cuda.get_device_name(): a laptop RTX 4090 or a slice of an A100 has another
+# name, and is another GPU.
 _NAMES = {
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA A100-SXM4-40GB": "a100-40gb",
@@ -135,7 +137,7 @@ INTERPRETER = Device("Triton's interpreter", select_config.INTERPRETER, 0, 1.0, 
 
 @lru_cache
 def device_of(device: torch.device) -> Device:
-    """The GPU behind a CUDA or ROCm device; the interpreter's stand-in for a CPU."""
+    """The GPU of a CUDA or ROCm device; :data:`INTERPRETER` for a CPU."""
     if device.type == "cpu":
         return INTERPRETER
     return from_properties(
@@ -144,15 +146,15 @@ def device_of(device: torch.device) -> Device:
 
 
 def from_properties(properties, target: Target) -> Device:
-    """From torch's device properties: the table's row for a name in it, else what they tell.
+    """The row of :data:`KNOWN` if torch's properties have a known name, else their own values.
 
     Args:
-        properties: as of :func:`torch.cuda.get_device_properties`. A driver may report 0 for any
-            rate, which is then a cautious default.
+        properties: from :func:`torch.cuda.get_device_properties`. A driver may report 0 for any
+            rate; a cautious default replaces it.
     """
     if properties.name in _NAMES:
         return replace(KNOWN[_NAMES[properties.name]], target=target)
-    # kHz; two transfers a clock; bits
+    # The rate is in kHz with two transfers per clock, the bus width in bits.
     bandwidth = properties.memory_clock_rate * 1e3 * 2 * properties.memory_bus_width / 8
     return Device(
         properties.name,

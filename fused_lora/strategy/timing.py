@@ -1,4 +1,4 @@
-"""Seconds that calls take: on a GPU by its own clock, and on the host that queues them."""
+"""Timing of calls, in seconds: on the GPU by its own clock, and on the host that queues them."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import NamedTuple
 import torch
 
 ROUNDS = 30
-_WARM_UPS = 3  # the first compiles; after it clocks and allocator settle
-_FLUSH_OF_L2 = 2  # times its size
-_LEAST_FLUSH_BYTES = 64 << 20  # where the device does not tell the size of its cache
-_HOST_CALLS = 3  # queued in a row: the queue must not fill, or the host waits for the device
+_WARM_UPS = 3  # the first call compiles; the others let clocks and allocator settle
+_FLUSH_OF_L2 = 2  # bytes written to flush L2, in multiples of its size
+_LEAST_FLUSH_BYTES = 64 << 20  # used if the device does not report the size of its cache
+_HOST_CALLS = 3  # queued in a row; few, since with a full queue the host waits for the device
 
 
 class Times(NamedTuple):
-    """Seconds of one call.
+    """Seconds per call, one value per round.
 
     Attributes:
-        device: of the GPU, a value per round.
-        host: of the host until the call returned, a value per round.
+        device: time on the GPU.
+        host: time on the host until the call returned.
     """
 
     device: list[float]
     host: list[float]
 
     def call_time(self) -> list[float]:
-        """Of an eager call in a loop, by round: the host queues while the device works."""
+        """Time of an eager call in a loop: the longer one, since host and device overlap."""
         return [max(pair) for pair in zip(self.device, self.host, strict=True)]
 
 
 def call_times(
     calls: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int = ROUNDS
 ) -> dict[str, Times]:
-    """Both clocks for every call, by name.
+    """Device and host times of every call, by name.
 
-    The host's time is the mean of a few calls in a row, queued on an idle device.
+    The host's time is the mean over a few calls in a row, queued on an idle device.
 
     Args:
         device: a CUDA or ROCm device.
@@ -52,11 +52,11 @@ def call_times(
 def device_seconds(
     calls: Mapping[str, Callable[[], object]], *, device: torch.device, rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
-    """Seconds of the device for every call, by name: a value per round.
+    """Device time of every call in seconds, by name, one value per round.
 
-    Each call is captured in a CUDA graph and its replays are timed, so that no launch counts. A
-    round runs each once in an order drawn anew, so that drift falls on all alike. Before each the
-    L2 cache is overwritten, as other layers do in training.
+    Each call is captured in a CUDA graph and the replays are timed, which excludes launch overhead.
+    A round runs every call once in a new random order, so that drift affects all calls equally. The
+    L2 cache is overwritten before each call, as other layers do in training.
 
     Args:
         device: a CUDA or ROCm device.
@@ -110,7 +110,7 @@ def _timed(calls, device: torch.device, rounds: int) -> dict[str, list[float]]:
 
 def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
-    # By default the stream is one of the device that was current at the first capture of all.
+    # By default torch uses one stream for every capture, on the device of the process's first one.
     with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         call()
     return graph.replay

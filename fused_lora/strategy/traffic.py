@@ -1,9 +1,10 @@
-"""What every kernel of the layer moves and computes: bytes by operand, operations, launches.
+"""What each kernel of the layer moves and computes: bytes per operand, operations, launches.
 
-A kernel moves its compulsory bytes, each address once; under Triton's interpreter the kernels are
-seen to read and write exactly these (tests/test_traffic.py). The large products read more: tiles
-that run at one time (a wave, one tile an SM) share their panels of the operands through the last
-cache before DRAM, and the next wave reads its own anew. That holds where they do not fit there.
+A kernel moves its compulsory bytes: each address once. Recorded under Triton's interpreter, the
+kernels read and write exactly these (tests/test_traffic.py). Large products read more. The tiles
+that run at the same time (a wave of one tile per SM) share their panels of the operands in the last
+cache before DRAM, but the next wave reads its panels from DRAM again. This holds for operands that
+do not fit in the cache.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ..kernels import select_config
-from ..kernels.config import DIGITS, MIN_ROWS_PER_RANK, cdiv, split_evenly
+from ..kernels.config import DIGITS, cdiv, is_aligned, rank_grad_applies, split_evenly
 from .devices import Device
 
-# Panels of a wave are not all that Triton's GEMMs read: fitted to three hardware-counter readings
-# of LoRAFusion's on an H100; six readings of two implementations are met within 3 %
-# (tests/test_traffic.py).
+# Triton's GEMMs read more than a wave's panels. The factor is fitted to three hardware-counter
+# readings of LoRAFusion's kernels on an H100; with it the model is within 3 % of six readings of
+# two implementations (tests/test_traffic.py).
 TRITON_TRAFFIC = 1.2
-VENDOR_TILE = (128, 256, 8)  # rows, columns, row blocks of a group: with it the six are met
-# Integer instructions of 64 columns of mask: 200 in the loop of one digit for 8 such words, and 352
-# around it [compiled, sm_90, Triton 3.7.1].
+VENDOR_TILE = (128, 256, 8)  # rows, columns, row blocks per group; with it the six readings are met
+# Integer instructions per mask word of 64 columns. For 8 words there are 200 in the loop, per
+# digit, and 352 around it [compiled, sm_90, Triton 3.7.1].
 _MASK_LOOP, _MASK_REST = 25, 44
-_TABLE_OPERATORS = ("arange", "arange", "shift", "and", "to")  # of dropout._byte_table
-_OWN = ("p", "q", "o")  # operands of the frozen product itself; an epilogue's are thin
+_TABLE_OPERATORS = ("arange", "arange", "shift", "and", "to")  # in dropout._byte_table
+_OWN = ("p", "q", "o")  # operands of the frozen product itself; those of the epilogue are thin
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,16 @@ class Kernel:
     """One launch and what it moves.
 
     Attributes:
-        name: of the kernel.
-        reads: compulsory bytes by operand, each address once.
-        writes: likewise.
-        flops: of matrix products, a padded rank included.
-        rereads: times that DRAM is asked for an operand, where not once.
+        name: the kernel's name.
+        reads: compulsory bytes read per operand, each address once.
+        writes: compulsory bytes written per operand.
+        flops: operations of the matrix products, with the rank padded to whole blocks.
+        rereads: how often an operand is read from DRAM, if not once.
         gemm: factor on the traffic of the large product's own operands, ``p``, ``q`` and ``o``; 0
-            if the kernel is none.
-        speed: of its products, over the vendor's.
-        integers: instructions of the integer units.
-        is_torch: whether a PyTorch operator launches it, else Triton.
+            for a kernel without a large product.
+        speed: speed of its products relative to the vendor's.
+        integers: number of integer instructions.
+        is_torch: launched by a PyTorch operator; otherwise by Triton.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Kernel:
 
     @property
     def gemm_bytes(self) -> float:
-        """DRAM traffic of the frozen product, as if it were alone."""
+        """DRAM traffic of the frozen product's own operands."""
         return self._traffic(True) * self.gemm
 
     @property
@@ -75,10 +76,11 @@ class Product:
 
     Attributes:
         M, L, N, R: ``P (M,L)``, ``Q (L,N)``, ``U (M,R)``.
-        itemsize: bytes of an element of P, Q and O.
-        adapter_itemsize: of Z and V.
-        masked: what is dropped: "operand" (P, in forward), "output" (U V, in backward) or None.
-        bias: whether one is added.
+        itemsize: bytes per element of P, Q and O.
+        adapter_itemsize: bytes per element of Z and V.
+        masked: what dropout applies to: "operand" (P, in forward), "output" (U V, in backward) or
+            None.
+        bias: whether a bias is added.
     """
 
     M: int
@@ -92,19 +94,19 @@ class Product:
 
     @property
     def aligned(self) -> bool:
-        """Whether every row of contiguous operands starts on 16 bytes."""
-        return self.L * self.itemsize % 16 == self.N * self.itemsize % 16 == 0
+        """Whether every row of contiguous operands starts on a 16-byte boundary."""
+        return is_aligned(self.L * self.itemsize, self.N * self.itemsize)
 
     @property
     def p_aligned(self) -> bool:
-        """Whether every row of P starts on 16 bytes."""
-        return self.L * self.itemsize % 16 == 0
+        """Whether every row of P starts on a 16-byte boundary."""
+        return is_aligned(self.L * self.itemsize)
 
 
 def panel_reads(M: int, N: int, tile: tuple[int, int, int], sms: int) -> tuple[float, float]:
-    """How often DRAM is asked for each row panel and each column panel of an (M, N) product.
+    """How often each row panel and each column panel of an (M, N) product is read from DRAM.
 
-    A wave of one tile an SM covers whole groups of ``tile[2]`` row blocks by as many columns as
+    A wave of one tile per SM covers at least ``tile[2]`` row blocks by as many column blocks as
     fit, and reads each of its panels once.
     """
     block_m, block_n, group = tile
@@ -118,7 +120,7 @@ def panel_reads(M: int, N: int, tile: tuple[int, int, int], sms: int) -> tuple[f
 def vendor_gemm(
     name: str, sms: int, M: int, L: int, N: int, itemsize: int = 2, bias: bool = False
 ) -> Kernel:
-    """A large product ``P Q`` by the vendor's library."""
+    """The large product ``P Q`` in the vendor's library."""
     row, column = panel_reads(M, N, VENDOR_TILE, sms)
     reads = {"p": M * L * itemsize, "q": L * N * itemsize}
     if bias:
@@ -129,14 +131,14 @@ def vendor_gemm(
 
 
 def dropout_mask(M: int, L: int) -> Kernel:
-    """The keep bits of ``(M, L)``, made once a forward."""
+    """The keep bits of an ``(M, L)`` input, computed once per forward."""
     written = M * _pitch(L) * 4
     integers = written / 8 * (_MASK_LOOP * DIGITS + _MASK_REST)
     return Kernel("dropout_mask", {"seed": 8}, {"keep_bits": written}, integers=integers)
 
 
 def shrink(device: Device, c: Product) -> list[Kernel]:
-    """``U = s · D(P) Z``: one read of P, and partial sums if the contraction is split."""
+    """``U = s · D(P) Z``: one read of P, plus partial sums if the contraction is split."""
     target = device.target
     config = select_config.shrink_config(target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned)
     _, splits = split_evenly(c.L, config.splits, config.block_l)
@@ -167,17 +169,19 @@ def lora_gemm(device: Device, c: Product) -> Kernel:
         2.0 * c.M * c.N * inner,
         {"p": row, "u": row, "q": column, "v": column},
         gemm=TRITON_TRAFFIC,
+        # The ratio is of large products; ``fill`` is for the SMs that a smaller one leaves idle.
         speed=device.gemm_ratio * select_config.fill(config, target, c.M, c.N),
     )
 
 
 def lora_add(device: Device, c: Product) -> Kernel:
-    """``O += D(U V)`` after the vendor's product, whose bias it is."""
+    """``O += D(U V)`` after the vendor's product, which adds the bias."""
     config = select_config.add_config(device.target, c.itemsize, c.M, c.N, c.R)
     out = c.M * c.N * c.itemsize
     reads = {"o": out} | _low_rank(c, config.block_n)
     reads.pop("bias", None)
-    # Programs walk down one block of columns after another, and U with them each time.
+    # Programs walk down one block of columns after another, so U is read again for each block
+    # unless it stays in the cache meanwhile.
     between = reads["u"] + 2 * c.M * config.block_n * c.itemsize
     again = cdiv(c.N, config.block_n) if between > device.cache > 0 else 1
     flops = 2.0 * c.M * c.N * _padded(c.R, config.rank_blocks(c.R)[0])
@@ -185,7 +189,7 @@ def lora_add(device: Device, c: Product) -> Kernel:
 
 
 def single_pass(device: Device, c: Product) -> list[Kernel]:
-    """``U`` and ``O`` in one launch, for few rows."""
+    """``U`` and ``O`` in one launch, for small M."""
     config = select_config.single_pass_config(
         device.target, c.itemsize, c.M, c.N, c.R, describable=c.aligned
     )
@@ -195,17 +199,17 @@ def single_pass(device: Device, c: Product) -> list[Kernel]:
     reads = _operands(c) | {"z": c.L * c.R * c.itemsize, "scale": 4} | _low_rank(c, config.block_n)
     del reads["u"]
     written = {"o": c.M * c.N * c.itemsize, "u": c.M * c.R * 4}
-    # Each panel of Q has one reader: there is no wave that could read it anew.
+    # With few rows each panel of Q is read once: no later wave reads it again.
     kernel = Kernel("single_pass", reads, written, flops, gemm=1.0, speed=device.gemm_ratio)
     return [*_cast(c.L * c.R, c), kernel]
 
 
 def rank_grad(device: Device, c: Product) -> list[Kernel]:
-    """``Uᵀ D(P)``, the adapter's gradient beside P: one read of P, and partial sums of the rows."""
+    """``Uᵀ D(P)``, the adapter's gradient: one read of P, plus partial sums if rows are split."""
     p, u = c.M * c.L * c.itemsize, c.M * c.R * 4
     out = c.R * c.L * c.adapter_itemsize
     masked = c.masked == "operand"
-    if not masked and c.M < MIN_ROWS_PER_RANK * c.R:
+    if not rank_grad_applies(c.M, c.R, masked=masked):
         narrow, result = c.M * c.R * c.itemsize, c.R * c.L * c.itemsize
         return [
             _torch("cast", {"u": u}, {"u": narrow}),
@@ -228,7 +232,10 @@ def rank_grad(device: Device, c: Product) -> list[Kernel]:
 
 
 def product(device: Device, strategy: str, c: Product) -> list[Kernel]:
-    """The kernels of one direction by ``strategy``, as ``ops/triton_impl.py`` launches them."""
+    """The kernels of one direction, as ``kernels/strategies.py`` launches them for ``strategy``.
+
+    "torch" is PyTorch's operators only.
+    """
     if strategy == "torch":
         return torch_operators(device, c)
     if strategy == "single_pass":
@@ -240,7 +247,7 @@ def product(device: Device, strategy: str, c: Product) -> list[Kernel]:
 
 
 def torch_operators(device: Device, c: Product) -> list[Kernel]:
-    """The kernels of one direction by PyTorch alone, as ``ops/torch_impl.py`` runs it on a GPU."""
+    """The kernels of one direction in PyTorch only, as ``ops/torch_impl.py`` runs it on a GPU."""
     operand, thin, out = (size * c.itemsize for size in (c.M * c.L, c.M * c.R, c.M * c.N))
     kernels = _cast(c.L * c.R, c)
     if c.masked == "operand":
@@ -249,7 +256,7 @@ def torch_operators(device: Device, c: Product) -> list[Kernel]:
     adapter = {"p": operand, "q": c.L * c.R * c.itemsize}
     kernels += [
         _torch("mm", adapter, {"u": thin}, 2.0 * c.M * c.L * c.R),
-        _torch("mul", {"scale": 4}, {"scale": 4}),  # by 1/(1-p); the scale is a tensor on a GPU
+        _torch("mul", {"scale": 4}, {"scale": 4}),  # scale · 1/(1-p), on a GPU a tensor
         _torch("mul_", {"u": thin, "scale": 4}, {"u": thin}),
         vendor_gemm("mm", device.target.sms, c.M, c.L, c.N, c.itemsize, c.bias),
         *_cast(c.R * c.N, c),
@@ -266,15 +273,16 @@ def torch_operators(device: Device, c: Product) -> list[Kernel]:
 
 
 def rank_gradients(device: Device, strategy: str, back: Product) -> list[Kernel]:
-    """Both of the adapter's gradients, beside a backward product ``dY W``.
+    """Both gradients of the adapter, for the backward product ``back``, ``dY W``.
 
-    ``dA = Gᵀ D(x)`` reads what that product writes the gradient of, ``dB = dYᵀ S`` its operand.
+    ``dA = Gᵀ D(x)`` reads ``x``, whose shape is that of the product's output; ``dB = dYᵀ S`` reads
+    its operand ``dY``.
     """
     ahead = replace(back, L=back.N, N=back.L, masked="operand" if back.masked else None)
     if strategy != "torch":
         return rank_grad(device, ahead) + rank_grad(device, back)
     kernels = []
-    if back.masked:  # the mask is dx's, and expanded there
+    if back.masked:  # the expanded mask is shared with dx, which counts it
         x = back.M * back.N * back.itemsize
         kernels.append(_torch("mul_", {"mask": x, "p": x}, {"p": x}))
     for columns in (back.N, back.L):
@@ -285,7 +293,7 @@ def rank_gradients(device: Device, strategy: str, back: Product) -> list[Kernel]
 
 
 def layer(device: Device, c: Product, forward: str, backward: str) -> list[Kernel]:
-    """Forward of ``c`` by one strategy, and all three gradients by another."""
+    """The forward of ``c`` with one strategy, and all three gradients with another."""
     back = replace(c, L=c.N, N=c.L, masked="output" if c.masked else None, bias=False)
     kernels = [dropout_mask(c.M, c.L)] if c.masked else []
     kernels += product(device, forward, c) + product(device, backward, back)
@@ -297,7 +305,7 @@ def _operands(c: Product) -> dict[str, int]:
 
 
 def _low_rank(c: Product, block_n: int) -> dict[str, int]:
-    """What an epilogue reads."""
+    """Bytes that the low-rank product and the rest of the epilogue read."""
     reads = {"u": c.M * c.R * 4, "v": c.R * c.N * c.adapter_itemsize}
     if c.masked == "output":
         reads["keep_bits"] = _mask_bytes(c.M, c.N, block_n)
@@ -314,7 +322,7 @@ def _cast(elements: int, c: Product) -> list[Kernel]:
 
 
 def _expanded_mask(M: int, columns: int, itemsize: int) -> list[Kernel]:
-    """Keep bits as zeros and ones: a table of all bytes, and a row of it for each."""
+    """Keep bits unpacked to zeros and ones: each byte selects a row of a table with 256 rows."""
     table = [_torch(name, {}, {"table": 2048 * itemsize}) for name in _TABLE_OPERATORS]
     packed = 4 * M * _pitch(columns)
     return [
@@ -338,10 +346,10 @@ def _padded(rank: int, block: int) -> int:
 
 
 def _pitch(columns: int) -> int:
-    """32-bit words of a row of keep bits."""
+    """32-bit words per row of keep bits: a whole number of 16-byte vectors."""
     return 4 * cdiv(columns, 128)
 
 
 def _mask_bytes(M: int, columns: int, block: int) -> int:
-    """Whole tiles' words, none beyond the row."""
+    """Bytes of keep bits read in whole tiles of ``block`` columns, up to the end of a row."""
     return 4 * M * min(_pitch(columns), _padded(columns, block) // 32)

@@ -1,8 +1,8 @@
-"""What :mod:`.tune` measured, in a file: strategies by GPU, versions and call.
+"""The file of measured strategies, by GPU, versions and call; :mod:`fused_lora.tune` writes it.
 
 The file is ``tuned.json`` in ``$FUSED_LORA_CACHE``, else ``$XDG_CACHE_HOME/fused_lora``, else
-``~/.cache/fused_lora``. An environment (GPU, driver, torch, Triton) reads its own entries only. A
-file that is damaged or of another format is as good as none, and said once.
+``~/.cache/fused_lora``. Each environment (GPU, driver, torch, Triton) reads only its own entries. A
+file that is damaged or has another format is ignored with one warning.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.config import SINGLE_PASS_MAX_RANK, SINGLE_PASS_MAX_ROWS
+from ..kernels.config import single_pass_applies
 
 FORMAT = 2
 KERNEL_STRATEGIES = ("single_pass", "split", "addmm")
 STRATEGIES = (*KERNEL_STRATEGIES, "torch")
-_MOST_BYTES = 8 << 20  # some 50,000 entries
+_MOST_BYTES = 8 << 20  # about 50,000 entries
 _LOCK_SECONDS = 60.0
 
 
@@ -35,10 +35,10 @@ class Call:
 
     Attributes:
         direction: "forward" or "backward".
-        dtype: of ``x``.
-        M, K, N, R: tokens, inputs, outputs, rank.
-        dropped: whether an entry of ``x`` may be dropped.
-        aligned: whether every row starts on 16 bytes.
+        dtype: dtype of ``x``.
+        M, K, N, R: tokens, in_features, out_features, rank.
+        dropped: whether dropout is active.
+        aligned: whether every row starts on a 16-byte boundary.
     """
 
     direction: str
@@ -52,7 +52,7 @@ class Call:
 
     @property
     def key(self) -> str:
-        """The name of its entry: all of the above, and the next power of two for ``M``."""
+        """Key of its entry in the file: all fields, with ``M`` rounded up to a power of two."""
         bucket = 1 << (self.M - 1).bit_length()
         flags = " dropout" * self.dropped + " unaligned" * (not self.aligned)
         dtype = str(self.dtype).removeprefix("torch.")
@@ -60,32 +60,32 @@ class Call:
 
     @property
     def masked(self) -> str | None:
-        """What is dropped: the "operand" of the contraction, the low-rank "output", or None."""
+        """What dropout applies to: "operand" of the contraction, low-rank "output", or None."""
         if not self.dropped:
             return None
         return "operand" if self.direction == "forward" else "output"
 
     @property
     def kernel_strategies(self) -> tuple[str, ...]:
-        """The strategies of the kernels that can run it."""
-        few = self.M <= SINGLE_PASS_MAX_ROWS and self.R <= SINGLE_PASS_MAX_RANK
-        return KERNEL_STRATEGIES if few and self.masked != "operand" else KERNEL_STRATEGIES[1:]
+        """The Triton strategies that can run this call."""
+        single_pass = single_pass_applies(self.M, self.R, self.masked)
+        return KERNEL_STRATEGIES if single_pass else KERNEL_STRATEGIES[1:]
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """All that can run it, PyTorch's operators among them."""
+        """All strategies that can run this call, including "torch"."""
         return (*self.kernel_strategies, "torch")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A measured choice, and what it was made from.
+    """A measured choice, and the times it was based on.
 
     Attributes:
-        strategy: the fastest.
-        microseconds: of the device, the median for each strategy that was timed.
-        host_microseconds: of the host to queue the same.
-        graphs: whether it was made for replays of CUDA graphs, which the host does not delay.
+        strategy: the chosen one: the modelled strategy, or one that was reliably faster.
+        microseconds: median device time of each strategy that was timed.
+        host_microseconds: median host time to queue each of them.
+        graphs: whether it is for replays of CUDA graphs, so that host time does not count.
     """
 
     strategy: str
@@ -94,13 +94,13 @@ class Entry:
     graphs: bool = False
 
     def best(self, allowed: Collection[str]) -> str | None:
-        """The fastest of ``allowed``; None if none of them was timed."""
+        """The chosen strategy if it is ``allowed``, else the fastest timed one that is, or None."""
         if self.strategy in allowed:
             return self.strategy
         return min((n for n in self.microseconds if n in allowed), key=self.call_time, default=None)
 
     def call_time(self, strategy: str) -> float:
-        """Microseconds of a call: in eager mode the host queues while the device works."""
+        """Microseconds per call: in eager mode the longer one, since host and device overlap."""
         device, host = self.microseconds[strategy], self.host_microseconds[strategy]
         return device if self.graphs else max(device, host)
 
@@ -109,11 +109,14 @@ class Entry:
             f"{name} {time:.1f} µs (host {self.host_microseconds[name]:.1f})"
             for name, time in self.microseconds.items()
         )
-        return f"{self.strategy} of {', '.join(times)}{' in CUDA graphs' if self.graphs else ''}"
+        return (
+            f"{self.strategy} chosen from {', '.join(times)}"
+            f"{' in CUDA graphs' if self.graphs else ''}"
+        )
 
 
 def cache_path() -> Path:
-    """Where entries are kept; the file need not exist."""
+    """Path of the file; it need not exist."""
     if chosen := os.environ.get("FUSED_LORA_CACHE"):
         return Path(chosen) / "tuned.json"
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -122,7 +125,7 @@ def cache_path() -> Path:
 
 @lru_cache
 def environment(device: torch.device) -> str:
-    """What an entry holds for: GPU, driver, torch and Triton."""
+    """The environment in which entries are valid: GPU, driver, torch and Triton."""
     import triton
 
     if device.type == "cpu":
@@ -133,23 +136,27 @@ def environment(device: torch.device) -> str:
 
 
 def lookup(call: Call, device: torch.device) -> Entry | None:
-    """The entry for ``call`` on ``device``, if there is one that can run it."""
+    """The entry for ``call`` on ``device``; None without one, or if its strategy cannot run it."""
     entries = _entries(environment(device))
+    # A file edited by hand may name a strategy that cannot run this call.
     entry = entries.get(call.key)
     return entry if entry is not None and entry.strategy in call.strategies else None
 
 
 def store(entries: Mapping[Call, Entry], device: torch.device) -> Path:
-    """Add to the file what was measured on ``device``, and keep all else in it.
+    """Add ``entries``, measured on ``device``, to the file; its other entries are kept.
 
-    Written aside and moved into place under a lock, so that a reader sees a whole file and two
-    writers lose nothing.
+    Under a lock, a temporary file is written and then moved into place: readers always see a
+    complete file, and concurrent writers lose no entries.
+
+    Returns:
+        The file's path.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the directory cannot be written.
         filelock.Timeout: another writer holds the lock.
     """
-    import filelock  # which reading does without
+    import filelock  # needed for writing only
 
     path = cache_path()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +182,7 @@ def store(entries: Mapping[Call, Entry], device: torch.device) -> Path:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
             os.replace(aside, path)
-        except BaseException:
+        except BaseException:  # an interrupt must not leave the temporary file either
             os.unlink(aside)
             raise
     forget()
@@ -183,39 +190,39 @@ def store(entries: Mapping[Call, Entry], device: torch.device) -> Path:
 
 
 def forget() -> None:
-    """Read the file again at the next look-up."""
+    """Drop what was read, so that the next :func:`lookup` reads the file again."""
     _entries.cache_clear()
 
 
 @lru_cache
 def _entries(name: str) -> dict[str, Entry]:
-    """Those of one environment, read once."""
+    """The entries of the environment ``name``; the file is read once per process."""
     environments = _read(cache_path())
     gpu = name.partition(" | ")[0]
     if name not in environments:
         others = [other for other in environments if other.partition(" | ")[0] == gpu]
         if others:
             _warn(
-                f"the tuned entries of {gpu} are ignored: expected some measured with {name}, got"
-                f" {others[-1]}; python -m fused_lora.tune measures anew"
+                f"the tuned entries for {gpu} are ignored: expected entries measured with {name},"
+                f" got {others[-1]}; to measure again, run python -m fused_lora.tune"
             )
     return environments.get(name, {})
 
 
 def _read(path: Path) -> dict[str, dict[str, Entry]]:
-    """Everything in the file; nothing, and a warning, if it is not what :func:`store` writes."""
+    """All entries by environment; none if the file is missing or, with a warning, damaged."""
     try:
         return _parsed(_text(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        _warn(f"{path} is ignored: {error}; python -m fused_lora.tune writes it anew")
+        _warn(f"{path} is ignored: {error}; to write it again, run python -m fused_lora.tune")
         return {}
 
 
 def _text(path: Path) -> str:
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
         raise ValueError("expected a regular file")
     if status.st_size > _MOST_BYTES:
         raise ValueError(f"expected at most {_MOST_BYTES} bytes, got {status.st_size}")
@@ -241,9 +248,9 @@ def _entry(value: object) -> Entry:
     device, host = (_object(fields.get(k), k) for k in ("microseconds", "host_microseconds"))
     for name, time in (*device.items(), *host.items()):
         if name not in STRATEGIES or type(time) is not float or not math.isfinite(time):
-            raise ValueError(f"expected microseconds by strategy, got {name[:20]!r}")
+            raise ValueError(f"expected a time in microseconds per strategy, got {name[:20]!r}")
     if device.keys() != host.keys():
-        raise ValueError("expected the host's microseconds of the same strategies")
+        raise ValueError("expected device and host times of the same strategies")
     graphs = fields.get("graphs")
     if type(graphs) is not bool:
         raise ValueError(f"expected graphs to be true or false, got {str(graphs)[:20]!r}")
@@ -256,6 +263,6 @@ def _object(value: object, name: str) -> dict:
     return value
 
 
-@lru_cache
+@lru_cache  # each text once
 def _warn(message: str) -> None:
     warnings.warn(f"fused_lora: {message}", stacklevel=5)
