@@ -1,5 +1,8 @@
 """Fused LoRA layers: ``y = x Wᵀ + bias + s·D(x) Aᵀ Bᵀ`` in Triton, with a pure-PyTorch path.
 
+``W`` and ``bias`` are frozen, the factors ``A`` and ``B`` are trained, ``s`` is the adapter's scale
+and ``D`` its dropout.
+
 >>> import torch
 >>> from fused_lora import FusedLoRALinear
 >>> layer = FusedLoRALinear.from_linear(torch.nn.Linear(64, 32), rank=4)

@@ -1,12 +1,13 @@
-"""Styles for ``parallelize_module``: an adapted linear layer over the ranks of a mesh.
+"""Tensor parallelism: ``parallelize_module`` styles that split adapted linear layers over a mesh.
 
     apply_lora(model, rank=16)
     plan = {"up": LoRAColwiseParallel(), "down": LoRARowwiseParallel()}
     parallelize_module(model, mesh, plan)
 
-PyTorch's own ``ColwiseParallel`` and ``RowwiseParallel`` give the same numbers. They shard the
-column-wise layer's ``lora_A`` by rank, so that every forward gathers it, and keep the row-wise
-layer's whole, so that backward does. These place the adapter where :mod:`.dtensor` wants it.
+PyTorch's own ``ColwiseParallel`` and ``RowwiseParallel`` give the same numbers. They shard a
+column-wise layer's ``lora_A`` along its rank dimension, so every forward gathers it, and replicate
+a row-wise layer's, so every backward gathers its gradient. The styles here distribute the adapter
+as :mod:`.distributed.dtensor` needs it, so neither gather happens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["LoRAColwiseParallel", "LoRARowwiseParallel"]
 
 
 class _LoRAStyle:
-    """Comes before PyTorch's style, which treats the layers that are not adapted."""
+    """Mixin that precedes PyTorch's style; that style handles the layers without an adapter."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if isinstance(module, LoRALayer):
@@ -47,14 +48,15 @@ class _LoRAStyle:
 
 
 class LoRAColwiseParallel(_LoRAStyle, ColwiseParallel):
-    """``weight``, ``bias`` and ``lora_B`` sharded by outputs, ``lora_A`` on every rank.
+    """``weight``, ``bias`` and ``lora_B`` sharded by output feature, ``lora_A`` on every rank.
 
-    Nothing is sent forward; backward reduces ``dx`` and the gradient of ``lora_A``. Arguments as
-    ``ColwiseParallel``; for a layer that is not adapted it is that style.
+    With the default layouts, forward needs no communication; backward reduces ``dx`` and the
+    gradient of ``lora_A``. Takes the arguments of ``ColwiseParallel``, and is the same as that
+    style for a layer without an adapter.
 
     Raises (in ``parallelize_module``):
         TypeError: an adapted layer that is not a :class:`FusedLoRALinear`.
-        ValueError: DoRA, or a layer that is merged or sharded already.
+        ValueError: DoRA, or a layer that is already merged or sharded.
     """
 
     lora_placements: ClassVar[dict[str, Placement]] = {
@@ -66,10 +68,10 @@ class LoRAColwiseParallel(_LoRAStyle, ColwiseParallel):
 
 
 class LoRARowwiseParallel(_LoRAStyle, RowwiseParallel):
-    """``weight`` and ``lora_A`` sharded by inputs, ``bias`` and ``lora_B`` on every rank.
+    """``weight`` and ``lora_A`` sharded by input feature, ``bias`` and ``lora_B`` on every rank.
 
-    Forward reduces base and adapter in one sum; backward reduces the gradient of ``lora_B``.
-    Arguments as ``RowwiseParallel``; errors as :class:`LoRAColwiseParallel`.
+    Forward adds base and adapter locally and reduces the sum once; backward reduces the gradient of
+    ``lora_B``. Arguments as for ``RowwiseParallel``, errors as for :class:`LoRAColwiseParallel`.
     """
 
     lora_placements: ClassVar[dict[str, Placement]] = {
@@ -83,18 +85,18 @@ class LoRARowwiseParallel(_LoRAStyle, RowwiseParallel):
 def _check(layer: LoRALayer) -> None:
     if not isinstance(layer, FusedLoRALinear):
         raise TypeError(
-            f"expected a FusedLoRALinear, got {type(layer).__name__}: PyTorch's styles take"
-            " embeddings, and none other kinds"
+            f"expected a FusedLoRALinear, got {type(layer).__name__}: use PyTorch's styles for"
+            " embeddings; no style supports other adapted layers"
         )
     if layer.use_dora:
         raise ValueError(
-            "expected a layer without DoRA, got one with it, whose norms are of whole rows of"
-            " W + s·B A: use_dora=False works"
+            "expected a layer without DoRA, whose norms need whole rows of W + s·B A: set"
+            " use_dora=False"
         )
     if layer.merged:
-        raise ValueError("expected an unmerged layer, got a merged one: parallelize, then merge")
+        raise ValueError("expected an unmerged layer, got a merged one: merge after parallelizing")
     if any(is_shard(parameter) for parameter in layer.parameters()):
         raise ValueError(
-            "expected a whole layer, got a sharded one: call parallelize_module once, and before"
-            " fully_shard"
+            "expected a whole layer, got a sharded one: call parallelize_module only once, and"
+            " before fully_shard"
         )

@@ -1,8 +1,9 @@
 """Triton kernels of fused-lora; importable as ``fused_lora.kernels``.
 
-Nothing is imported here: Triton is loaded only when a kernel is. ``__version__`` stands for
-libraries that import any top-level module named ``kernels`` and ask for its version, which happens
-when the repository's root is the current directory.
+Nothing is imported here, so Triton is loaded only with the first module that defines a kernel.
+
+Some libraries import any top-level module named ``kernels`` and read its ``__version__``. With the
+repository's root as the current directory they find this package, so it has one.
 """
 
 __version__ = "0"

@@ -1,4 +1,4 @@
-"""Pieces shared by the kernels: tile order, keep bits, the low-rank product, partial sums."""
+"""Code shared by the kernels: tile order, keep bits, the low-rank product, partial sums."""
 
 import torch
 import triton
@@ -11,36 +11,47 @@ TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 
 
 def in_vectors(t: torch.Tensor, n: int = 8) -> bool:
-    """Whether the rows of ``t`` along its unit stride start on and hold whole groups of ``n``."""
+    """Whether rows of ``t``, along its unit stride, start and end at multiples of ``n`` elements.
+
+    The base address is not checked: Triton specialises on its alignment by itself.
+    """
     if t.stride(1) == 1:
         return t.stride(0) % n == 0 and t.shape[1] % n == 0
     return t.stride(0) == 1 and t.stride(1) % n == 0 and t.shape[0] % n == 0
 
 
 def operand(config: Config, t: torch.Tensor, block: tuple[int, int], transposed: bool = False):
-    """``t`` as the kernel takes it: itself, or a descriptor of ``block`` in it or its transpose."""
+    """The kernel's argument for ``t``: the tensor itself, or a descriptor of it in ``block`` tiles.
+
+    With ``transposed`` the descriptor is of ``tᵀ``.
+    """
     return Tile(t, block, transposed) if config.descriptors else t
 
 
 @triton.jit
 def multiple(x, n: tl.constexpr):
-    """``x``, known to be a multiple of ``n``, in a form that the compiler can see.
+    """``x``, a multiple of ``n``, in a form from which the compiler derives that.
 
-    Triton specialises arguments on divisibility by 16 only, and ``tl.multiple_of`` is lost on an
-    argument. The launcher must have checked: for any other ``x`` this is another number.
+    Triton specialises integer arguments on divisibility by 16 only, and ``tl.multiple_of`` has no
+    effect on an argument. The launcher must have checked ``x``: if it is not a multiple of ``n``
+    the result is wrong.
     """
     return x // n * n
 
 
 @triton.jit
 def advance(step: tl.constexpr, stride):
-    """``step · stride`` in 64 bits: rows of a view may lie 2³¹ / step elements apart."""
+    """``step · stride`` in 64 bits: a view's rows may be 2³¹ / step elements apart."""
     return tl.full((), step, tl.int64) * stride
 
 
 @triton.jit
 def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile number to (row block, column block), walking GROUP_M row blocks down each column."""
+    """Map a tile number to (row block, column block).
+
+    Tiles are numbered in groups of GROUP_M row blocks, column block by column block within a group,
+    so that programs running at the same time share panels of both operands in the L2 cache.
+    """
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
     tiles_per_group = GROUP_M * num_n
@@ -61,14 +72,15 @@ def load_keep_bits(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Keep bits of a tile as (BLOCK_M, BLOCK_N) int32 of 0 and 1; 0 beyond the last row and word.
+    """A tile's keep bits as (BLOCK_M, BLOCK_N) int32 of 0 and 1; 0 beyond the last row and word.
 
-    Each word is loaded once and shifted by 32 lanes; loading it from every lane spills on sm_100.
+    Each word is loaded once and expanded by 32 shifts; one load per bit spills registers on sm_100.
     ``first_n`` and ``BLOCK_N`` are multiples of 32; the row pitch is a multiple of 4 words.
     """
     tl.static_assert(BLOCK_N % 32 == 0, "a tile of keep bits is whole words")
     stride_keep_m = multiple(stride_keep_m, 4)
     offs_m = first_m + tl.arange(0, BLOCK_M)
+    # Rows are stored without gaps, so the row pitch is also the number of words per row.
     offs_w = first_n // 32 + tl.arange(0, BLOCK_N // 32)
     keep_bits = tl.load(
         keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_keep_m + offs_w[None, :],
@@ -100,8 +112,11 @@ def add_low_rank(
     V_TRANSPOSED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """``acc + U V`` for one tile, the rank in CHUNKS of BLOCK_R; U fp32, V in any dtype."""
-    if ALIGN_U:
+    """``acc + U V`` for one tile, with the rank walked in CHUNKS of BLOCK_R.
+
+    U and V may have any floating dtype; both are cast to DTYPE before the product.
+    """
+    if ALIGN_U:  # 4 elements of an fp32 U are 16 bytes
         stride_um = multiple(stride_um, 4)
         R = multiple(R, 4)
     if ALIGN_V:
@@ -133,6 +148,7 @@ def add_low_rank(
     return acc
 
 
+# Partial sums of ``shrink`` have one row per token: like M elsewhere, ``rows`` is not specialised.
 @triton.jit(do_not_specialize=["rows"])
 def _sum_partials(
     out_ptr,
@@ -155,6 +171,7 @@ def _sum_partials(
     inside = (offs_m[:, None] < rows) & (offs_n[None, :] < cols)
     part_ptrs = parts_ptr + offs_m.to(tl.int64)[:, None] * stride_pm + offs_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Always in the same order, for bitwise reproducible sums.
     for _ in tl.range(0, splits, loop_unroll_factor=4, num_stages=1):
         acc += tl.load(part_ptrs, mask=inside, other=0.0)
         part_ptrs += stride_ps

@@ -1,10 +1,10 @@
-"""Keep bits of the LoRA branch's dropout.
+"""The keep bits of the LoRA branch's dropout.
 
     bit j of keep_bits[m, w]  =  1 with probability keep_count / 2¹⁶, for column 32·w + j of row m
 
-``ops/dropout.py`` has the formula, and computes the same bits in PyTorch. Each lane makes the 64
-columns of a word from a sequence of random words; a bit depends on the seed and its place alone,
-never on the launch.
+``ops/dropout.py`` documents the formula and computes the same bits in PyTorch. Each thread computes
+the 64 columns of a 64-bit word from a sequence of random words. A bit depends only on the seed and
+its position, never on the launch.
 """
 
 import torch
@@ -40,12 +40,13 @@ def _dropout_mask(
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     place = (offs_m.to(tl.uint64)[:, None] << 32) + offs_l.to(tl.uint64)[None, :]
     state = _mix(_mix(seed) ^ place)
+    # Skip the digits below the lowest 1: an AND with zero bits leaves them zero.
     state += first_digit.to(tl.uint64) * 0x9E3779B97F4A7C15
     bits = tl.zeros((BLOCK_M, BLOCK_L), tl.uint64)
     for digit in range(first_digit, DIGITS):
         state += 0x9E3779B97F4A7C15
         random = _mix(state)
-        # OR where the digit is one, AND where it is zero.
+        # OR if the digit is 1, else AND: ``one`` is all ones or zero, so no branch is needed.
         one = (0 - ((keep_count >> digit) & 1).to(tl.int64)).to(tl.uint64, bitcast=True)
         bits = (bits & random) | ((bits | random) & one)
     tl.store(
@@ -56,11 +57,15 @@ def _dropout_mask(
 
 
 def dropout_mask(keep_bits: torch.Tensor, seed: torch.Tensor, keep_count: int, digits: int) -> None:
-    """Fill ``keep_bits``, int32 ``(M, words)``, from ``seed``, 0-d int64.
+    """Compute the packed mask ``keep_bits`` from ``seed``.
 
-    ``0 < keep_count < 2**digits``.
+    Args:
+        keep_bits: int32 ``(M, words)``, each row a whole number of 64-bit words; written.
+        seed: 0-d int64, read on the device.
+        keep_count: the keep probability in units of ``2**-digits``; 0 < keep_count < 2**digits.
+        digits: binary digits of the keep probability.
     """
-    first_digit = (keep_count & -keep_count).bit_length() - 1
+    first_digit = (keep_count & -keep_count).bit_length() - 1  # index of the lowest 1
     tensors = keep_bits.view(torch.int64), seed
     launch(_dropout_mask, _arguments, None, tensors, (keep_count, first_digit), digits)
 

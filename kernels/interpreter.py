@@ -1,12 +1,12 @@
-"""Repairs of Triton's interpreter, which computes bfloat16 wrongly and without an error.
+"""Repairs to Triton's interpreter, which silently returns wrong results for bfloat16.
 
-Faults of Triton 3.6 to 3.9, each repaired where kernels are interpreted (``TRITON_INTERPRET=1``):
+These faults of Triton 3.6 to 3.9 are repaired if kernels are interpreted (``TRITON_INTERPRET=1``):
 
-* bfloat16 is stored in uint16 arrays, and ``tl.dot`` multiplies the bit patterns as integers.
+* bfloat16 is stored in uint16 arrays, whose bit patterns ``tl.dot`` multiplies as integers.
 * Casts from float32 to bfloat16 truncate; the GPUs round to nearest even.
 * ``int()`` of a scalar fails in 3.6 with NumPy 2.4 or newer: the array behind it is not 0-d.
 
-The repairs hold for every kernel that is interpreted in the process.
+The repairs apply to every kernel interpreted in the process, other libraries' included.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-# Kernels are decorated once, when they are imported; a later change of the variable has no effect.
+# ``triton.jit`` reads this when a kernel's module is imported: a later change has no effect.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def repair() -> None:
     """Replace the faulty methods of Triton's interpreter; a second call changes nothing."""
-    import numpy as np  # which the interpreter needs as well
+    import numpy as np  # the interpreter itself needs it, the rest of the library does not
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
@@ -33,6 +33,7 @@ def repair() -> None:
     def to_float(handle):
         if handle.dtype.scalar != tl.bfloat16:
             return handle
+        # bfloat16 is the upper half of a float32.
         wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
         return interpreter.TensorHandle(wide, tl.float32)
 
@@ -52,6 +53,7 @@ def repair() -> None:
 
     builder.create_dot = dot
     builder.cast_impl = cast
+    # Both must call the replaced method, in every version of Triton.
     for name in ("create_fp_trunc", "create_fp_ext"):
         setattr(builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
     interpreter._patch_lang_tensor = patch

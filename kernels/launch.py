@@ -1,9 +1,10 @@
-"""Launches that cost the host little.
+"""Launches with little host overhead.
 
-Triton finds the binary of a call anew each time: it looks at every argument's dtype, alignment and
-divisibility. All of these follow from the tensors' shapes, strides, dtypes and alignment and from
-the config, so a launch that has them as before is repeated, with other addresses. Where anything
-else can change the binary or watch launches (hooks, debugging, an unknown Triton) it is plain.
+For every launch Triton selects the compiled binary again, by each argument's dtype, alignment and
+divisibility. All of these follow from the config and the tensors' shapes, strides, dtypes and
+alignment. If these are the same as in an earlier launch, that launch is repeated with the new
+addresses. If anything else can change the binary or observes launches (hooks, debugging, an unknown
+Triton), Triton's own launch is used.
 """
 
 from collections.abc import Callable
@@ -18,20 +19,21 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .interpreter import INTERPRETED
 
-# Whose compiled kernels are known to be run as :class:`_Plan` does; others are launched plainly.
+# Versions of Triton whose compiled kernels can be run as :class:`_Plan` runs them.
 KNOWN = {"3.6", "3.7", "3.8", "3.9"}
-# Whether launches are repeated, unless something watches them: see :func:`_observed`.
+# Whether launches are repeated; one that is observed is not, see :func:`_observed`.
 REPEATS = ".".join(triton.__version__.split(".")[:2]) in KNOWN and not INTERPRETED
-_BUFFERS_HAVE_SIZES = torch.version.hip is not None  # Triton specialises on them there
+# On AMD GPUs Triton specialises on whether a buffer is smaller than 2 GiB.
+_BUFFERS_HAVE_SIZES = torch.version.hip is not None
 _BUFFER_BYTES = 1 << 31
 _MOST_PLANS = 4096
-_MOST_ADDRESSES = 256  # of one descriptor
+_MOST_ADDRESSES = 256  # cached descriptors per operand
 
 _plans: dict[tuple, "_Plan"] = {}
 
 
 class Tile(NamedTuple):
-    """A tensor, or its transpose, that the kernel takes as a descriptor of ``block``."""
+    """A tensor, or its transpose, passed to the kernel as a descriptor of ``block`` tiles."""
 
     tensor: torch.Tensor
     block: tuple[int, int]
@@ -43,13 +45,15 @@ class Tile(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """A launch, but for what may change without another binary; in the kernel's order.
+    """A launch without its scalars, which may change without another binary.
+
+    The kernel's parameters are the operands, the scalars, the numbers, then the constants.
 
     Attributes:
         grid: programs along each axis.
-        operands: tensors and :class:`Tile`; before the scalars.
-        numbers: integers; after the scalars.
-        constants: by name; last.
+        operands: tensors and :class:`Tile`.
+        numbers: integers that the kernel may specialise.
+        constants: ``tl.constexpr`` parameters by name.
         options: ``num_warps`` and ``num_stages``.
     """
 
@@ -68,15 +72,15 @@ def launch(
     scalars: tuple[float, ...],
     *flags,
 ) -> None:
-    """Launch ``kernel`` on the current device as ``arguments(config, *tensors, *flags)`` says.
+    """Launch ``kernel`` on the current device with ``arguments(config, *tensors, *flags)``.
 
     Args:
-        arguments: a function of nothing but the flags and the tensors' shapes, strides, dtypes and
-            alignment to 16 bytes, whose operands are among ``tensors``.
-        config: hashable by identity; None if there is none to choose.
-        tensors: those that may be operands, or None where one is left out.
-        scalars: floats, and integers of 32 bits that the kernel does not specialise.
-        flags: hashable.
+        arguments: a function whose result depends only on the config, the flags and the tensors'
+            shapes, strides, dtypes and alignment to 16 bytes; its operands are among ``tensors``.
+        config: identified by ``id``: pass the same object each time; None if the kernel has none.
+        tensors: the possible operands; None for one that is omitted.
+        scalars: floats, and 32-bit integers that the kernel does not specialise.
+        flags: hashable arguments of ``arguments``.
     """
     if not REPEATS or _observed(kernel):
         _launch_plainly(kernel, arguments(config, *tensors, *flags), scalars)
@@ -101,7 +105,8 @@ def launch(
     if plan is not None:
         plan.repeat(tensors, scalars, active.get_current_stream(device))
         return
-    tensors = [t if t is None else t.detach() for t in tensors]  # an object each, if one came twice
+    # Distinct objects even if one tensor was passed twice: :func:`_place` compares by identity.
+    tensors = [t if t is None else t.detach() for t in tensors]
     made = arguments(config, *tensors, *flags)
     compiled = _launch_plainly(kernel, made, scalars)
     if isinstance(compiled, CompiledKernel):
@@ -111,12 +116,12 @@ def launch(
 
 
 def forget() -> None:
-    """Look every binary up again, as after another driver was made the active one."""
+    """Drop all plans, so that binaries are looked up again, for example with another driver."""
     _plans.clear()
 
 
 def _observed(kernel) -> bool:
-    """Whether somebody looks at launches, or wants other code than usual."""
+    """Whether hooks observe launches, or debugging or instrumentation changes the code."""
     runtime = knobs.runtime
     return bool(
         runtime.debug
@@ -140,7 +145,7 @@ class _Plan:
     def __init__(self, compiled, made: Arguments, config, tensors: list):
         self.run, self.function = compiled.run, compiled.function
         self.metadata = compiled.packed_metadata
-        self.kept = compiled, config  # the binary loaded, and its config's identity its own
+        self.kept = compiled, config  # keeps the binary loaded and the id of the config unique
         self.grid = (*made.grid, 1, 1)[:3]
         self.rest = (*made.numbers, *made.constants.values())
         self.operands = [_place(operand, tensors) for operand in made.operands]
@@ -150,7 +155,7 @@ class _Plan:
             tensors[at] if descriptors is None else descriptors[tensors[at].data_ptr()]
             for at, descriptors in self.operands
         ]
-        # No metadata and no hooks: nobody listens.
+        # None: launch metadata and the two hooks; nothing observes the launch.
         self.run(
             *self.grid, stream, self.function, self.metadata, None, None, None,
             *operands, *scalars, *self.rest,
@@ -158,7 +163,7 @@ class _Plan:
 
 
 def _place(operand: torch.Tensor | Tile, tensors: list) -> tuple[int, "_Descriptors | None"]:
-    """Which of ``tensors`` an operand is, and its descriptors."""
+    """Index of an operand in ``tensors``, and its descriptors if it is a :class:`Tile`."""
     tile = operand if isinstance(operand, Tile) else None
     tensor = operand if tile is None else tile.tensor
     at = next(i for i, t in enumerate(tensors) if t is tensor)
@@ -166,7 +171,7 @@ def _place(operand: torch.Tensor | Tile, tensors: list) -> tuple[int, "_Descript
 
 
 class _Address(NamedTuple):
-    """What a descriptor reads of its tensor; keeps no memory alive."""
+    """The part of a tensor that a descriptor reads; it does not keep the memory alive."""
 
     address: int
     dtype: torch.dtype
@@ -176,7 +181,7 @@ class _Address(NamedTuple):
 
 
 class _Descriptors(dict):
-    """Descriptors of one shape, strides and block, by address."""
+    """Descriptors with one shape, strides and block, created on demand and cached by address."""
 
     def __init__(self, tile: Tile):
         t = tile.tensor.t() if tile.transposed else tile.tensor

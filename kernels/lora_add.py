@@ -1,9 +1,10 @@
-"""The low-rank product on top of a given base.
+"""The low-rank product added to a given base.
 
     O = base + D(U V) + bias        U (M,R)   V (R,N)   O and base (M,N)
 
-In place after a vendor's GEMM, forward (U = S, V = Bᵀ) and backward (U = G, V = A and the keep
-bits); or beside a frozen product of another kind. Bound by one pass over O.
+Used in place after the vendor's GEMM: in forward with U = S, V = Bᵀ, in backward with U = G, V = A
+and the keep bits. Used out of place if something else computes the frozen product. The kernel is
+bound by memory bandwidth: one pass over O.
 """
 
 import torch
@@ -15,6 +16,7 @@ from .config import AddConfig, cdiv
 from .launch import Arguments, launch
 
 
+# M varies between calls; specialising it would compile the kernel again.
 @triton.jit(do_not_specialize=["M"])
 def _lora_add(
     o_ptr,
@@ -53,7 +55,8 @@ def _lora_add(
         N = multiple(N, 8)
     if ALIGN_BASE:
         stride_bm = multiple(stride_bm, 8)
-    # Rows are the fast axis of the grid: V's tile stays in cache, and the row axis has no limit.
+    # Row blocks are the grid's first axis: consecutive programs share V's tile in cache, and only
+    # the first axis may exceed 65,535 programs.
     first_m = tl.program_id(0) * BLOCK_M
     first_n = tl.program_id(1) * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
@@ -68,6 +71,7 @@ def _lora_add(
         acc = tl.where(keep != 0, acc * inv_keep, 0.0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    # Offsets of rows are 64-bit: M times a row stride may exceed 2³¹ elements.
     inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
     rows = offs_m.to(tl.int64)[:, None]
     if HAS_BASE:
@@ -93,8 +97,9 @@ def lora_add(
     """Write ``o = base + D(u v) + bias``; other arguments as in :func:`.lora_gemm.lora_gemm`.
 
     Args:
-        base: ``(M, N)``, inner stride 1, any floating dtype; ``o`` itself, or None for zeros.
-        dot_dtype: what ``u`` and ``v`` are cast to; o's dtype by default.
+        o: ``(M, N)``, inner stride 1, any floating dtype.
+        base: ``(M, N)``, inner stride 1, any floating dtype; may be ``o`` itself; None for zeros.
+        dot_dtype: the dtype that ``u`` and ``v`` are cast to; o's dtype by default.
     """
     tensors = o, base, u, v, keep_bits, bias
     flags = dot_dtype or o.dtype, input_precision

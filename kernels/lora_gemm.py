@@ -1,9 +1,9 @@
-"""The frozen product with the low-rank one in its epilogue.
+"""The frozen product, with the low-rank product fused into it.
 
     O = P Q + D(U V) + bias        P (M,L)   Q (L,N)   U (M,R)   V (R,N)   O (M,N)
 
 Forward: ``y`` from P = x, Q = Wᵀ, U = S, V = Bᵀ. Backward: ``dx`` from P = dY, Q = W, U = G, V = A
-and the keep bits.
+and the keep bits. U V is the epilogue, or with keep bits the prologue, of the loop over L.
 """
 
 import torch
@@ -73,7 +73,7 @@ def _gemm_tile(
     cols = offs_n[None, :] < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_DROPOUT:
-        # The mask falls on U V alone, so it comes before anything else is in the accumulator.
+        # The mask applies to U V only, so it comes before the accumulator holds anything else.
         acc = add_low_rank(
             acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
             DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
@@ -81,6 +81,7 @@ def _gemm_tile(
         keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
         acc = tl.where(keep != 0, acc * inv_keep, 0.0)
     if USE_DESC:
+        # No masks: descriptors load zeros outside the tensor, and do not store there.
         for start in range(0, L, BLOCK_L):
             p = p_ptr.load([first_m, start])
             if Q_TRANSPOSED:
@@ -91,6 +92,7 @@ def _gemm_tile(
             acc = tl.dot(p, q, acc, input_precision=INPUT_PRECISION)
     else:
         offs_l = tl.arange(0, BLOCK_L)
+        # Offsets along strides are 64-bit: large matrices exceed 2³¹ elements.
         p_ptrs = p_ptr + offs_m.to(tl.int64)[:, None] * stride_pm + offs_l[None, :]
         if Q_TRANSPOSED:
             q_ptrs = q_ptr + offs_l[:, None] + offs_n.to(tl.int64)[None, :] * stride_qn
@@ -125,6 +127,7 @@ def _gemm_tile(
         tl.store(o_ptrs, acc.to(DTYPE), mask=rows & cols)
 
 
+# M varies between calls; specialising it would compile the kernel again.
 @triton.jit(do_not_specialize=["M"])
 def _lora_gemm(
     o_ptr,
@@ -168,6 +171,7 @@ def _lora_gemm(
     V_TRANSPOSED: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):
+    # Multiples of 8 half-precision elements are 16 bytes: see :func:`.common.multiple`.
     if ALIGN_O:
         stride_om = multiple(stride_om, 8)
         N = multiple(N, 8)
@@ -180,6 +184,7 @@ def _lora_gemm(
         else:
             stride_ql = multiple(stride_ql, 8)
     if PERSISTENT:
+        # A fixed number of programs (the tables have one per SM) walk the tiles a grid apart.
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _gemm_tile(
@@ -221,8 +226,9 @@ def lora_gemm(
         u: ``(M, R)`` fp32 or p's dtype, inner stride 1.
         v: ``(R, N)``, any strides and floating dtype; cast to p's.
         bias: ``(N,)``, contiguous, any floating dtype, or None.
-        keep_bits: of ``o``'s columns, or None.
-        inv_keep: what kept entries of ``u v`` are multiplied by.
+        keep_bits: packed mask of ``u v``, int32 ``(M, words)``, or None.
+        inv_keep: factor of the kept entries of ``u v``.
+        input_precision: of fp32 products, "ieee" or "tf32".
     """
     tensors = o, p, q, u, v, keep_bits, bias
     launch(_lora_gemm, _arguments, config, tensors, (float(inv_keep),), input_precision)

@@ -1,9 +1,10 @@
-"""The gradients of the adapters.
+"""The gradients of the adapter's two matrices.
 
     O = Uᵀ D(P)        U (M,R)   P (M,L)   O (R,L)
 
-``dA`` from U = G, P = x and the keep bits; ``dBᵀ`` from U = S, P = dY. Bound by one read of P. The
-rows may be split; partial sums are added in a fixed order, so results repeat bitwise.
+``dA`` from U = G, P = x and the keep bits; ``dBᵀ`` from U = S, P = dY. The kernel is bound by
+memory bandwidth: one read of P. The rows may be split over programs; the partial sums are added in
+a fixed order, so results are bitwise reproducible.
 """
 
 import torch
@@ -15,6 +16,7 @@ from .config import RankGradConfig, cdiv, split_evenly
 from .launch import Arguments, launch
 
 
+# M varies between calls; specialising it would compile the kernel again.
 @triton.jit(do_not_specialize=["M", "m_per_split"])
 def _rank_grad(
     o_ptr,
@@ -60,6 +62,7 @@ def _rank_grad(
     if not USE_DESC:
         p_ptrs = p_ptr + rows[:, None] * stride_pm + offs_l[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)
+    # A split is a whole number of blocks, so only the last one needs a mask along the rows.
     for m in range(first_m, last_m, BLOCK_M):
         inside = m + offs_m < M
         u = tl.load(u_ptrs, mask=inside[None, :] & (offs_r[:, None] < R), other=0.0)
@@ -69,6 +72,7 @@ def _rank_grad(
             p = tl.load(p_ptrs, mask=inside[:, None] & (offs_l[None, :] < L), other=0.0)
         if HAS_DROPOUT:
             keep = load_keep_bits(keep_bits_ptr, stride_keep_m, m, first_l, M, BLOCK_M, BLOCK_L)
+            # Selected, not multiplied by zero: NaN and infinity at a dropped entry do not count.
             p = tl.where(keep != 0, p, 0.0).to(DTYPE)
         # (BLOCK_R, BLOCK_M) @ (BLOCK_M, BLOCK_L)
         acc = tl.dot(u.to(DTYPE), p, acc, input_precision=INPUT_PRECISION)
@@ -81,7 +85,7 @@ def _rank_grad(
         + offs_r.to(tl.int64)[:, None] * stride_or
         + offs_l.to(tl.int64)[None, :] * stride_ol
     )
-    acc *= inv_keep
+    acc *= inv_keep  # once per result, instead of at every entry of P
     tl.store(
         o_ptrs,
         acc.to(o_ptr.dtype.element_ty),
@@ -102,11 +106,12 @@ def rank_grad(
     """Write ``o = uᵀ D(p)``.
 
     Args:
-        o: ``(R, L)``, any strides and floating dtype; rounded once, from fp32.
+        o: ``(R, L)``, any strides and floating dtype; rounded once, from the fp32 sum.
         u: ``(M, R)`` fp32 or p's dtype, inner stride 1.
         p: ``(M, L)``, inner stride 1.
-        keep_bits: of ``p``, or None.
-        inv_keep: what kept entries are multiplied by.
+        keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
+        inv_keep: factor of the kept entries of ``p``.
+        input_precision: of fp32 products, "ieee" or "tf32".
     """
     M, L = p.shape
     _, splits = split_evenly(M, config.splits, config.block_m)

@@ -1,6 +1,6 @@
-"""Which launch configuration a shape gets: the rows of ``tile_tables.py`` that fit, and one rule.
+"""Choose a launch configuration for a shape: of the rows of ``tile_tables.py``, the best that fits.
 
-What a configuration is, and when it is valid, stands in ``config.py``.
+``config.py`` defines the configurations and when one is valid; :func:`_choose` ranks them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .config import (
     is_valid,
 )
 
-# The most shared memory a block may have (CUDA C programming guide, table of compute capabilities;
-# AMD: LDS of a workgroup, CDNA 4 white paper).
+# The most shared memory that a thread block may use (CUDA C programming guide, table of compute
+# capabilities; AMD: LDS of a workgroup, CDNA 4 white paper).
 SHARED_BYTES = {
     "sm_80": 166_912,
     "sm_86": 101_376,
@@ -35,13 +35,13 @@ SHARED_BYTES = {
     "sm_120": 101_376,
     "gfx950": 163_840,
 }
-DEFAULT_SHARED_BYTES = 65_536  # other gfx9, and the least of any GPU that Triton supports
+DEFAULT_SHARED_BYTES = 65_536  # other gfx9 GPUs; also the smallest of any GPU Triton supports
 INTERPRETER = Target("interpreter", sms=4, shared_bytes=1 << 30)
 
 
 @lru_cache
 def target_of(device: torch.device) -> Target:
-    """The target behind a CUDA or ROCm device; the interpreter's for a CPU."""
+    """The target of a CUDA or ROCm device; :data:`INTERPRETER` for a CPU."""
     if device.type == "cpu":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
@@ -55,22 +55,22 @@ def target_of(device: torch.device) -> Target:
 
 
 def fill(config: Config, target: Target, rows: int, columns: int, rank: int = 1) -> float:
-    """How evenly the tiles of a ``(rows, columns)`` result fill the GPU.
+    """How evenly the tiles of a ``(rows, columns)`` result fill the GPU, from 0 to 1.
 
-    The share of the SMs' time slots that do useful work, were every tile to take one slot: the last
-    wave is rarely full, and tiles hang over the edges.
+    The share of useful work in the SMs' time slots if every tile takes one slot. The rest is idle
+    SMs in the last wave and the parts of tiles outside the result.
     """
     block_rows, block_columns = config.tile(rank)
     tiles = cdiv(rows, block_rows) * cdiv(columns, block_columns) * config.splits
-    slots = cdiv(tiles, target.sms) * target.sms
+    slots = cdiv(tiles, target.sms) * target.sms  # whole waves of one tile per SM
     return rows * columns * config.splits / (slots * block_rows * block_columns)
 
 
 def intensity(config: Config, rank: int) -> float:
-    """Share of a tile's time that is arithmetic: ``p / (p + 16)`` for ``p`` products a number.
+    """Share of a tile's time spent on arithmetic: ``p / (p + 16)`` for ``p`` products per load.
 
-    An ``(a, b)`` tile makes ``a b`` products of the ``a + b`` numbers it loads. 16 stand for the
-    balance of a GPU's tensor cores and its L2 cache: a guess, to be replaced by measurement.
+    An ``(a, b)`` tile computes ``a b`` products from every ``a + b`` numbers it loads. The constant
+    16 is the assumed balance of tensor cores and L2 cache: a guess, to be replaced by measurement.
     """
     rows, columns = config.tile(rank)
     per_load = rows * columns / (rows + columns)
@@ -78,15 +78,18 @@ def intensity(config: Config, rank: int) -> float:
 
 
 def _choose(candidates: list, target: Target, rows: int, columns: int, rank: int):
-    """The candidate with the best product of :func:`fill` and :func:`intensity`.
+    """The candidate with the largest product of :func:`fill` and :func:`intensity`.
 
-    Ties go to the one that comes first in its table.
+    Ties go to the candidate that comes first in its table.
     """
     return max(candidates, key=lambda c: fill(c, target, rows, columns, rank) * intensity(c, rank))
 
 
 def _valid(configs: Iterable, target: Target, itemsize: int, rank: int) -> list:
-    """Those that fit ``target``, each with as many of its stages as do."""
+    """The configurations that fit ``target``, each with as many of its stages as possible.
+
+    At least two stages are kept (unless a row has one): a single one overlaps nothing.
+    """
     staged = (
         [
             replace(config, num_stages=n)
@@ -99,8 +102,9 @@ def _valid(configs: Iterable, target: Target, itemsize: int, rank: int) -> list:
 
 
 def gemm_candidates(target: Target, itemsize: int, rank: int, *, aligned: bool) -> list[GemmConfig]:
-    """What :func:`gemm_config` chooses from."""
+    """The valid configurations, from which :func:`gemm_config` chooses."""
     bands = tile_tables.look_up(tile_tables.GEMM, target.arch, itemsize, aligned)
+    # The interpreter runs persistent programs over descriptors too, so that tests cover them.
     described = aligned and itemsize == 2 and target.arch in tile_tables.PERSISTENT
     described = described or (aligned and target.arch == "interpreter")
     programs = target.sms if described else 0
@@ -119,13 +123,14 @@ def gemm_config(
     """The tile of ``lora_gemm`` for an ``(M, N)`` output.
 
     Args:
-        aligned: every row starts on 16 bytes, as vector loads and tensor descriptors need.
+        aligned: whether every row starts on a 16-byte boundary, as vector loads and tensor
+            descriptors require.
     """
     return _choose(gemm_candidates(target, itemsize, rank, aligned=aligned), target, M, N, rank)
 
 
 def add_candidates(target: Target, itemsize: int, rank: int) -> list[AddConfig]:
-    """What :func:`add_config` chooses from."""
+    """The valid configurations, from which :func:`add_config` chooses."""
     rows = tile_tables.look_up(tile_tables.ADD, target.arch, itemsize, True)
     return _valid(
         [AddConfig(warps, 1, False, *block) for warps, *block in rows], target, itemsize, rank
@@ -140,7 +145,7 @@ def add_config(target: Target, itemsize: int, M: int, N: int, rank: int) -> AddC
 def shrink_candidates(
     target: Target, itemsize: int, rank: int, *, describable: bool
 ) -> list[ShrinkConfig]:
-    """What :func:`shrink_config` chooses from."""
+    """The valid configurations, from which :func:`shrink_config` chooses."""
     bands = tile_tables.look_up(tile_tables.SHRINK, target.arch, itemsize, describable)
     described = describable and target.arch == "interpreter"
     return _valid(
@@ -155,7 +160,13 @@ def shrink_candidates(
 def shrink_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> ShrinkConfig:
-    """The tile and splits of ``shrink``: enough programs to fill the GPU, few partial bytes."""
+    """The tile and splits of ``shrink`` for ``P (M, L)``.
+
+    There are enough programs to fill the GPU, as far as the cap on partial sums allows.
+
+    Args:
+        describable: whether a tensor descriptor can address the rows of P (16-byte alignment).
+    """
     candidates = shrink_candidates(target, itemsize, rank, describable=describable)
     split = [split_shrink(config, target, itemsize, M, L, rank) for config in candidates]
     return _choose(split, target, M, rank, rank)
@@ -164,7 +175,7 @@ def shrink_config(
 def split_shrink(
     config: ShrinkConfig, target: Target, itemsize: int, M: int, L: int, rank: int
 ) -> ShrinkConfig:
-    """``config`` with the contraction split over two programs an SM, at least four steps each."""
+    """``config``, split along the contraction for two programs per SM of at least four steps."""
     wanted = cdiv(2 * target.sms, cdiv(M, config.block_m))
     wanted = min(wanted, cdiv(L, 4 * config.block_l))
     return replace(config, splits=_capped(wanted, itemsize * L, rank))
@@ -173,7 +184,7 @@ def split_shrink(
 def rank_grad_candidates(
     target: Target, itemsize: int, rank: int, *, describable: bool
 ) -> list[RankGradConfig]:
-    """What :func:`rank_grad_config` chooses from."""
+    """The valid configurations, from which :func:`rank_grad_config` chooses."""
     bands = tile_tables.look_up(tile_tables.RANK_GRAD, target.arch, itemsize, describable)
     described = describable and target.arch == "interpreter"
     return _valid(
@@ -188,7 +199,7 @@ def rank_grad_candidates(
 def rank_grad_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> RankGradConfig:
-    """The tile and splits of ``rank_grad``, by the same two rules as :func:`shrink_config`."""
+    """The tile and splits of ``rank_grad``; rules and arguments as in :func:`shrink_config`."""
     candidates = rank_grad_candidates(target, itemsize, rank, describable=describable)
     split = [split_rank_grad(config, target, itemsize, M, L, rank) for config in candidates]
     return _choose(split, target, rank, L, rank)
@@ -197,23 +208,27 @@ def rank_grad_config(
 def split_rank_grad(
     config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
 ) -> RankGradConfig:
-    """``config`` with the rows split until an SM has 128 columns, at least 256 rows each.
+    """``config`` with the rows split so that each SM has 128 columns, of at least 256 rows.
 
-    Two programs of 64 columns, or one of 128: twice as many partial sums would cost more.
+    These are two programs of 64 columns or one of 128: two of 128 would double the partial sums,
+    which costs more.
     """
     wanted = min(cdiv(128 * target.sms, L), cdiv(M, 256))
     return replace(config, splits=_capped(wanted, itemsize * M, rank))
 
 
 def _capped(wanted: int, bytes_per_row: int, rank: int) -> int:
-    """Splits whose partial sums, written and read in fp32, are at most a quarter of P's bytes."""
+    """``wanted`` splits, or as many whose partial sums are at most a quarter of P's bytes.
+
+    A partial sum is written and read in fp32: 8 bytes per element, hence 32 for a quarter.
+    """
     return max(1, min(wanted, bytes_per_row // (32 * rank)))
 
 
 def single_pass_candidates(
     target: Target, itemsize: int, rank: int, *, describable: bool
 ) -> list[SinglePassConfig]:
-    """What :func:`single_pass_config` chooses from."""
+    """The valid configurations, from which :func:`single_pass_config` chooses."""
     rows = tile_tables.look_up(tile_tables.SINGLE_PASS, target.arch, itemsize, describable)
     described = describable and target.arch == "interpreter"
     return _valid(
@@ -225,6 +240,6 @@ def single_pass_candidates(
 def single_pass_config(
     target: Target, itemsize: int, M: int, N: int, rank: int, *, describable: bool
 ) -> SinglePassConfig:
-    """The tile of ``single_pass`` for an ``(M, N)`` output of few rows."""
+    """The tile of ``single_pass`` for an ``(M, N)`` output with small M."""
     candidates = single_pass_candidates(target, itemsize, rank, describable=describable)
     return _choose(candidates, target, M, N, rank)

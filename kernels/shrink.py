@@ -1,9 +1,10 @@
-"""The product that shrinks to the rank.
+"""The thin product that shrinks to the rank.
 
     U = s · D(P) Q        P (M,L)   Q (L,R)   U (M,R) fp32
 
-Forward: ``S`` from P = x, Q = Aᵀ. Backward: ``G`` from P = dY, Q = B. Bound by one read of P.
-The contraction may be split; partial sums are added in a fixed order, so results repeat bitwise.
+Forward: ``S`` from P = x, Q = Aᵀ and the keep bits. Backward: ``G`` from P = dY, Q = B. The kernel
+is bound by memory bandwidth: one read of P. The contraction may be split over programs; the partial
+sums are added in a fixed order, so results are bitwise reproducible.
 """
 
 import torch
@@ -15,6 +16,7 @@ from .config import ShrinkConfig, cdiv, split_evenly
 from .launch import Arguments, launch
 
 
+# M varies between calls; specialising it would compile the kernel again.
 @triton.jit(do_not_specialize=["M"])
 def _shrink(
     u_ptr,
@@ -71,6 +73,7 @@ def _shrink(
     rows = offs_m[:, None] < M
     cols = offs_r[None, :] < R
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    # A split is a whole number of blocks, so only the last block of L may need a mask along L.
     for start in range(first_l, last_l, BLOCK_L):
         if USE_DESC:
             p = p_ptr.load([first_m, start])
@@ -84,12 +87,14 @@ def _shrink(
             q = tl.load(q_ptrs, mask=(start + offs_l[:, None] < L) & cols, other=0.0)
         if HAS_DROPOUT:
             keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, start, M, BLOCK_M, BLOCK_L)
+            # Selected, not multiplied by zero: NaN and infinity at a dropped entry do not count.
             p = tl.where(keep != 0, p, 0.0).to(q.dtype)
         # (BLOCK_M, BLOCK_L) @ (BLOCK_L, BLOCK_R)
         acc = tl.dot(p, q, acc, input_precision=INPUT_PRECISION)
         if not USE_DESC:
             p_ptrs += BLOCK_L
         q_ptrs += advance(BLOCK_L, stride_ql)
+    # With splits, ``sum_partials`` applies both factors.
     if HAS_SCALE:
         acc *= factor * tl.load(scale_ptr).to(tl.float32)
     u_ptrs = (
@@ -119,8 +124,9 @@ def shrink(
         p: ``(M, L)``, inner stride 1.
         q: ``(L, R)`` in p's dtype, any strides.
         scale: 0-d tensor, read on the device.
-        keep_bits: of ``p``, or None.
-        inv_keep: what kept entries are multiplied by.
+        keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
+        inv_keep: factor of the kept entries of ``p``; applied to ``u``.
+        input_precision: of fp32 products, "ieee" or "tf32".
     """
     M, L = p.shape
     _, splits = split_evenly(L, config.splits, config.block_l)

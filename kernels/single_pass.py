@@ -1,11 +1,11 @@
-"""``shrink`` and ``lora_gemm`` in one launch, for few rows.
+"""``shrink`` and ``lora_gemm`` in one launch, for small M.
 
     U = s · P Z        P (M,L)   Z (L,R)   U (M,R) fp32
     O = P Q + D(U V) + bias
 
-Forward: Z = Aᵀ, the rest as in :mod:`.lora_gemm`; backward: Z = B. Every column block computes U
-again from the tile of P it has already read; the first writes it. Only P undropped: a mask on P
-would be unpacked once a column block.
+Forward: Z = Aᵀ; backward: Z = B; the rest as in :mod:`.lora_gemm`. Every column block computes U
+again from the tile of P that it has already read; the first block writes it. There is no mask on P,
+which every column block would have to unpack again: a forward with dropout uses other kernels.
 """
 
 import torch
@@ -17,6 +17,7 @@ from .config import SinglePassConfig, cdiv
 from .launch import Arguments, launch
 
 
+# M varies between calls; specialising it would compile the kernel again.
 @triton.jit(do_not_specialize=["M"])
 def _single_pass(
     o_ptr,
@@ -133,7 +134,8 @@ def _single_pass(
             else:
                 q_ptrs += advance(BLOCK_L, stride_ql)
         z_ptrs += advance(BLOCK_L, stride_zl)
-    # Beyond the rank an infinite x times the zeros of Z is NaN, and would reach every column.
+    # Beyond the rank, an infinite P times the zeros of Z is NaN, which V would spread to every
+    # column of O.
     low = tl.where(offs_r[None, :] < R, low * tl.load(scale_ptr).to(tl.float32), 0.0)
     if tl.program_id(1) == 0:
         u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
@@ -143,6 +145,7 @@ def _single_pass(
     )
     v = tl.load(v_ptrs, mask=(offs_r[:, None] < R) & cols, other=0.0)
     if HAS_DROPOUT:
+        # The mask applies to U V only, so U V has an accumulator of its own.
         # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
         up = tl.dot(low.to(DTYPE), v.to(DTYPE), input_precision=INPUT_PRECISION)
         keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
@@ -182,8 +185,9 @@ def single_pass(
         v: ``(R, N)``, any strides and floating dtype; cast to p's.
         scale: 0-d tensor, read on the device.
         bias: ``(N,)``, contiguous, any floating dtype, or None.
-        keep_bits: of ``o``'s columns, or None.
-        inv_keep: what kept entries of ``u v`` are multiplied by.
+        keep_bits: packed mask of ``u v``, int32 ``(M, words)``, or None.
+        inv_keep: factor of the kept entries of ``u v``.
+        input_precision: of fp32 products, "ieee" or "tf32".
     """
     tensors = o, u, p, q, z, v, keep_bits, bias, scale
     launch(_single_pass, _arguments, config, tensors, (float(inv_keep),), input_precision)

@@ -1,18 +1,20 @@
-"""Tiles that compile clean: the rows ``select_config.py`` chooses from.
+"""Tiles that compile without spills or other faults: ``select_config.py`` chooses among them.
 
-Found by ``python benchmarks/compile_report.py --search``; what was tried stands in
-``benchmarks/results/compiled/``. The kinds are "half" and "fp32", and "narrow" for rows that do not
-start on 16 bytes. "any" stands for every GPU not named. Of equals, the first is taken.
+They were found by ``python benchmarks/compile_report.py --search``; everything that was tried is
+listed in ``benchmarks/results/compiled/``. A table's first key is the kind of operands: "half" or
+"fp32", with "narrow" if rows do not all start on a 16-byte boundary. The second is the
+architecture, "any" for every other one. The third, if there is one, is the largest rank that a band
+of rows is for. Of equally good rows the first is used.
 """
 
 from __future__ import annotations
 
 Rows = tuple[tuple[int, ...], ...]
 
-# The architectures whose lora_gemm is persistent, over tensor descriptors, for "half".
+# Architectures on which lora_gemm is persistent and uses tensor descriptors, for "half".
 PERSISTENT = ("sm_90", "sm_100")
 
-# By the most rank they are for: warps, stages, rows, columns, step of the inner dimension
+# By largest rank: warps, stages, rows, columns, step of the inner dimension
 _AMPERE = ((8, 4, 128, 128, 64), (4, 4, 64, 128, 32), (8, 4, 64, 64, 64))
 _ADA = ((8, 3, 128, 128, 64), (4, 4, 64, 128, 32), (8, 4, 64, 64, 64))
 _HOPPER = ((8, 4, 128, 128, 64), (4, 4, 64, 128, 64), (4, 4, 64, 64, 64))
@@ -44,7 +46,7 @@ GEMM: dict[str, dict[str, dict[int, Rows]]] = {
         "any": {256: ((8, 2, 64, 128, 32), (4, 2, 64, 64, 32), (4, 2, 32, 64, 32))},
     },
     "fp32": {
-        # At 64 ranks 64 rows in three stages spill under Triton 3.6.
+        # At rank 64, 64 rows with three stages spill under Triton 3.6.
         "sm_90": {
             32: ((8, 3, 128, 128, 16), *_FP32),
             64: ((8, 2, 64, 128, 16), (4, 4, 64, 64, 16), (4, 3, 32, 64, 16)),
@@ -66,7 +68,7 @@ GEMM: dict[str, dict[str, dict[int, Rows]]] = {
     },
 }
 
-# By the most rank they are for: warps, stages, rows, step of the inner dimension, most columns
+# By largest rank: warps, stages, rows, step of the inner dimension, most columns of a program
 _CDNA_SHRINK = {
     64: ((4, 2, 64, 64, 64), (4, 2, 32, 64, 64), (4, 2, 16, 128, 64)),
     256: ((8, 2, 64, 32, 256), (8, 2, 32, 32, 256), (4, 2, 16, 32, 256)),
@@ -111,7 +113,8 @@ SHRINK: dict[str, dict[str, dict[int, Rows]]] = {
         "any": _SHRINK_FP32,
     },
     "fp32 narrow": {
-        # 64 rows with four warps spill under Triton 3.6, and with eight and three stages under 3.7.
+        # 64 rows spill with four warps under Triton 3.6, and with eight warps and three stages
+        # under 3.7.
         "sm_90": {
             **_SHRINK_FP32_NARROW,
             64: ((8, 2, 64, 32, 64), (4, 3, 32, 32, 64), (4, 3, 16, 32, 64)),
@@ -120,7 +123,7 @@ SHRINK: dict[str, dict[str, dict[int, Rows]]] = {
     },
 }
 
-# By the most rank they are for: warps, stages, step of the rows, columns, most rows of the result
+# By largest rank: warps, stages, step of the rows, columns, most result rows of a program
 _RANK_GRAD = {
     32: ((4, 4, 32, 128, 32), (4, 4, 32, 64, 32), (4, 4, 32, 32, 32)),
     64: ((8, 4, 16, 128, 64), (8, 4, 32, 64, 64), (8, 4, 32, 32, 64)),
@@ -138,8 +141,9 @@ _RANK_GRAD_FP32 = {
 }
 RANK_GRAD: dict[str, dict[str, dict[int, Rows]]] = {
     "half": {
-        # At 32 ranks a step of 32 by 64 columns spills under Triton 3.6. From 64, two warps, which
-        # make no warp group: its product would wait in every step for the masked operand.
+        # At rank 32, a step of 32 rows with 64 columns spills under Triton 3.6. From rank 64 on
+        # there are two warps, too few for a warp group: a warp group's product would wait in every
+        # step for the masked operand.
         "sm_90": {
             16: _RANK_GRAD[32],
             32: ((4, 4, 32, 128, 32), (4, 4, 16, 64, 32), (4, 4, 32, 32, 32)),
@@ -154,7 +158,7 @@ RANK_GRAD: dict[str, dict[str, dict[int, Rows]]] = {
         "any": _RANK_GRAD,
     },
     "half narrow": {
-        # 128 columns in two stages spill under Triton 3.6.
+        # At rank 32, 128 columns with two stages spill under Triton 3.6.
         "sm_90": {
             **_RANK_GRAD_NARROW,
             32: ((8, 1, 32, 128, 32), (4, 2, 32, 64, 32), (4, 2, 32, 32, 32)),
@@ -175,7 +179,7 @@ RANK_GRAD: dict[str, dict[str, dict[int, Rows]]] = {
     "fp32 narrow": {"any": _RANK_GRAD_FP32},
 }
 
-# warps, rows, columns; aligned or not
+# warps, rows, columns; for aligned and "narrow" rows alike
 ADD: dict[str, dict[str, Rows]] = {
     "half": {
         "sm_100": ((8, 64, 64), (8, 32, 64), (8, 64, 32)),
@@ -206,11 +210,11 @@ def kind(itemsize: int, aligned: bool) -> str:
 
 
 def look_up(table: dict, arch: str, itemsize: int, aligned: bool):
-    """What ``table`` has for one GPU and kind of operand."""
+    """The entry of ``table`` for one architecture and kind of operands."""
     by_arch = table[kind(itemsize, aligned)]
     return by_arch.get(arch, by_arch["any"])
 
 
 def band(bands: dict[int, Rows], rank: int) -> Rows:
-    """The rows of the first band that holds ``rank``; the last one's for larger ranks."""
+    """The rows of the first band that includes ``rank``; of the last band for larger ranks."""
     return next((rows for most, rows in bands.items() if rank <= most), list(bands.values())[-1])

@@ -1,1 +1,1 @@
-"""What DDP, FSDP and tensor parallelism change."""
+"""Support for DDP, FSDP and tensor parallelism."""

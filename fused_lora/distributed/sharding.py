@@ -1,12 +1,13 @@
-"""What sharding and data parallelism change.
+"""Checks and helpers for sharded and data-parallel models. A Parameter of such a model:
 
-FSDP2 (``fully_shard``): between calls a Parameter is a shard, a DTensor. FSDP may leave a module's
-Parameters gathered after a forward (the outermost module's, by default), or after one that failed:
-in its ``MixedPrecisionPolicy``'s dtype, and what is written into them is lost when FSDP frees them.
+FSDP2 (``fully_shard``): between calls it is a shard, a DTensor. FSDP may leave a module's
+Parameters gathered after a forward (by default the outermost module's) or after one that failed.
+Gathered Parameters have the dtype of the ``MixedPrecisionPolicy``, and values written into them are
+lost when FSDP frees them; see :func:`reshard`.
 
-FSDP1 (``FullyShardedDataParallel``): between calls a Parameter is a piece of a flat one, 1-D.
+FSDP1 (``FullyShardedDataParallel``): between calls it is a 1-D piece of a flat Parameter.
 
-Tensor parallelism (:mod:`.dtensor`): a Parameter is a DTensor within calls too.
+Tensor parallelism (:mod:`.dtensor`): it is a DTensor, during calls too.
 """
 
 from __future__ import annotations
@@ -21,24 +22,28 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# Not imported, they have sharded nothing.
+# If these modules were never imported, nothing can be sharded.
 _FSDP = "torch.distributed.fsdp"
 _TENSOR = "torch.distributed.tensor"
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the gathered Parameters of ``module``, so that its Parameters can be written."""
+    """Free the gathered Parameters of ``module``, so that its shards can be read and written."""
     if _FSDP in sys.modules and module._state_dict_pre_hooks:
-        module.state_dict()  # FSDP's hook frees them always; its reshard() may decline to
+        module.state_dict()  # FSDP2's hook always frees them; its reshard() may be a no-op
 
 
 def check_whole(model: nn.Module, doing: str) -> None:
     """Check that ``model`` is not sharded.
 
+    Args:
+        doing: what needs a whole model, for the error: "to {doing}".
+
     Raises:
-        ValueError: it is; says what cannot be done.
+        ValueError: it is sharded.
     """
-    # torch.compile reads it too; unlike the classes it also marks the parts of a sharded model.
+    # The attribute, which torch.compile reads too, also marks the submodules of a sharded model;
+    # FSDP's classes mark only the module that was wrapped.
     by_fsdp = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
     if by_fsdp or any(map(is_shard, model.parameters())):
         raise _sharded("model", doing)
@@ -58,10 +63,10 @@ def _sharded(what: str, doing: str) -> ValueError:
 
 
 def check_replaceable(model: nn.Module, doing: str) -> None:
-    """Check that Parameters of ``model`` may be new ones: no wrapper holds the old ones.
+    """Check that Parameters of ``model`` may be replaced: no wrapper holds the old ones.
 
     Raises:
-        ValueError: it is sharded or in ``DistributedDataParallel``.
+        ValueError: it is sharded or wrapped in ``DistributedDataParallel``.
     """
     check_whole(model, doing)
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
@@ -72,23 +77,23 @@ def check_replaceable(model: nn.Module, doing: str) -> None:
 
 
 def check_original_parameters(place: str, layer: nn.Module) -> None:
-    """Check that FSDP1 has left a layer its Parameters, which are found by name and identity.
+    """Check that FSDP1 kept a layer's own Parameters, which are found by name and identity.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it replaced them by its flat Parameter.
     """
     if not getattr(layer, "_fsdp_use_orig_params", True):
         raise ValueError(
             "expected FullyShardedDataParallel(..., use_orig_params=True), got False, which leaves"
-            f" {place} no lora_A and lora_B of its own"
+            f" {place} without lora_A and lora_B of its own"
         )
 
 
 def check_gathered(*matrices: Tensor) -> None:
-    """Check that FSDP1 shows weights and factors as they are, not as pieces of a flat Parameter.
+    """Check that weights and factors are whole, not FSDP1's 1-D pieces of a flat Parameter.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: one is such a piece.
     """
     if any(matrix.dim() < 2 for matrix in matrices):
         raise RuntimeError(
@@ -98,12 +103,12 @@ def check_gathered(*matrices: Tensor) -> None:
 
 
 def ready(tensor: Tensor) -> Tensor:
-    """``tensor``, waited for if a collective is still bringing it: kernels need its memory."""
+    """``tensor``, after waiting for a collective that still fills it: kernels read its memory."""
     return _Wait.apply(tensor) if hasattr(tensor, "trigger_wait") else tensor
 
 
 class _Wait(torch.autograd.Function):
-    """An AsyncCollectiveTensor, as DTensors give and as their gradients are, as a plain tensor."""
+    """Unwraps an AsyncCollectiveTensor, which a DTensor's local part or its gradient can be."""
 
     @staticmethod
     def forward(ctx, tensor):
@@ -117,14 +122,14 @@ class _Wait(torch.autograd.Function):
 def is_shard(*tensors: Tensor) -> bool:
     """Whether one of ``tensors`` is a DTensor."""
     kind = getattr(sys.modules.get(_TENSOR), "DTensor", ())
-    for tensor in tensors:  # noqa: SIM110 - a generator costs more than the questions
+    for tensor in tensors:  # noqa: SIM110 - a generator costs more than the checks
         if isinstance(tensor, kind):
             return True
     return False
 
 
 def like(tensor: Tensor, target: Tensor) -> Tensor:
-    """``tensor`` distributed as ``target`` is: sharded, gathered, or neither."""
+    """``tensor`` distributed as ``target`` is: with its mesh and placements, or plain."""
     if not is_shard(target):
         return tensor.full_tensor() if is_shard(tensor) else tensor
     mesh = target.device_mesh
@@ -133,15 +138,16 @@ def like(tensor: Tensor, target: Tensor) -> Tensor:
     if not is_shard(tensor):
         from torch.distributed.tensor import Replicate, distribute_tensor
 
-        # Replicas first: nothing can be cut into what FSDP2 makes of tensor parallelism's shards.
+        # Replicated first: distribute_tensor cannot create the strided shards that FSDP2 makes of
+        # tensor-parallel Parameters.
         tensor = distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim)
     return tensor.redistribute(placements=target.placements)
 
 
 def fill(draw: Callable[..., None], *parameters: Tensor) -> None:
-    """``draw(*parameters)``, random numbers written in place; one rank draws for all.
+    """Call ``draw(*parameters)``, which writes random numbers in place, alike on all ranks.
 
-    The ranks' generators may differ, and replicas must not.
+    The ranks' generators may differ, but replicas must not: the first rank's numbers are used.
     """
     if not is_shard(parameters[0]):
         draw(*parameters)
@@ -155,7 +161,7 @@ def fill(draw: Callable[..., None], *parameters: Tensor) -> None:
 def mesh_of(modules: Iterable[nn.Module]) -> DeviceMesh | None:
     """The device mesh of the first DTensor among the modules' Parameters, or None."""
     for module in modules:
-        reshard(module)
+        reshard(module)  # a gathered Parameter is a plain tensor
         for parameter in module.parameters():
             if is_shard(parameter):
                 return parameter.device_mesh
@@ -173,10 +179,10 @@ def on_first(
     """Run ``action`` in the first process of ``mesh``; the others wait for it.
 
     Args:
-        error: of the first process before that, instead of the action.
+        error: an earlier error of the first process, which is raised instead of running ``action``.
 
     Raises:
-        RuntimeError: in the others, if it failed.
+        RuntimeError: in the other processes, if the first one failed.
     """
     if mesh is None:
         return action()
@@ -186,11 +192,11 @@ def on_first(
     if is_first(mesh) and error is None:
         try:
             action()
-        except BaseException as caught:  # raised below: the others must not wait for ever
+        except BaseException as caught:  # raised after the broadcast that the others wait for
             error, report = caught, [f"{type(caught).__name__}: {caught}"]
-    for dimension in range(mesh.ndim):  # the first of each row, then of each column of those
+    for dimension in range(mesh.ndim):  # one dimension after another, until all ranks have it
         broadcast_object_list(report, group=mesh.get_group(dimension), group_src=0)
     if error is not None:
         raise error
     if report[0] is not None:
-        raise RuntimeError(f"expected the first process to write the files, it failed: {report[0]}")
+        raise RuntimeError(f"expected the first process to write files, but it failed: {report[0]}")

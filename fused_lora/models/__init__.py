@@ -1,1 +1,1 @@
-"""Whole models: which modules are adapted, their parameters, merging, named adapters."""
+"""Whole models: choosing and adapting modules, parameters, merging, named adapters."""

@@ -1,4 +1,4 @@
-"""Whole models: adapt, list what trains, check it."""
+"""Whole models: replace chosen modules by adapted layers, all or nothing."""
 
 from __future__ import annotations
 
@@ -31,35 +31,36 @@ def apply_lora(
     impl: str = "auto",
     adapter_dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Give modules of ``model`` adapters, in place, and freeze everything else.
+    """Add adapters to modules of ``model``, in place, and freeze everything else.
 
     ``nn.Linear`` becomes :class:`fused_lora.FusedLoRALinear`, transformers' ``Conv1D``
     :class:`FusedLoRAConv1D`, ``nn.Embedding`` :class:`LoRAEmbedding` and ``nn.Conv2d``
-    :class:`LoRAConv2d`, around the same Parameters. A module that stands in several places gets one
-    adapter; two modules that share a weight get one each, as in PEFT. On an error the model is as
-    it was.
+    :class:`LoRAConv2d`; the new layers keep the same Parameters. A module registered in several
+    places gets one adapter; two modules that share a weight get one each, as in PEFT. On an error
+    the model is unchanged.
 
     Args:
-        model: any ``nn.Module`` that contains what is to be adapted.
+        model: any ``nn.Module`` that contains the layers to adapt.
         rank, alpha, dropout, use_rslora, use_dora, init, impl, adapter_dtype: as for
-            :class:`fused_lora.FusedLoRALinear`; convolutions and embeddings take the
-            initialisations "default" and "gaussian", no DoRA, and embeddings no dropout.
+            :class:`fused_lora.FusedLoRALinear`. Convolutions and embeddings support the
+            initialisations "default" and "gaussian" and no DoRA; embeddings ignore ``dropout``.
         target_modules: "all-linear" (every Linear and Conv1D but the output embeddings of a
-            transformers model), a list of names or of their endings from a dot on, or a regular
-            expression that must match a name in full.
-        exclude_modules: names to leave out, as a list or a regular expression.
+            transformers model), a list of module names or of their last dotted parts ("q_proj",
+            "self_attn.q_proj"), or a regular expression that must match a whole name.
+        exclude_modules: modules to leave out: a list or a regular expression as above.
         include_head: whether "all-linear" includes the output embeddings.
-        rank_pattern, alpha_pattern: other ranks and alphas, by regular expressions that match the
-            end of a name from a dot on; the first that matches counts.
+        rank_pattern, alpha_pattern: ranks and alphas that replace ``rank`` and ``alpha``, by
+            regular expression. A key must match a whole name or its last dotted parts; the first
+            match counts.
 
     Returns:
         The names of the adapted modules.
 
     Raises:
         TypeError: a target that cannot be adapted, or an argument of the wrong type.
-        ValueError: nothing matches, an argument out of range, a projection of
-            ``nn.MultiheadAttention``, or a model that has adapters already, is sharded or in
-            ``DistributedDataParallel``.
+        ValueError: nothing matches, an argument is out of range, a target is a projection of
+            ``nn.MultiheadAttention`` or was compiled on its own, or the model already has adapters,
+            is sharded or is wrapped in ``DistributedDataParallel``.
     """
     check_impl(impl)
     check_dtype("adapter_dtype", adapter_dtype)
@@ -81,6 +82,7 @@ def adapt(
 ) -> None:
     """Replace the modules ``found`` by adapted ones and freeze the rest; all or nothing."""
     check_replaceable(model, "adapt")
+    # torch.compile(layer) is a wrapper: the layer is its child ``_orig_mod``.
     compiled = {id(getattr(module, "_orig_mod", None)) for module in model.modules()}
     for name, module in found.items():
         if id(module) in compiled:
@@ -90,6 +92,7 @@ def adapt(
             )
     required = [(p, p.requires_grad) for p in model.parameters()]
     replaced = {}
+    # from_plain freezes weights as it goes: on an error the flags are restored.
     try:
         for name, module in found.items():
             replaced[module] = layer_class(module).from_plain(
@@ -108,16 +111,16 @@ def adapt(
 
 
 def check_contains_layers(model: nn.Module) -> None:
-    """Check that ``model`` is not a layer itself, which nothing can replace.
+    """Check that ``model`` is not itself a layer: without a parent it cannot be replaced.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is one.
     """
     layer = getattr(model, "_orig_mod", model)
     if isinstance(layer, LoRALayer) or layer_class(layer) is not None:
         raise ValueError(
-            f"expected a model that contains layers, got a {type(layer).__name__} itself: see"
-            " FusedLoRALinear.from_linear, its like, and plain()"
+            f"expected a model that contains layers, got a {type(layer).__name__} itself: adapt"
+            " a single layer with FusedLoRALinear.from_linear or its counterpart, undo with plain()"
         )
 
 
@@ -126,17 +129,17 @@ def _check_unadapted(model: nn.Module) -> None:
         if isinstance(module, LoRALayer):
             raise ValueError(
                 f"expected a model without adapters, got one at {name}: add_adapter or load_adapter"
-                " gives it another, unload_lora takes them off"
+                " adds another, unload_lora removes them"
             )
         if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             raise ValueError(
                 f"expected a model without adapters, got PEFT's at {name}: merge_and_unload or"
-                " unload takes them off"
+                " unload removes them"
             )
 
 
 def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each module's replacement in every place where it stands."""
+    """Register each replacement in every place of the module that it replaces."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() skips repeats
             if child in replaced:
@@ -144,11 +147,11 @@ def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -
 
 
 def _no_fast_path(module: nn.Module, args) -> None:
-    """A hook that does nothing: its presence keeps ``nn.TransformerEncoderLayer`` in Python."""
+    """A no-op hook: ``nn.TransformerEncoderLayer`` skips its fast path if it has any hook."""
 
 
 def _leave_fast_path(model: nn.Module) -> None:
-    """Make encoder layers call their adapted linears, whose weights their fast path reads."""
+    """Make encoder layers call their adapted linears: the fast path only reads the weights."""
     slow = set()
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -157,13 +160,14 @@ def _leave_fast_path(model: nn.Module) -> None:
                     child.register_forward_pre_hook(_no_fast_path)
                     slow.add(module)
     for module in model.modules():
-        # A stack with a padding mask hands its layers nested tensors, for the fast path alone.
+        # With a padding mask, an encoder passes nested tensors, which need the fast path.
         if isinstance(module, nn.TransformerEncoder) and slow & set(module.layers):
             module._nested_before_lora = module.use_nested_tensor
             module.use_nested_tensor = False
 
 
 def restore_fast_path(model: nn.Module) -> None:
+    """Undo :func:`_leave_fast_path`."""
     for module in model.modules():
         hooks = module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is _no_fast_path]:

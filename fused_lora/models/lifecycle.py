@@ -1,4 +1,4 @@
-"""Whole models: switch adapters off, merge them, take them off."""
+"""Whole models: disable adapters, merge them, remove them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def disable_lora(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context every adapted layer computes its base layer alone.
 
     Raises:
-        ValueError: no adapters.
+        ValueError: the model has no adapters.
     """
     layers = list(lora_layers(model).values())
     before = [layer.enabled for layer in layers]
@@ -34,15 +34,16 @@ def disable_lora(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def merge_lora(model: nn.Module, keep_base: bool = True) -> None:
-    """Merge every adapter into its weight; see :meth:`LoRALayer.merge`. All or none.
+    """Merge the active adapter of every layer into its weight; see :meth:`LoRALayer.merge`.
 
-    Only ``keep_base=False``, which holds one base weight at a time, cannot go back if memory runs
-    out half-way: what is merged then stays merged, and :func:`unload_lora` goes on.
+    On an error the model is unchanged. The exception is ``keep_base=False``, which keeps no base
+    weights: if memory runs out half-way, the layers merged so far stay merged, and
+    :func:`unload_lora` merges the others.
 
     Raises:
-        RuntimeError: a layer is merged already.
-        TypeError: a weight that is no Parameter.
-        ValueError: no adapters, or a weight that another module of the model uses too.
+        RuntimeError: a layer is already merged.
+        TypeError: a weight is not a Parameter.
+        ValueError: the model has no adapters, or another module uses a layer's weight too.
     """
     _merge(model, lora_layers(model), keep_base)
 
@@ -57,7 +58,7 @@ def _merge(model: nn.Module, layers: Mapping[str, LoRALayer], keep_base: bool) -
             layer.merge(keep_base)
             merged.append(layer)
     except BaseException:
-        if keep_base:
+        if keep_base:  # else there is nothing to restore
             for layer in merged:
                 layer.unmerge()
         raise
@@ -78,6 +79,8 @@ def _check_each(layers: Mapping[str, LoRALayer], check: Callable[[LoRALayer], No
 
 
 def _check_unshared(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    """Check that no other module has a tensor in the memory that merging writes."""
+    # By memory, not identity: tied weights can be different tensors on one storage.
     users: dict[int, list[tuple[str, tuple[int, int, int]]]] = {}
     for name, module in model.named_modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -89,39 +92,41 @@ def _check_unshared(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
         others = [u for u, place in users[own[0]] if u != name and overlap(place, own)]
         if others:
             raise ValueError(
-                f"expected a weight of {name} alone, got one shared with {', '.join(others)}, which"
-                f" merging would change too; untie it first: give {name} a weight of its own, a"
-                " copy in an nn.Parameter"
+                f"expected a weight used by {name} alone, got one shared with {', '.join(others)},"
+                f" which merging would change too: untie it first, by giving {name} a copy of the"
+                " weight in a new nn.Parameter"
             )
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Restore every base weight, bit for bit. All or none.
+    """Restore every base weight, bit for bit; on an error none is restored.
 
     Raises:
         RuntimeError: a layer is not merged, or was merged with ``keep_base=False``.
-        ValueError: no adapters.
+        ValueError: the model has no adapters.
     """
     _unmerge(lora_layers(model))
 
 
 def unload_lora(model: nn.Module, merge: bool = True) -> nn.Module:
-    """Put plain layers back, in place: with the adapters merged, or without them.
+    """Replace adapted layers by plain ones, in place, with their active adapters merged or dropped.
 
-    Everything stays frozen; inactive adapters are lost. On an error the model is as it was; only if
-    memory runs out while merging, some layers stay merged, and a second call goes on.
+    Everything stays frozen; inactive adapters are lost. On an error the model is unchanged, except
+    if memory runs out while merging: some layers then stay merged, and a second call continues.
 
     Args:
-        merge: whether the plain weights contain the adapters. Layers merged already stay so; with
-            ``merge=False`` they are unmerged.
+        merge: whether the plain weights contain the adapters. If True, layers that are already
+            merged stay so; if False, they are unmerged.
 
     Returns:
         ``model``.
 
     Raises:
-        RuntimeError: ``merge=False`` where a layer's base weight is gone.
-        TypeError: a layer whose forward was replaced.
-        ValueError: no adapters, a shared weight to merge into, or a sharded model.
+        RuntimeError: ``merge=False``, and a layer no longer has its base weight.
+        TypeError: a layer's forward was replaced on the instance, or a weight to merge into is not
+            a Parameter.
+        ValueError: the model has no adapters, is sharded or is itself a layer, or a weight to merge
+            into is shared.
     """
     check_contains_layers(model)
     layers = lora_layers(model)
@@ -129,6 +134,7 @@ def unload_lora(model: nn.Module, merge: bool = True) -> nn.Module:
     _check_each(layers, check_own_forward)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     if merge:
+        # keep_base=False: base weights, which nothing needs again, would double the memory.
         _merge(model, {n: x for n, x in layers.items() if n not in merged}, keep_base=False)
     else:
         _check_each(layers, LoRALayer.check_base)

@@ -1,7 +1,7 @@
 """Named adapters of one base model: add, switch, delete, combine.
 
-Every adapter covers all adapted layers of the model. One is active, in the layers' Parameters; the
-others are kept aside in each layer and are no part of ``parameters()`` or ``state_dict()``.
+Every adapter covers all adapted layers of the model. The active one is in the layers' Parameters;
+each layer keeps the others in ``inactive_adapters``, outside ``parameters()`` and ``state_dict()``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     """The names of the model's adapters, the active one first.
 
     Raises:
-        ValueError: no adapters, or layers that were not named together.
+        ValueError: the model has no adapters, or its layers have different ones.
     """
     return _names(lora_layers(model))
 
@@ -57,23 +57,24 @@ def add_adapter(
     use_dora: bool = False,
     init: str = "default",
 ) -> None:
-    """Give every adapted layer one more adapter, which :func:`set_adapter` makes active.
+    """Add an inactive adapter to every adapted layer; :func:`set_adapter` makes it active.
 
     Args:
-        name: a new one.
-        others: as for :func:`fused_lora.apply_lora`.
+        name: the new adapter's name.
+        rank, alpha, dropout, rank_pattern, alpha_pattern, use_rslora, use_dora, init: as for
+            :func:`fused_lora.apply_lora`.
 
     Raises:
-        RuntimeError: a merged layer.
-        TypeError, ValueError: an argument of the wrong type or out of range, a name in use, no
-            adapters, PiSSA, whose base weight is its own, or a sharded model.
+        RuntimeError: a layer is merged.
+        TypeError, ValueError: an argument of the wrong type or out of range, a name in use, PiSSA
+            (which changes the base weight), or a model that has no adapters or is sharded.
     """
     layers = lora_layers(model)
     check_new_name(layers, name)
     check_whole(model, "add adapters")
     config = AdapterConfig(rank, alpha, dropout, use_rslora, use_dora, init)
     configs = adapter_configs(layers, config, rank_pattern, alpha_pattern)
-    new = {}
+    new = {}  # complete before a layer changes: an error leaves the model as it was
     for place, layer in layers.items():
         check_sharing(place, layer, configs[place])
         try:
@@ -85,19 +86,19 @@ def add_adapter(
 
 
 def set_adapter(model: nn.Module, name: str) -> list[str]:
-    """Make another adapter active; the one that was is kept aside.
+    """Make the adapter ``name`` active; the one that was active becomes inactive.
 
-    Where shapes match, values are written into the same Parameters, and optimizers that hold them
-    stay valid (their moments are the other adapter's). Elsewhere the Parameters are new ones, and a
-    warning says so.
+    Where shapes match, values are written into the same Parameters, so optimizers that hold them
+    stay valid (but keep the moments of the previous adapter). Other layers get new Parameters, and
+    a warning reports it.
 
     Returns:
         The names of the layers whose Parameters are new.
 
     Raises:
-        RuntimeError: a merged layer.
-        ValueError: no adapters, no adapter of that name, or one of other shapes in a model that
-            is sharded or in ``DistributedDataParallel``.
+        RuntimeError: a layer is merged.
+        ValueError: the model has no adapters or none of that name, or the adapter has other shapes
+            and the model is sharded or wrapped in ``DistributedDataParallel``.
     """
     layers = lora_layers(model)
     known = _names(layers)
@@ -106,6 +107,7 @@ def set_adapter(model: nn.Module, name: str) -> list[str]:
         raise ValueError(f"expected one of the adapters {', '.join(known)}, got {name!r}")
     if name == known[0]:
         return []
+    # Other shapes need new Parameters, which data-parallel wrappers would not reduce or shard.
     if not all(layer.fits(layer.inactive_adapters[name]) for layer in layers.values()):
         check_replaceable(model, "switch to an adapter of other shapes")
     replaced = []
@@ -119,24 +121,24 @@ def set_adapter(model: nn.Module, name: str) -> list[str]:
     if replaced:
         warnings.warn(
             f"fused_lora: the adapter {name!r} has other shapes at {len(replaced)} of"
-            f" {len(layers)} layers, whose Parameters are new: make a new optimizer",
+            f" {len(layers)} layers, whose Parameters are new: create a new optimizer",
             stacklevel=2,
         )
     return replaced
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter that is not active.
+    """Delete an inactive adapter.
 
     Raises:
-        ValueError: no adapters, no adapter of that name, or the active one.
+        ValueError: the model has no adapters or none of that name, or the adapter is active.
     """
     layers = lora_layers(model)
     known = _names(layers)
     if name == known[0]:
         raise ValueError(
-            f"expected an inactive adapter to delete, got {name!r}, the active one: set_adapter to"
-            " another first, or unload_lora(model, merge=False)"
+            f"expected an inactive adapter to delete, got {name!r}, the active one: call"
+            " set_adapter with another name first, or unload_lora(model, merge=False)"
         )
     if name not in known:
         raise ValueError(f"expected one of the adapters {', '.join(known)}, got {name!r}")
@@ -153,18 +155,22 @@ def add_weighted_adapter(
     combination: str = "cat",
     rank: int | None = None,
 ) -> None:
-    """Add the adapter whose update is the weighted sum of other adapters' updates.
+    """Add an inactive adapter whose update is ``Σ w·s·B A``, a weighted sum of other adapters'.
+
+    Its scale is 1 and its dropout that of the first adapter in ``weights``.
 
     Args:
-        name: a new one.
-        weights: names of adapters to finite factors, of any sign.
-        combination: "cat" is exact, and its rank is the sum of the ranks; "svd" is the best
-            approximation of rank ``rank`` (by default the largest of the ranks).
+        name: the new adapter's name.
+        weights: a finite factor ``w``, of either sign, per adapter name.
+        combination: "cat" concatenates the factors, which is exact, with the sum of the ranks as
+            its rank; "svd" is the best approximation of rank ``rank``.
+        rank: for "svd"; by default the largest of the adapters' ranks.
 
     Raises:
-        RuntimeError: a merged layer.
-        TypeError, ValueError: unknown or used names, DoRA (whose update is no product), no weights,
-            an argument of the wrong type or out of range, or a sharded model.
+        RuntimeError: a layer is merged.
+        TypeError, ValueError: a ``name`` in use, unknown or no names in ``weights``, DoRA (whose
+            update is not a product of two factors), PiSSA, an argument of the wrong type or out of
+            range, or a model that has no adapters or is sharded.
     """
     layers = lora_layers(model)
     check_new_name(layers, name)
@@ -206,12 +212,12 @@ def _weighted_sum(
 ) -> Adapter:
     first = terms[0][1]
     like = first.tensors["lora_A"]
-    wide = {"device": "cpu", "dtype": torch.float64}  # MPS has no float64
+    wide = {"device": "cpu", "dtype": torch.float64}  # on the CPU: MPS has no float64
     A = torch.cat([a.tensors["lora_A"].flatten(1).to(**wide) for _, a in terms])
     B = torch.cat([a.tensors["lora_B"].flatten(1).to(**wide) * w for w, a in terms], dim=1)
     if combination == "svd":
         A, B = _truncated(A, B, rank or max(a.config.rank for _, a in terms))
-    # The scale of the sum is 1, in the factors.
+    # The factors contain weights and scales: alpha = rank makes the scale 1.
     config = AdapterConfig(len(A), len(A), first.config.dropout)
     tensors: dict[str, Tensor] = {"lora_A": A, "lora_B": B}
     return Adapter(
@@ -225,12 +231,13 @@ def _weighted_sum(
 
 
 def _truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best factors of ``rank`` for ``B A``, by an SVD of the thin factors' triangles alone."""
+    """Best rank-``rank`` factors of ``B A``: an SVD of the small product of two QR triangles."""
     qb, rb = torch.linalg.qr(B)
     qa, ra = torch.linalg.qr(A.t())
     U, sigma, Vh = torch.linalg.svd(rb @ ra.t())
     kept = min(rank, len(sigma))
-    root = sigma[:kept].sqrt()
+    root = sigma[:kept].sqrt()  # shared evenly between the factors
+    # Zeros fill up to the requested rank where B A has fewer singular values.
     new_A, new_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank)
     new_A[:kept] = root.unsqueeze(1) * (Vh[:kept] @ qa.t())
     new_B[:, :kept] = (qb @ U[:, :kept]) * root
@@ -238,10 +245,11 @@ def _truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def check_name(name: str) -> None:
-    """Check that an adapter can have that name.
+    """Check an adapter's name.
 
     Raises:
-        TypeError, ValueError: it cannot.
+        TypeError: not a str.
+        ValueError: empty.
     """
     if not isinstance(name, str):
         raise TypeError(f"expected an adapter's name to be a str, got {type(name).__name__}")
@@ -253,8 +261,8 @@ def check_new_name(layers: Mapping[str, LoRALayer], name: str) -> None:
     """Check that an adapter of that name may be added.
 
     Raises:
-        RuntimeError: a merged layer.
-        TypeError, ValueError: no name, or one in use.
+        RuntimeError: a layer is merged.
+        TypeError, ValueError: not a valid name, or one in use.
     """
     check_unmerged(layers)
     check_name(name)
@@ -263,10 +271,10 @@ def check_new_name(layers: Mapping[str, LoRALayer], name: str) -> None:
 
 
 def check_unmerged(layers: Mapping[str, LoRALayer]) -> None:
-    """Check that no layer is merged, so that the weights are the base's.
+    """Check that no layer is merged: every ``weight`` is then the base weight.
 
     Raises:
-        RuntimeError: one is.
+        RuntimeError: a layer is merged.
     """
     for place, layer in layers.items():
         if layer.merged:
@@ -274,10 +282,10 @@ def check_unmerged(layers: Mapping[str, LoRALayer]) -> None:
 
 
 def check_sharing(place: str, layer: LoRALayer, config: AdapterConfig) -> None:
-    """Check that an adapter can share the layer's weight with those that are there.
+    """Check that a new adapter can share the layer's base weight with the existing ones.
 
     Raises:
-        ValueError: PiSSA, old or new.
+        ValueError: the new or the active adapter is PiSSA's.
     """
     if "pissa" in (config.init, layer.init):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The adapters of a model: its layers, their parameters, and what trains."""
+"""A model's adapted layers, their parameters, and what trains."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..ops.validation import listed
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers of ``model``, by the first of their names.
+    """The adapted layers of ``model``, by their first name in ``named_modules()``.
 
     Raises:
-        ValueError: there are none, or FSDP1 has them with ``use_orig_params=False``.
+        ValueError: there are none, or FSDP1 wraps them with ``use_orig_params=False``.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
     for name, layer in layers.items():
@@ -25,7 +25,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     if not layers:
         raise ValueError(
             f"expected a model with adapters, got a {type(model).__name__} without: apply_lora or"
-            " load_adapter gives it some"
+            " load_adapter adds them"
         )
     return layers
 
@@ -43,20 +43,20 @@ def lora_param_groups(
     weight_decay: float = 0.0,
     no_decay: Iterable[str] = (),
 ) -> list[dict]:
-    """Groups for an optimizer that cover every trainable parameter of ``model`` once.
+    """Optimizer parameter groups that cover every trainable parameter of ``model`` once.
 
-    LoRA+ (Hayou et al., 2024): ``lora_B`` learns ``lr_ratio`` times as fast as ``lora_A``.
-    Embeddings, whose ``lora_A`` is the one that starts at zero, and anything else that trains,
-    learn at ``lr``.
+    LoRA+ (Hayou et al., 2024): the learning rate of ``lora_B`` is ``lr·lr_ratio``. Everything else
+    that trains has ``lr``, and so have embeddings' adapters, where ``lora_A`` starts at zero
+    instead of ``lora_B``.
 
     Args:
         lr, lr_ratio, weight_decay: numbers of at least 0.
-        no_decay: last parts of the names of parameters without weight decay, such as "lora_B",
-            "lora_magnitude_vector" or "bias".
+        no_decay: parameters without weight decay, by the last part of their names, such as
+            "lora_B", "lora_magnitude_vector" or "bias".
 
     Raises:
-        TypeError: ``no_decay`` is one str.
-        ValueError: no adapters, or a negative number.
+        TypeError: ``no_decay`` is a single str.
+        ValueError: the model has no adapters, or a number is negative.
     """
     if isinstance(no_decay, str):
         raise TypeError(f"expected no_decay to be a list of names, got the str {no_decay!r}")
@@ -82,12 +82,12 @@ def lora_param_groups(
 
 @dataclass(frozen=True)
 class ParameterSummary:
-    """Numbers of parameters; prints as one line.
+    """Parameter counts; prints as one line.
 
     Attributes:
-        trainable: those that require grad.
-        adapters: those of the active adapters.
-        total: all, adapters included.
+        trainable: parameters that require grad.
+        adapters: parameters of the active adapters.
+        total: all parameters, active adapters included.
     """
 
     trainable: int
@@ -106,7 +106,7 @@ def parameter_summary(model: nn.Module) -> ParameterSummary:
     """Count the parameters of ``model``, shared ones once.
 
     Raises:
-        ValueError: no adapters.
+        ValueError: the model has no adapters.
     """
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return ParameterSummary(
@@ -117,11 +117,12 @@ def parameter_summary(model: nn.Module) -> ParameterSummary:
 
 
 def assert_only_lora_gradients(model: nn.Module) -> None:
-    """Check, after a backward, that every active adapter has gradients and nothing else has.
+    """Check, after a backward pass, that the active adapters have gradients and nothing else has.
 
     Raises:
-        RuntimeError: names the parameters that should have none, or have none.
-        ValueError: no adapters.
+        RuntimeError: lists adapter parameters without a gradient, and other parameters that have
+            one or require grad.
+        ValueError: the model has no adapters.
     """
     adapters = {id(parameter) for parameter in lora_parameters(model)}
     strays, missing = [], []

@@ -18,7 +18,7 @@ from ..layers.embedding import LoRAEmbedding
 from ..layers.linear import FusedLoRAConv1D, FusedLoRALinear
 
 ALL_LINEAR = "all-linear"
-_NEAR_NAMES = 6  # printed where nothing matched
+_NEAR_NAMES = 6  # suggested when nothing matched
 _CLASSES = {nn.Linear: FusedLoRALinear, nn.Embedding: LoRAEmbedding, nn.Conv2d: LoRAConv2d}
 
 
@@ -28,7 +28,7 @@ def layer_class(module: nn.Module) -> type[LoRALayer] | None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' ``Conv1D``, which need not be installed."""
+    """Whether ``module`` is transformers' ``Conv1D``; works without transformers installed."""
     cls = type(module)
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
@@ -39,7 +39,7 @@ def find_targets(
     exclude_modules: str | Iterable[str] | None,
     include_head: bool,
 ) -> dict[str, nn.Module]:
-    """The modules to adapt, by the first of their names; see :func:`fused_lora.apply_lora`.
+    """The modules to adapt, by their first name; see :func:`fused_lora.apply_lora`.
 
     Raises:
         TypeError: a target of a class that cannot be adapted.
@@ -47,6 +47,7 @@ def find_targets(
     """
     excluded = (lambda name: False) if exclude_modules is None else _matcher(exclude_modules)
     _warn_of_unmatched(model, "exclude_modules", exclude_modules)
+    # These projections are never called: attention passes their weights to a function.
     attention = {
         id(part)
         for module in model.modules()
@@ -61,8 +62,8 @@ def find_targets(
     for name, module in found.items():
         if id(module) in attention:
             raise ValueError(
-                f"{name} is part of nn.MultiheadAttention, which reads its weights past forward, so"
-                " that an adapter there would have no effect; leave it out with exclude_modules"
+                f"{name} is part of nn.MultiheadAttention, which reads its weights without calling"
+                " it, so an adapter there would have no effect: leave it out with exclude_modules"
             )
         if layer_class(module) is None:
             raise TypeError(
@@ -84,15 +85,15 @@ def _all_linear(model, excluded, include_head: bool, attention: set[int]) -> dic
         if not name or not linear or excluded(name) or module is head:
             continue
         if id(module) in attention:
-            left_out.append(f"{name} (nn.MultiheadAttention reads its weight past forward)")
+            left_out.append(f"{name} (nn.MultiheadAttention does not call it)")
         elif layer_class(module) is None:
-            left_out.append(f"{name} (a {type(module).__name__}, with a forward of its own)")
+            left_out.append(f"{name} (a {type(module).__name__}: not exactly nn.Linear)")
         else:
             found[name] = module
     if left_out:
         warnings.warn(
-            f"fused_lora: no adapter for {', '.join(left_out)}; exclude_modules leaves them out"
-            " without this warning",
+            f"fused_lora: no adapter for {', '.join(left_out)}; name them in exclude_modules to"
+            " silence this warning",
             stacklevel=4,
         )
     if not found:
@@ -101,7 +102,10 @@ def _all_linear(model, excluded, include_head: bool, attention: set[int]) -> dic
 
 
 def _matcher(target: str | Iterable[str]):
-    """A predicate on names: a regex matched in full, or suffixes that start at a dot."""
+    """A predicate on names: a regex that matches all, or a list of names and of their suffixes.
+
+    A suffix starts after a dot: "proj" matches "attn.proj", not "q_proj".
+    """
     if isinstance(target, str):
         try:
             return re.compile(target).fullmatch
@@ -114,7 +118,10 @@ def _matcher(target: str | Iterable[str]):
 
 
 def _warn_of_unmatched(model: nn.Module, argument: str, target: str | Iterable[str] | None) -> None:
-    """Say which parts of ``argument`` name nothing, while others may."""
+    """Warn of the parts of ``argument`` that match no module.
+
+    Targets of which none matches are an error instead, in :func:`find_targets`.
+    """
     parts = [target] if isinstance(target, str) else list(target or ())
     names = [name for name, _ in model.named_modules() if name]
     idle = [
@@ -124,7 +131,7 @@ def _warn_of_unmatched(model: nn.Module, argument: str, target: str | Iterable[s
     ]
     if idle and (argument != "target_modules" or len(idle) < len(parts)):
         near = difflib.get_close_matches(idle[0], {n.rpartition(".")[2] for n in names})
-        hint = f"; near it: {', '.join(near)}" if near else ""
+        hint = f"; similar: {', '.join(near)}" if near else ""
         warnings.warn(
             f"fused_lora: {argument} has {', '.join(map(repr, idle))}, which names no module{hint}",
             stacklevel=4,
@@ -147,7 +154,7 @@ def _no_match(model: nn.Module, target: str | Iterable[str]) -> str:
         message += ", a regular expression that no name matches in full"
     if not listed:
         return message + "; nothing in this model can be adapted"
-    return f"{message}; {'near names' if near else 'names there are'}: {', '.join(listed)}"
+    return f"{message}; {'similar names' if near else 'available names'}: {', '.join(listed)}"
 
 
 def adapter_configs(
@@ -156,11 +163,11 @@ def adapter_configs(
     rank_pattern: Mapping[str, int] | None,
     alpha_pattern: Mapping[str, float] | None,
 ) -> dict[str, AdapterConfig]:
-    """What each of the layers ``names`` gets: ``config``, with the patterns' rank and alpha.
+    """The configuration per layer name: ``config``, with rank and alpha from the patterns.
 
     Raises:
-        TypeError, ValueError: a value of the wrong type or out of range, a key that is no regular
-            expression, or one that matches no name.
+        TypeError, ValueError: a value of the wrong type or out of range, a key that is not a
+            regular expression, or one that matches no name.
     """
     _check_pattern("rank_pattern", rank_pattern, names)
     _check_pattern("alpha_pattern", alpha_pattern, names)
@@ -174,9 +181,9 @@ def adapter_configs(
     }
 
 
-@functools.lru_cache(maxsize=1 << 14)  # a file may hold one for every layer
+@functools.lru_cache(maxsize=1 << 14)  # a file may have one key per layer
 def compile_pattern(key: str) -> re.Pattern:
-    """A key of ``rank_pattern`` or ``alpha_pattern``: it matches the end of a name, from a dot on.
+    """A key of ``rank_pattern`` or ``alpha_pattern``; matches a name, or its end after a dot.
 
     Raises:
         ValueError: not a regular expression.

@@ -1,1 +1,1 @@
-"""PEFT: its layers on this library's kernels, and its file format."""
+"""PEFT support: fused forwards for PEFT's LoRA layers, and PEFT's adapter files."""

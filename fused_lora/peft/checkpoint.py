@@ -1,8 +1,9 @@
-"""Adapters on disk, in PEFT's format: ``adapter_model.safetensors`` and ``adapter_config.json``.
+"""Save and load adapters in PEFT's format.
 
-Nothing is unpickled. Each file is replaced as a whole, and the tensors carry a digest of the
-configuration they were saved with, so that a crash between the two is found when loading. Loading
-checks everything before it changes anything.
+An adapter is two files, ``adapter_model.safetensors`` and ``adapter_config.json``; nothing is
+unpickled. Saving replaces each file atomically. The tensors carry a digest of their configuration,
+so that loading detects a crash between the two replacements. Loading checks everything before it
+changes the model.
 """
 
 from __future__ import annotations
@@ -44,26 +45,26 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
-    """Write an adapter of ``model`` in PEFT's format, which PEFT loads with the same outputs.
+    """Write an adapter of ``model`` in PEFT's format; loaded in PEFT it gives the same outputs.
 
-    The configuration is made from what the layers are now: ranks, scales, dropouts. Each file is
-    written aside (killed, a hidden ``.tmp`` file may stay), flushed to the disk and put in place
-    as a whole.
+    The configuration describes the layers' current ranks, scales and dropouts. Each file is written
+    under a temporary name, flushed to disk and renamed into place; a process killed meanwhile may
+    leave a hidden ``.tmp`` file.
 
-    Of a model that ``fully_shard`` has sharded, every process calls it: the tensors are gathered
-    one at a time, the first process of the device mesh writes, and the others wait for it. Under
-    ``DistributedDataParallel`` one process calls it.
+    If ``fully_shard`` has sharded the model, call this in every process: tensors are gathered one
+    at a time, the first process of the device mesh writes, and the others wait for it. Under
+    ``DistributedDataParallel`` call it in one process.
 
     Args:
-        directory: made if it does not exist; an adapter in it is replaced.
-        name: of the adapter; by default the active one.
+        directory: created if it does not exist; an adapter already in it is replaced.
+        name: the adapter to save; the active one by default.
 
     Raises:
-        OSError: the files cannot be written; those that were there are still whole.
-        RuntimeError: a parametrization computes part of the adapter, FSDP1 shows it flat, or
+        OSError: the files cannot be written; existing files remain intact.
+        RuntimeError: a parametrization computes part of the adapter, FSDP1 has flattened it, or
             another process could not write.
-        ValueError: no adapters, no adapter of that name, settings that PEFT cannot hold, or tensors
-            on the meta device.
+        ValueError: no adapters, no adapter of that name, settings that PEFT's format cannot
+            express, or tensors on the meta device.
     """
     model = _unwrapped(model)
     check_contains_layers(model)
@@ -79,8 +80,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     }
     if len({adapter.config.dropout for adapter in adapters.values()}) > 1:
         warnings.warn(
-            "fused_lora: the layers have different dropouts; PEFT's format holds one, and the"
-            " commonest is saved",
+            "fused_lora: the layers have different dropouts; PEFT's format holds only one, so the"
+            " most common is saved",
             stacklevel=2,
         )
     base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -92,7 +93,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     tensors, error = {}, None
     for place, adapter in adapters.items():
         for parameter, tensor in adapter.tensors.items():
-            whole = _whole(place, tensor)  # which all processes must go on doing
+            # A collective: every process takes part for every tensor, even after an error.
+            whole = _whole(place, tensor)
             if is_first(mesh) and error is None:
                 key = peft_format.tensor_key(place, layers[place], parameter)
                 try:
@@ -106,7 +108,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
 
 def _whole(place: str, tensor: Tensor) -> Tensor:
     if tensor.is_meta:
-        raise ValueError(f"expected tensors with values to save, got a meta one at {place}")
+        raise ValueError(f"expected tensors with values, got one on the meta device at {place}")
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
@@ -118,25 +120,27 @@ def load_adapter(
     impl: str = "auto",
     adapter_dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Read an adapter in PEFT's format into ``model``. On an error the model is as it was.
+    """Read an adapter in PEFT's format into ``model``. An error leaves the model unchanged.
 
-    A model without adapters is adapted as the files say, and the adapter is active. In an adapted
-    model, whose layers must be those of the files, a new name is added aside (see
-    :func:`fused_lora.set_adapter`), and a known one gets the new values in place, which keeps
-    optimizers valid; its ranks must be those of the files.
+    A model without adapters is adapted according to the files, and the adapter becomes active. An
+    adapted model must have adapters on exactly the layers that the files name. There, a new
+    ``name`` adds an inactive adapter (see :func:`fused_lora.set_adapter`). An existing ``name``
+    must have the files' ranks; its values are overwritten in place, so optimizers stay valid.
 
     Args:
-        impl, adapter_dtype: as for :func:`fused_lora.apply_lora`, for a model without adapters.
+        name: of the adapter in the model.
+        impl, adapter_dtype: as for :func:`fused_lora.apply_lora`; used only if the model has no
+            adapters yet.
 
     Returns:
-        The names of the layers.
+        The names of the layers that got the adapter.
 
     Raises:
         FileNotFoundError: a file is missing.
         RuntimeError: a merged layer.
-        TypeError: a name that is no str.
-        ValueError: damaged or mismatched files, something that fused_lora does not compute, or an
-            adapter of another model; names the file and the key. A sharded model.
+        TypeError: ``name`` is not a str.
+        ValueError: a sharded model, damaged or mismatched files, a setting that fused_lora does not
+            support, or an adapter of another model. Errors in the files name the file and the key.
     """
     check_name(name)
     check_impl(impl)
@@ -180,13 +184,13 @@ def _into_adapted(model, loaded: Mapping[str, Adapter], name: str, folder: Path)
     plain = [place for place, layer in layers.items() if not isinstance(layer, LoRALayer)]
     if plain:
         raise ValueError(
-            f"{folder / WEIGHTS}: expected adapters of adapted layers only, got one of"
-            f" {listed(plain)}, which the model's other adapters leave out"
+            f"{folder / WEIGHTS}: expected adapters for adapted layers only, got adapters for"
+            f" {listed(plain)}, where the model has none"
         )
     absent = [place for place, x in lora_layers(model).items() if x not in set(layers.values())]
     if absent:
         raise ValueError(
-            f"{folder / WEIGHTS}: expected an adapter of every adapted layer, got none for"
+            f"{folder / WEIGHTS}: expected an adapter for every adapted layer, got none for"
             f" {listed(absent)}"
         )
     known = adapter_names(model)
@@ -202,8 +206,8 @@ def _into_adapted(model, loaded: Mapping[str, Adapter], name: str, folder: Path)
         old = layer.stash_adapter() if name == known[0] else layer.inactive_adapters[name]
         if (old.config.init == "pissa") != (loaded[place].config.init == "pissa"):
             raise ValueError(
-                f"{folder / CONFIG}: expected init_lora_weights as the model's at {place}: PiSSA's"
-                " base weight is its own; load into a model without adapters"
+                f"{folder / CONFIG}: expected the same init_lora_weights as the model's at {place}:"
+                " PiSSA changes the base weight; load into a model without adapters"
             )
         for parameter in {**old.tensors, **loaded[place].tensors}:
             had, got = (
@@ -234,7 +238,10 @@ def _placed(adapter: Adapter, layer: LoRALayer) -> Adapter:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``'s and data-parallel wrappers, whose names are PEFT's."""
+    """The model inside ``torch.compile``'s and data-parallel wrappers.
+
+    PEFT's keys use the module names of that inner model.
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -245,24 +252,24 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _clean(place: str) -> str:
-    """A module's name without what wrappers inside the model add to it."""
+    """A module's name without the parts that wrappers inside the model add."""
     return ".".join(part for part in place.split(".") if part not in _WRAPPED)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by every name, as if there were no wrappers inside the model."""
+    """Every module under each of its names, ignoring wrappers inside the model."""
     return {_clean(p): m for p, m in model.named_modules(remove_duplicate=False)}
 
 
 def _warn_of_places(modules: Mapping[str, nn.Module], places: Iterable[str]) -> None:
-    """Say where PEFT would compute something else: it adapts one place of several."""
+    """Warn about shared modules: PEFT adapts such a module under its first name only."""
     names: dict[nn.Module, list[str]] = {}
     for place, module in modules.items():
         names.setdefault(module, []).append(place)
     for place in places:
         if len(names[modules[place]]) > 1:
             warnings.warn(
-                f"fused_lora: one module stands at {listed(names[modules[place]])}; its adapter"
-                " works at all of them here, under PEFT at the first only",
+                f"fused_lora: one module has the names {listed(names[modules[place]])}; here its"
+                " adapter acts under all of them, in PEFT only under the first",
                 stacklevel=3,
             )

@@ -1,4 +1,9 @@
-"""Which of PEFT's layers and calls are the plain formula, and why another is not."""
+"""Which of PEFT's layers and calls can run fused, and why the others cannot.
+
+A layer is eligible if its forward is exactly ``W x + b + s·B A D(x)``. If only its base layer is
+special, that runs its own forward and the adapter is added to its output. Reasons are noun
+phrases: ``PatchReport`` shows them after "PEFT's forward:" or "fused beside its base:".
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(slots=True)
 class Parts:
-    """What a layer with a plain adapter computes with."""
+    """The tensors and settings that a layer with a plain adapter computes with."""
 
     name: str
     base: nn.Module
@@ -30,13 +35,13 @@ class Parts:
     lora_B: Tensor
     scaling: float | Tensor
     dropout: float
-    weight: Tensor | None = None  # of a plain base, with its bias
+    weight: Tensor | None = None  # (out, in); None if the base runs its own forward
     bias: Tensor | None = None
-    beside: str | None = None  # why the base runs its own forward
+    beside: str | None = None  # why the base runs its own forward, or None
 
     @property
     def narrowed(self) -> bool:
-        """Whether the adapter's products are taken in less than its own precision."""
+        """Whether the adapter's products are computed in less than its own precision."""
         weight = self.base._parameters.get("weight") if self.beside else self.weight
         dtype = getattr(weight, "dtype", None)
         if self.lora_A.is_cpu and dtype in cpu_gemm.EMULATED:
@@ -45,9 +50,12 @@ class Parts:
 
 
 def parts_of(layer: nn.Module, kinds: Container[type]) -> Parts | str:
-    """The layer's tensors as it now is, or why it runs PEFT's own forward.
+    """The layer's current tensors, or the reason why it runs PEFT's own forward.
 
-    Asked at every call: ``_modules`` is read because ``nn.Module.__getattr__`` costs more.
+    Runs at every call, so it reads ``_modules``: ``nn.Module.__getattr__`` is slower.
+
+    Args:
+        kinds: the PEFT classes whose forward is replaced.
     """
     if type(layer) not in kinds and type(layer).__module__ != "peft.tuners.lora.torchao":
         return f"a lora.{type(layer).__name__} layer"
@@ -79,7 +87,7 @@ def parts_of(layer: nn.Module, kinds: Container[type]) -> Parts | str:
     base = modules["base_layer"]
     A, B = lora_A._parameters["weight"], lora_B._parameters["weight"]
     if A.dtype != B.dtype:
-        return "adapters of two dtypes"
+        return "lora_A and lora_B in different dtypes"
     p = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
     parts = Parts(name, base, A, B, layer.scaling[name], p)
     parts.beside = _base_reason(base)
@@ -93,26 +101,26 @@ def parts_of(layer: nn.Module, kinds: Container[type]) -> Parts | str:
 
 
 def _base_reason(base: nn.Module) -> str | None:
-    """Why a base layer runs its own forward; None if it is the plain product."""
+    """Why a base layer runs its own forward; None if that is the plain product."""
     if type(base) is not nn.Linear and not is_conv1d(base):
         return f"a base layer of class {type(base).__name__}"
     if reason := _changed(base):
         return f"base_layer: {reason}"
     weight = base._parameters["weight"]
     if weight.requires_grad:
-        return "a base weight that trains"
+        return "a trainable base weight"
     if weight.dtype not in FLOATS:
         return f"a base weight in {weight.dtype}"
     return None
 
 
 def _fits(adapter: torch.dtype, compute: torch.dtype) -> bool:
-    """Whether an adapter may be computed in a dtype: its own, or half of float32."""
+    """Whether an adapter can run in ``compute``: its own dtype, or half precision for float32."""
     return adapter == compute or (compute in _HALVES and adapter == torch.float32)
 
 
 def _changed(module: nn.Module) -> str | None:
-    """What makes a module of a plain class more than its formula."""
+    """Why a module of a plain class does not compute just its formula; None if it does."""
     if "forward" in module.__dict__:
         return "a forward replaced on the instance, as accelerate does"
     if (
@@ -135,42 +143,42 @@ def _changed(module: nn.Module) -> str | None:
 
 
 def input_reason(layer: nn.Module, x: Tensor, parts: Parts) -> str | None:
-    """Why this call runs PEFT's own forward; None if it runs fused."""
+    """Why a call with ``x`` runs PEFT's own forward; None if it runs fused."""
     lora_A, lora_B, scaling = parts.lora_A, parts.lora_B, parts.scaling
-    compiling = torch.compiler.is_compiling()  # where a number may be symbolic
+    compiling = torch.compiler.is_compiling()  # numbers may then be symbolic
     device = lora_A.device
     if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_nested:
-        return "an input that is no plain tensor"
+        return "an input that is not a plain tensor"
     if x.layout != torch.strided or x.device != device or x.dtype not in FLOATS:
-        return "an input of another kind or device"
+        return "a sparse or non-float input, or one on another device"
     autocast = autocasts(x)
     if autocast:
         if torch.float64 in (x.dtype, lora_A.dtype):
             return "float64 under autocast"
         if x.dtype in _HALVES and x.dtype != torch.get_autocast_dtype(device.type):
-            return "an input in another half precision than autocast's"
+            return "an input in a half precision other than autocast's"
     elif not _fits(lora_A.dtype, x.dtype):
-        return "an input of another dtype"
+        return "an input in another dtype"
     if x.dtype != lora_A.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
-        return "an input that is not to be cast"
+        return "an input that PEFT must not cast"
     rank, K = lora_A.shape
     if not x.dim() or x.shape[-1] != K or not rank or lora_B.shape[1] != rank:
-        return "shapes that do not fit"
+        return "shapes that do not match"
     if lora_B.device != device:
         return "adapters on two devices"
     if parts.beside is None:
         weight = parts.weight
         if weight.device != device or weight.shape != (lora_B.shape[0], K):
-            return "a base that does not fit"
+            return "a base of another shape or device"
         if weight.dtype == torch.float64 if autocast else weight.dtype != x.dtype:
-            return "an input of another dtype than the base"
+            return "an input in another dtype than the base"
     if isinstance(scaling, Tensor):
         if scaling.dim() or scaling.requires_grad or scaling.device != device:
-            return "a scale that is no constant on the device"
+            return "a scale that is not a constant 0-d tensor on the device"
     elif not isinstance(scaling, Real) or not (compiling or math.isfinite(scaling)):
-        return "a scale that is no finite number"
+        return "a scale that is not a finite number"
     if parts.dropout >= 1:
-        return "a dropout of everything"
+        return "a dropout of every entry"
     if compiling:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None:

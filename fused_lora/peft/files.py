@@ -1,6 +1,6 @@
-"""The two files of an adapter in PEFT's format: written whole, read with distrust.
+"""The two files of an adapter in PEFT's format: atomic writes, and reads that trust nothing.
 
-Nothing is unpickled. Every error names the file and the key.
+Nothing is unpickled. Every error names the file and, where there is one, the key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
-    """Write both files; the tensors carry a digest of the configuration they belong to."""
+    """Write both files; the tensors' metadata holds a digest of the configuration."""
     metadata = {"format": "pt", _DIGEST: peft_format.digest(config)}
     files = {
         WEIGHTS: safetensors.torch.save(tensors, metadata),
@@ -41,8 +41,8 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict) -> Non
 
 
 def _replace_file(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path``: at every moment there is the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several may save at once
+    """Replace ``path`` atomically: a crash leaves the complete old file or the complete new one."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # unique per save
     try:
         with open(aside, "xb") as file:
             file.write(content)
@@ -52,7 +52,7 @@ def _replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    if os.name == "posix":
+    if os.name == "posix":  # the rename is durable once its directory is flushed
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -61,6 +61,7 @@ def _replace_file(path: Path, content: bytes) -> None:
 
 
 def read_config(folder: Path) -> dict:
+    """The checked configuration in ``folder``, which must contain both files."""
     path = folder / CONFIG
     for needed in (path, folder / WEIGHTS):
         if not needed.is_file():
@@ -74,9 +75,10 @@ def read_config(folder: Path) -> dict:
 
 
 def layer_config(folder: Path, config: Mapping, place: str) -> AdapterConfig:
+    """The configuration of the layer ``place``, which must be among the targets."""
     if not peft_format.names_target(config, place):
         raise ValueError(
-            f"{folder / WEIGHTS}: expected adapters of {CONFIG}'s target_modules, got one of"
+            f"{folder / WEIGHTS}: expected adapters for {CONFIG}'s target_modules only, got one for"
             f" {place}: the two files do not belong together"
         )
     try:
@@ -86,7 +88,10 @@ def layer_config(folder: Path, config: Mapping, place: str) -> AdapterConfig:
 
 
 class AdapterTensors:
-    """An open ``adapter_model.safetensors``."""
+    """An ``adapter_model.safetensors``, open within a ``with`` statement.
+
+    ``ours`` is set by :meth:`check_digest`: whether this library wrote the file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -105,16 +110,21 @@ class AdapterTensors:
         self._file.__exit__(*raised)
 
     def check_digest(self, config: Mapping) -> None:
+        """Check that ``config`` is the one saved with the tensors; PEFT's files have no digest."""
         saved = (self._file.metadata() or {}).get(_DIGEST)
         self.ours = saved is not None
         if saved is not None and saved != peft_format.digest(config):
             raise ValueError(
                 f"{self.path}: expected the {CONFIG} it was saved with, got another: a save was"
-                " cut off between the two files, or one was edited or copied; save again"
+                " interrupted between the two files, or one was edited or copied; save again"
             )
 
     def places(self, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
-        """Layer name to parameter to key, every key accounted for."""
+        """Layer name to parameter name to key.
+
+        Raises:
+            ValueError: a key that belongs to no adapter, or a layer that cannot have this adapter.
+        """
         places: dict[str, dict[str, str]] = {}
         unknown = []
         keys = self._file.keys()
@@ -146,13 +156,19 @@ class AdapterTensors:
             other = seen.setdefault(module, place)
             if other != place:
                 raise ValueError(
-                    f"{self.path}: expected one adapter for the module {other}, got a second under"
-                    f" {place}"
+                    f"{self.path}: expected one adapter for the module {other}, got a second one"
+                    f" under its other name {place}"
                 )
         return places
 
     def _is_base_weight(self, key: str, modules: Mapping[str, nn.Module]) -> bool:
-        """Whether it is an embedding's own weight, which PEFT saves too, and the model's."""
+        """Whether ``key`` is the weight of the model's input or output embedding.
+
+        PEFT saves these two with adapters of embeddings. They are not loaded, only compared.
+
+        Raises:
+            ValueError: the model's own weight is another.
+        """
         place, _, last = key.removeprefix(peft_format.PREFIX).rpartition(".")
         place = place.removesuffix(".base_layer")
         if last != "weight" or not isinstance(modules.get(place), nn.Embedding | nn.Linear):
@@ -162,20 +178,21 @@ class AdapterTensors:
         if weight is None or tuple(weight.shape) != tuple(self._shape(key)):
             same = False
         else:
-            # PEFT saves it in the base's dtype, which may not be this base's.
+            # PEFT saved its base's dtype, which may differ: compare in the narrower of the two.
             own, saved = weight.detach().cpu(), self._tensor(key)
             narrow = min(own.dtype, saved.dtype, key=lambda dtype: torch.finfo(dtype).bits)
             same = torch.equal(saved.to(narrow), own.to(narrow))
         if not same:
             raise ValueError(
-                f"{self.path}: expected {key} to be the model's own weight, got another: the base"
-                " model was resized or trained, and is not this one"
+                f"{self.path}: expected {key} to be the model's own weight, got another: the"
+                " adapter's base model was resized or trained and is not this model"
             )
         return True
 
     def check_shapes(
         self, place: str, module: nn.Module, config: AdapterConfig, parameters: Mapping[str, str]
     ) -> None:
+        """Check that the layer ``place`` can have the adapter, and the shapes of its tensors."""
         cls = type(module) if isinstance(module, LoRALayer) else layer_class(module)
         if module.weight.is_meta:
             raise ValueError(
@@ -194,13 +211,13 @@ class AdapterTensors:
                 raise ValueError(f"{self.path}: expected {parameter} of {place}, got none")
             if parameter not in expected:
                 raise ValueError(
-                    f"{self.path}: expected no {key}, which use_dora in {CONFIG} would announce"
+                    f"{self.path}: expected no {key}, since {CONFIG} does not set use_dora"
                 )
             shape = tuple(self._shape(key))
             if shape != expected[parameter]:
                 raise ValueError(
-                    f"{self.path}: expected {key} of shape {expected[parameter]}, as {CONFIG} and"
-                    f" the model say, got {shape}"
+                    f"{self.path}: expected {key} of shape {expected[parameter]} according to"
+                    f" {CONFIG} and the model, got {shape}"
                 )
 
     def _shape(self, key: str) -> list[int]:

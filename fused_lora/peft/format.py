@@ -1,7 +1,6 @@
-"""PEFT's adapter format: names of tensors, and ``adapter_config.json``.
+"""PEFT's adapter format: tensor names and ``adapter_config.json``, as in PEFT 0.21.
 
-Read and written as PEFT 0.21 does. What the format can say and this library cannot do is an error,
-never ignored.
+Settings that this library does not support raise an error; they are never ignored.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ _SUFFIXES = {
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
     "lora_magnitude_vector": "lora_magnitude_vector",
-    "lora_magnitude_vector.weight": "lora_magnitude_vector",  # of older PEFT
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",  # in older PEFT versions
 }
-# What loading need not know, beside what `parse_config` reads.
+# Keys that do not change what a loaded adapter computes. Any other truthy key is an error.
 _IGNORED = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -59,10 +58,11 @@ _READ = {
     "use_dora",
     "use_rslora",
 }
-# Other ways to start change the base weights, which are not in the file.
+# Initialisations that leave the base weights unchanged. The others change them, and the files hold
+# no base weights. Of those only PiSSA is supported: loading computes its base weights again.
 _BASE_KEPT = (True, False, None, "gaussian", "orthogonal", "eva")
-# Of a file's pattern, by which a hostile one could keep the matcher busy for years.
-_MOST_CHOICES = 4  # groups and repeats
+# Limits on patterns: backtracking on a hostile regex can take exponential time.
+_MOST_CHOICES = 4  # groups and repeats in one pattern
 _MOST_CHARACTERS = 500
 _MOST_PATTERNS = 10_000
 
@@ -77,7 +77,7 @@ def tensor_key(name: str, layer: LoRALayer, parameter: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """The layer's name and the parameter of one of PEFT's keys, or None."""
+    """The layer's name and the parameter that one of PEFT's keys names; None for other keys."""
     if key.startswith(PREFIX):
         for suffix, parameter in _SUFFIXES.items():
             if key.endswith(f".{suffix}"):
@@ -91,15 +91,21 @@ def make_config(
     module_names: Iterable[str],
     base_model: str | None,
 ) -> dict:
-    """``adapter_config.json`` of the ``adapters`` of ``layers``, from what the layers are.
+    """The contents of ``adapter_config.json`` for the ``adapters`` of ``layers``.
+
+    Args:
+        module_names: every module of the model, so that ``target_modules`` names no others.
+        base_model: the name or path of the base model, if known.
 
     Raises:
-        ValueError: adapters of one model that PEFT's format cannot hold together.
+        ValueError: PEFT's format cannot express the adapters' differences.
     """
     configs = {name: adapter.config for name, adapter in adapters.items()}
     for field in ("use_dora", "init"):
         if len({getattr(config, field) for config in configs.values()}) > 1:
-            raise ValueError(f"expected one {field} in every layer, as PEFT's format has, got two")
+            raise ValueError(
+                f"expected one {field} for all layers, as PEFT's format has, got several"
+            )
     first = next(iter(configs.values()))
     use_rslora = all(config.use_rslora for config in configs.values())
     ranks = {name: config.rank for name, config in configs.items()}
@@ -129,7 +135,7 @@ def make_config(
 
 
 def _alpha(adapter: Adapter, use_rslora: bool) -> float:
-    """The alpha that gives this scale; the scale may have been assigned."""
+    """The alpha that yields the adapter's scale, which users may have changed since."""
     config = adapter.config
     if config.use_rslora == use_rslora and config.scaling == adapter.scaling:
         alpha = config.alpha
@@ -139,19 +145,19 @@ def _alpha(adapter: Adapter, use_rslora: bool) -> float:
 
 
 def _common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The commonest value, and the others by patterns that match one name each."""
+    """The most common value, and the others keyed by patterns that match one name each."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {f"^{re.escape(n)}": value for n, value in values.items() if value != common}
 
 
 def _target_modules(adapted: list[str], module_names: Iterable[str]) -> list[str] | str:
-    """The shortest endings that name the adapted modules and no others; else a regex."""
+    """The shortest name endings that select exactly the adapted modules; else a regex."""
     chosen, wanted = set(), set(adapted)
     others = [name for name in module_names if name not in wanted]
     taken = {ending for name in others for ending in _endings(name)}
     for name in adapted:
         ending = next((ending for ending in _endings(name) if ending not in taken), None)
-        if ending is None:  # "0" is an ending of "1.0" too
+        if ending is None:  # as for "0" next to an unadapted "1.0"
             return "|".join(re.escape(name) for name in adapted)
         chosen.add(ending)
     return sorted(chosen)
@@ -163,7 +169,7 @@ def _endings(name: str) -> list[str]:
 
 
 def digest(config: Mapping) -> str:
-    """A digest of what gives the tensors their meaning, whoever writes the rest of the file."""
+    """SHA-256 of the settings that determine what the tensors mean; other keys may change."""
     targets = config.get("target_modules")
     meaning = {
         "alpha_pattern": {k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
@@ -179,10 +185,10 @@ def digest(config: Mapping) -> str:
 
 
 def parse_config(text: str) -> dict:
-    """``adapter_config.json``, checked to be a LoRA that this library computes as PEFT does.
+    """Parse ``adapter_config.json``; check that this library computes such a LoRA as PEFT does.
 
     Raises:
-        ValueError: it is not; names the key.
+        ValueError: it does not, or the text is damaged; names the key.
     """
     try:
         config = json.loads(text)
@@ -194,16 +200,16 @@ def parse_config(text: str) -> dict:
         raise ValueError(f"expected peft_type 'LORA', got {config.get('peft_type')!r}")
     for key, value in config.items():
         if value and key not in _IGNORED and key not in _READ:
-            raise ValueError(f"{key} = {value!r} is something that fused_lora does not compute")
+            raise ValueError(f"{key} = {value!r} is not supported by fused_lora")
     if config.get("bias", "none") != "none":
         raise ValueError(
-            f"expected bias 'none', got {config['bias']!r}: biases are not in adapters"
+            f"expected bias 'none', got {config['bias']!r}: trained biases are not supported"
         )
     init = config.get("init_lora_weights", True)
     if init != "pissa" and init not in _BASE_KEPT:
         raise ValueError(
             f"init_lora_weights = {init!r} changes the base weights; save it from PEFT with"
-            " path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+            " path_initial_model_for_weight_conversion, which converts it to a plain LoRA"
         )
     _check_numbers(config)
     targets = config.get("target_modules")
@@ -219,7 +225,7 @@ def _check_numbers(config: Mapping) -> None:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"expected {key} to be a number, got {value!r}")
         if not abs(value) <= sys.float_info.max:
-            raise ValueError(f"expected {key} to be a finite number, got a larger one")
+            raise ValueError(f"expected {key} to be a finite number, got NaN or one too large")
 
     check("r", config.get("r", 8), Integral)
     check("lora_alpha", config.get("lora_alpha", 8), Real)
@@ -239,12 +245,12 @@ def _check_numbers(config: Mapping) -> None:
 
 
 def _check_pattern(key: str, pattern: str) -> None:
-    """A pattern that is valid and quick: short, with few groups and repeats, none repeated."""
+    """Check that a pattern is valid and cheap to match: short, few groups, no repeated group."""
     choices = len(re.findall(r"[*+{?(]", pattern.replace("(?:", "(")))
     if choices > _MOST_CHOICES or len(pattern) > _MOST_CHARACTERS or re.search(r"\)[*+{]", pattern):
         raise ValueError(
             f"expected patterns in {key} of at most {_MOST_CHARACTERS} characters and"
-            f" {_MOST_CHOICES} groups and repeats, none of a group, got {pattern[:80]!r}"
+            f" {_MOST_CHOICES} groups and repeats, no group repeated, got {pattern[:80]!r}"
         )
     try:
         compile_pattern(pattern)
@@ -253,7 +259,7 @@ def _check_pattern(key: str, pattern: str) -> None:
 
 
 def layer_config(config: Mapping, name: str) -> AdapterConfig:
-    """What a checked configuration gives the layer ``name``.
+    """The configuration of the layer ``name`` according to a checked ``adapter_config.json``.
 
     Raises:
         ValueError: a value out of range.
@@ -269,7 +275,7 @@ def layer_config(config: Mapping, name: str) -> AdapterConfig:
 
 
 def names_target(config: Mapping, name: str) -> bool:
-    """Whether the configuration's targets, where they are a list, name the layer ``name``."""
+    """Whether a list of targets names the layer ``name``; a regex is not checked."""
     targets = config["target_modules"]
     if isinstance(targets, str):
         return True

@@ -1,15 +1,19 @@
-"""PEFT's LoRA layers on this library's kernels, by one line: ``patch_peft(model)``.
+"""Run PEFT's LoRA layers on this library's kernels with one line: ``patch_peft(model)``.
 
-The forward of PEFT's linear LoRA layers is replaced once, on the class. At every call the layer is
-looked at as it then is: what is plain ``W x + b + s·B A D(x)`` runs fused; where only the base is
-special, as a quantised one, it runs its own forward and the adapter runs fused beside it;
-everything else runs PEFT's own forward. Nothing of the model changes: not its modules, parameters,
-files or life cycle.
+The patch replaces the forward of PEFT's linear LoRA classes. Every call inspects the layer's
+current state and takes one of three paths:
 
-Differences to PEFT where a layer is fused: another stream of random numbers decides which entries
-dropout drops; and where float32 adapters sit on a half-precision base, the adapter's products are
-taken in the dtype of ``x`` (on a CPU in float32 if rows are few or it has no instructions for that
-dtype), so that gradients are as accurate as that dtype.
+* plain ``W x + b + s·B A D(x)``: base and adapter run fused;
+* only the base is special (quantised, for example): the base runs its own forward, and the fused
+  adapter is added to its output;
+* anything else: PEFT's own forward runs.
+
+The model's modules, parameters, files and life cycle do not change.
+
+A fused layer differs from PEFT in two ways. Dropout draws its masks from another random stream.
+With float32 adapters on a half-precision base, the adapter's products and gradients are computed in
+the dtype of ``x`` and are as accurate as that. A CPU uses float32 instead for small products of few
+rows, or for all if it has no instructions for the half-precision dtype.
 """
 
 from __future__ import annotations
@@ -27,26 +31,29 @@ from ..ops.validation import FLOATS
 from .eligibility import Parts, input_reason, parts_of
 from .report import PatchReport
 
-# PEFT's classes while their forward is replaced: that forward, and the one given for it.
+# Patched PEFT classes, each with its original forward and the replacement.
 _replaced: dict[type[nn.Module], tuple[Callable, Callable]] = {}
 _everywhere = False
-_patched: WeakSet[nn.Module] = WeakSet()  # layers of single models; their copies have the flag too
+_patched: WeakSet[nn.Module] = WeakSet()  # layers of models patched individually
+# The flag in a layer's __dict__ travels with copies and pickles, which `_patched` does not contain.
+# It is valid only while it equals `_generation`, which changes when the classes are restored.
 _FLAG = "_fused_lora_patch"
-_generation = 0  # the flag's value: those that are left when PEFT has its forward back are stale
+_generation = 0
 
 
 def patch_peft(model: nn.Module | None = None) -> PatchReport:
-    """Run PEFT's LoRA layers fused where they are plain, and as before where they are not.
+    """Run PEFT's plain LoRA layers fused; all other layers keep PEFT's forward.
 
     Args:
-        model: its layers, as they are now; by default every layer of PEFT's, in models to come too.
+        model: patch the LoRA layers that it now has. By default every PEFT layer is patched,
+            including those of models created later.
 
     Returns:
-        What happens to each layer of ``model``, and why.
+        Which path each layer of ``model`` takes, and why.
 
     Raises:
-        ModuleNotFoundError: no PEFT.
-        ValueError: a model without PEFT's LoRA layers.
+        ModuleNotFoundError: PEFT is not installed.
+        ValueError: ``model`` has no LoRA layers of PEFT.
     """
     global _everywhere
     from peft.tuners.lora import LoraLayer
@@ -83,11 +90,14 @@ def patch_peft(model: nn.Module | None = None) -> PatchReport:
 
 
 def unpatch_peft(model: nn.Module | None = None) -> None:
-    """Give PEFT's forward back: to one model patched by itself, or to every layer.
+    """Restore PEFT's forward, for one model or for all.
+
+    Args:
+        model: a model that was patched individually; by default everything is unpatched.
 
     Raises:
-        RuntimeError: something else has replaced the forward since.
-        ValueError: a single model while every layer of PEFT's is patched.
+        RuntimeError: other code has replaced the forward since.
+        ValueError: a single ``model``, after ``patch_peft()`` has patched every layer.
     """
     global _everywhere, _generation
     if model is not None and _everywhere:
@@ -103,8 +113,8 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
     for kind, (_, given) in _replaced.items():
         if kind.forward is not given:
             raise RuntimeError(
-                f"expected the forward that patch_peft gave to PEFT's {kind.__name__}, got another:"
-                " undo first what replaced it"
+                f"expected patch_peft's forward on PEFT's {kind.__name__}, got another: undo first"
+                " the change that replaced it"
             )
     for kind, (original, _) in _replaced.items():
         kind.forward = original
@@ -117,14 +127,14 @@ def _peft_classes() -> list[type[nn.Module]]:
     from peft.tuners import lora
 
     classes = [lora.Linear]
-    for name in ("Linear8bitLt", "Linear4bit"):  # there if bitsandbytes is
+    for name in ("Linear8bitLt", "Linear4bit"):  # these need bitsandbytes
         with contextlib.suppress(AttributeError, ImportError):
             classes.append(getattr(lora, name))
     return classes
 
 
 def _forget_compiled() -> None:
-    """Compiled code has the other forward in it."""
+    """Discard compiled code, which contains the previous forward."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
@@ -159,12 +169,12 @@ def _fused(x: Tensor, parts: Parts) -> Tensor:
 
 
 def _beside(layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
-    """The base layer's own forward, and the adapter added to what it gives."""
+    """The base layer's own forward plus the adapter."""
     y, shape = parts.base(x), (*x.shape[:-1], parts.lora_B.shape[0])
     plain = type(y) is Tensor and y.layout == torch.strided and y.dtype in FLOATS
     if plain and y.shape == shape and y.device == x.device:
         return _added(y, x, parts)
-    # No output of a linear layer: what PEFT does with it.
+    # Not the output of a linear layer: compute as PEFT does.
     name, x = parts.name, layer._cast_input_dtype(x, parts.lora_A.dtype)
     low_rank = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](x)))
     return (y + low_rank * parts.scaling).to(y.dtype)

@@ -1,4 +1,4 @@
-"""What ``patch_peft`` does to each layer of a model, for people to read."""
+"""A readable report of what ``patch_peft`` does to each layer of a model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What :func:`fused_lora.patch_peft` does to each layer; prints its summary first.
+    """What :func:`fused_lora.patch_peft` does to each layer; prints as its summary and a list.
+
+    It describes the model at the time of patching; every call decides anew.
 
     Attributes:
-        layers: name to the reason why the layer keeps PEFT's forward, None if it runs fused; as the
-            model was when patched. Every call decides anew.
-        beside: of the fused ones, those whose base layer runs its own forward with the adapter
-            fused beside it; name to the reason.
+        layers: each layer's name and the reason why it keeps PEFT's forward, or None if it runs
+            fused.
+        beside: fused layers whose base runs its own forward, with the fused adapter added to its
+            output: name and reason.
         narrowed: fused layers whose float32 adapters are computed in the half precision of their
-            input, with gradients as accurate as that.
-        everywhere: whether PEFT's layers in all models are patched.
+            input; their gradients are as accurate as that.
+        everywhere: whether PEFT's layers are patched in all models.
     """
 
     layers: dict[str, str | None]
@@ -42,8 +44,8 @@ class PatchReport:
             line += f"; {len(kept)} keep PEFT's forward: {_counted(kept)}"
         if self.narrowed:
             line += (
-                f"; {len(self.narrowed)} with float32 adapters compute in half precision if their"
-                " input has it, as accurate as it is"
+                f"; {len(self.narrowed)} with float32 adapters compute in half precision, with its"
+                " accuracy, for inputs in half precision"
             )
         return line
 
