@@ -1,10 +1,11 @@
-"""What ``gpu_acceptance.py`` would take on an H100: kernels counted, seconds modelled.
+"""How long ``gpu_acceptance.py`` would take on an H100: kernels counted, seconds modelled.
 
     python benchmarks/acceptance_plan.py
 
-Every step's launches are made on meta tensors of their real sizes, and the binaries that Triton
-would compile for them are counted, each once: later steps find them in Triton's cache. Without a
-GPU; no time is measured. Needs TRITON_INTERPRET=1, for the kernels' tests (a minute).
+The launches of every step are intercepted, on meta tensors of the real sizes, and the binaries that
+Triton would compile for them are counted. Each counts once: later steps find it in Triton's cache.
+Runs without a GPU and measures no time. TRITON_INTERPRET=1, which this sets, runs the kernels'
+tests (about a minute).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fused_lora.kernels import (
     strategies,
 )
 from fused_lora.kernels import dropout as mask_kernel
+from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.ops import dropout
 from fused_lora.strategy import cost, traffic, tuning_cache
 from fused_lora.strategy.devices import KNOWN
@@ -42,22 +44,22 @@ H100 = KNOWN["h100"]
 LAUNCHERS = (common, lora_add, lora_gemm, mask_kernel, rank_grad, shrink, single_pass)
 META = torch.device("meta")
 
-# On a core of an AMD EPYC a kernel of the probe takes 0.25 under Triton 3.6, which also builds a
-# launcher for every signature with gcc: 0.3.
+# On one core of an AMD EPYC, Triton 3.6 compiles a kernel of the probe in 0.25 s and builds the
+# launcher of each signature with gcc in 0.3 s.
 COMPILE_SECONDS = 0.6
-START_SECONDS = 12.0  # of a step: imports and a CUDA context; here the imports alone take 4
-TEST_SECONDS = 0.15  # of one of the kernels' tests beside its compiles
+START_SECONDS = 12.0  # per step: imports and a CUDA context; on the EPYC the imports alone take 4
+TEST_SECONDS = 0.15  # per test of the kernels, without compiling
 TEST_PROCESSES = 8
-ROW_SECONDS = steps.LAYER_SECONDS + 1.5  # of a benchmark's row: its rounds, and its checks
-PROBE_REPEATS = 3 + 1 + 15  # of a call: warm-up, capture, rounds
-TUNE_REPEATS = 2 * 3 + 1 + 30 * 3 + 30  # the host's rounds among them
-FLUSH_SECONDS = 2 * H100.cache / H100.bandwidth
+ROW_SECONDS = steps.LAYER_SECONDS + 1.5  # per row of the benchmark: its rounds, and its checks
+PROBE_REPEATS = 3 + 1 + 15  # runs of a call: warm-up, capture, rounds
+TUNE_REPEATS = 2 * 3 + 1 + 30 * 3 + 30  # 2 warm-ups of 3, capture, host and device rounds
+FLUSH_SECONDS = 2 * H100.cache / H100.bandwidth  # overwriting L2 before a timed call
 
 binaries: set[tuple] = set()
 
 
 def key(kernel, made: launch.Arguments) -> tuple:
-    """What Triton compiles a binary of its own for."""
+    """Identifies a binary: launches that differ in it need a binary each."""
     operands = []
     for operand in made.operands:
         if isinstance(operand, launch.Tile):
@@ -71,7 +73,7 @@ def key(kernel, made: launch.Arguments) -> tuple:
 
 @contextmanager
 def counted(run: bool) -> Iterator[None]:
-    """Count the binaries of all launches; ``run`` them too."""
+    """Count the binaries of all launches; ``run``: whether to launch them too."""
 
     def record(kernel, arguments, config, tensors, scalars, *flags):
         binaries.add(key(kernel, arguments(config, *tensors, *flags)))
@@ -85,7 +87,7 @@ def counted(run: bool) -> Iterator[None]:
 
 
 def both_ways(shape, dtype: torch.dtype, p: float, strategy: str) -> None:
-    """A forward and backward of ``strategy`` on meta tensors."""
+    """A forward and backward with ``strategy`` on meta tensors."""
     M, K, N, R = shape
     make = partial(torch.empty, dtype=dtype, device=META)
     x, dy, weight, bias = make(M, K), make(M, N), make(N, K), make(N)
@@ -95,12 +97,14 @@ def both_ways(shape, dtype: torch.dtype, p: float, strategy: str) -> None:
     if p:
         keep_bits, inv_keep = dropout.empty_keep_bits(M, K, META), 1.1
         strategies.dropout_mask(keep_bits, torch.empty((), dtype=torch.int64, device=META), 1, 16)
-    _, S = strategies.forward(x, weight, A, B, bias, scale, keep_bits, inv_keep, strategy)
-    strategies.backward(dy, x, weight, A, B, S, scale, keep_bits, inv_keep, (True,) * 3, strategy)
+    forward = ForwardOperands(x, weight, A, B, bias, scale, keep_bits, inv_keep)
+    _, S = strategies.forward(forward, strategy)
+    backward = BackwardOperands(dy, x, weight, A, B, S, scale, keep_bits, inv_keep)
+    strategies.backward(backward, strategy)
 
 
 def seconds_of(layer: steps.Layer) -> float:
-    """Of the device, for every strategy of a layer, both ways. Modelled."""
+    """Modelled device time of a layer, both directions, summed over its strategies."""
     M, K, N, R, dtype, p = layer
     total = 0.0
     for direction, inner, columns in (("forward", K, N), ("backward", N, K)):
@@ -115,7 +119,7 @@ def seconds_of(layer: steps.Layer) -> float:
 
 
 def plan(gpu: steps.Gpu) -> Iterator[tuple[str, int, float]]:
-    """``(step, binaries it is the first to need, its seconds)``. Modelled."""
+    """``(step, number of binaries that no earlier step needs, modelled seconds)`` of each step."""
 
     def new(before: int) -> int:
         return len(binaries) - before
@@ -135,14 +139,14 @@ def plan(gpu: steps.Gpu) -> Iterator[tuple[str, int, float]]:
             for race in probe.races(META, *case):
                 for call in race.calls.values():
                     call()
-                # No call of a race is much slower than the vendor's product or a copy.
+                # Assumed for every call: twice its time at full bandwidth or sustained GEMM speed.
                 flops = 2.0 * case[0] * case[1] * case[2] if race.what == "gemm" else 0.0
                 each = 2 * max(race.moved / H100.bandwidth, flops / (cost.SUSTAINED * H100.flops))
                 busy += len(race.calls) * PROBE_REPEATS * (each + FLUSH_SECONDS)
         yield "probe", new(before), serial(new(before), busy)
 
     before, collected = len(binaries), Collected()
-    arguments = ["-q", "-p", "no:cacheprovider", "-k", f"not {steps.NOT_ON_A_GPU}"]
+    arguments = ["-q", "-p", "no:cacheprovider", "-m", "", "-k", f"not {steps.NOT_ON_A_GPU}"]
     arguments += [str(steps.ROOT / "tests" / name) for name in steps.TESTS]
     with counted(run=True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(select_config, "target_of", lambda device: H100.target)
@@ -180,7 +184,7 @@ class Collected:
 
 
 def main() -> int:
-    """Print the table; 1 if a step would be stopped, or keep from starting its last cases."""
+    """Print the table. Exit status: 1 if a step would be stopped or skip its last cases."""
     lines, spent, short = [], 0.0, []
     shares = dict(STEPS)
     for step, count, seconds in plan(steps.Gpu(META)):

@@ -1,12 +1,13 @@
-"""What adapters cost at inference, by depth: bottlenecks, LoRA beside the weights, LoRA in them.
+"""Inference latency that adapters add, by depth: bottlenecks, and LoRA unmerged, merged, unloaded.
 
     python benchmarks/adapter_latency.py
 
-One text through the first layers of a BERT-base-shaped encoder with random weights: plain, with two
-bottleneck adapters a layer (Houlsby et al., 2019), with LoRA on every linear layer, with that LoRA
-merged (merge_lora: it can be switched again) and unloaded (unload_lora: plain layers again). They
-take turns; the extra is a call's time less the plain model's in the same round. Hu et al. (2021)
-say that bottlenecks add latency with depth and a merged LoRA none: the output tells.
+One text runs through the first layers of a BERT-base-shaped encoder with random weights: plain,
+with two bottleneck adapters per layer (Houlsby et al., 2019), with LoRA on every linear layer, with
+that LoRA merged (merge_lora: it can still be unmerged) and with it unloaded (unload_lora: plain
+layers again). The variants take turns; the extra latency is a call's time minus the plain model's
+in the same round. Hu et al. (2021) claim that bottlenecks add latency with depth and a merged LoRA
+adds none; the output ends with a verdict per variant.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers of milliseconds
+os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads cause millisecond outliers
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ VARIANTS = ("bottleneck", "LoRA, unmerged", "LoRA, merged", "LoRA, unloaded")
 
 
 class Stack(nn.Module):
-    """The layers of a BERT encoder, of which a call uses the first ``depth``."""
+    """A BERT encoder; a call runs the first ``depth`` of its layers, see :meth:`use`."""
 
     def __init__(self, depth: int, tiny: bool):
         super().__init__()
@@ -62,7 +63,11 @@ class Stack(nn.Module):
 
 
 def stacks(depth: int, device: str, dtype: torch.dtype, tiny: bool) -> dict[str, Stack]:
-    """Every variant around the same weights; each has its own copy, or one would warm another's."""
+    """Every variant with the same weights.
+
+    Each has its own copy of them: with a shared copy, one variant would warm the caches for the
+    next.
+    """
     torch.manual_seed(SEED)
     plain = Stack(depth, tiny).to(device, dtype).eval()
     bottleneck, unmerged = copy.deepcopy(plain), copy.deepcopy(plain)
@@ -81,13 +86,13 @@ def stacks(depth: int, device: str, dtype: torch.dtype, tiny: bool) -> dict[str,
 
 
 def check(models: dict[str, Stack], x: Tensor) -> None:
-    """Merged and unloaded are what unmerged is, and every adapter does something.
+    """Check that merged and unloaded equal unmerged, and that every adapter changes the output.
 
-    Compared with the unmerged LoRA in float64: the others may be off by twice what it is itself in
-    this dtype, which is what rounding costs, plus one unit round-off.
+    The reference is the unmerged LoRA in float64. The others may have twice the error that the
+    unmerged LoRA has in this dtype (the cost of rounding), plus one unit round-off.
 
     Raises:
-        WrongResultError: it is not so.
+        WrongResultError: one of these does not hold.
     """
     exact = copy.deepcopy(models["LoRA, unmerged"]).double()(x.double())
     outputs = {name: model(x) for name, model in models.items()}
@@ -100,13 +105,14 @@ def check(models: dict[str, Stack], x: Tensor) -> None:
             )
     if errors[PLAIN] <= allowed:
         raise WrongResultError("expected a LoRA that changes the output, got the plain model's")
-    if torch.equal(outputs["bottleneck"], outputs[PLAIN]):  # they begin near the identity
+    # Bottlenecks start near the identity, so any difference is enough.
+    if torch.equal(outputs["bottleneck"], outputs[PLAIN]):
         raise WrongResultError("expected bottlenecks that change the output, got the plain model's")
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> list[Point]:
-    """Check at the full depth, then measure every depth and length."""
+    """Check at full depth, then measure every depth and text length."""
     dtype = getattr(torch, args.dtype)
     models = stacks(max(args.depths), args.device, dtype, args.quick)
     width = models[PLAIN].width
@@ -137,7 +143,7 @@ def _point(depth: int, tokens: int, times: dict[str, list[float]]) -> Point:
 
 
 def render(points: list[Point], args: argparse.Namespace, about: dict) -> str:
-    """The table, and what it says of the claim."""
+    """The table, and below it the verdict on every variant."""
     tiny = " (tiny)" if args.quick else ""
     lines = [
         label(about),
@@ -163,7 +169,7 @@ def _cell(point: Point, name: str) -> str:
 
 
 def verdict(point: Point, name: str) -> str:
-    """Whether the extra is told from zero: its middle half lies on one side."""
+    """Whether the extra latency differs from zero: both its quartiles have the same sign."""
     extra = point.extra[name]
     a_layer = 1e3 * extra.median / point.depth
     if extra.q1 > 0:
@@ -176,13 +182,13 @@ def verdict(point: Point, name: str) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options; ends with status 2 and one line for those that do not hold."""
+    """Parse the options; invalid ones end the script with one line and status 2."""
     parser = command.options(__doc__, "adapter-latency")
     add = parser.add_argument
-    add("--depths", type=command.positives, metavar="N,…", help="layers; 1 to 24")
+    add("--depths", type=command.positives, metavar="N,…", help="layers; default 1 to 24")
     add("--tokens", type=command.positives, default=TOKENS, metavar="N,…")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="float32")
-    add("--rounds", type=command.positive, help=f"{ROUNDS}, with --quick {QUICK_ROUNDS}")
+    add("--rounds", type=command.positive, help=f"default {ROUNDS}, --quick {QUICK_ROUNDS}")
     args = parser.parse_args(argv)
     args.depths = args.depths or (QUICK_DEPTHS if args.quick else DEPTHS)
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
@@ -190,7 +196,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when measured; 2 with one line when that could not be."""
+    """Exit status: 0 when everything was measured, 2 (after one line) on an error."""
     args = parse(argv)
     with command.imports():
         from whole_model.latency_plot import draw

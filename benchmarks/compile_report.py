@@ -1,13 +1,14 @@
-"""What the kernels compile to on GPUs that are not here, and whether a shipped tile is unfit.
+"""Compile the kernels for GPUs that are not present, and check the shipped configs.
 
-    python benchmarks/compile_report.py --slice                  two minutes: what CI runs
-    python benchmarks/compile_report.py --json rows.jsonl --write   all of it: an hour on two cores
+    python benchmarks/compile_report.py --slice                     two minutes: what CI runs
+    python benchmarks/compile_report.py --json rows.jsonl --write   everything: an hour on two cores
     python benchmarks/compile_report.py --arch sm_90 --kernel lora_gemm --rank 16 64
     python benchmarks/compile_report.py --search --arch sm_80 --kernel lora_gemm --dtype bf16
 
-Compiled, not run: no GPU is needed, and no time is known. Exits with 1 if a shipped config spills,
-exceeds shared or tensor memory, is a body of traps, lacks its architecture's matrix instructions,
-or has a main loop that is not pipelined. ``--json`` continues from the rows it finds there.
+Kernels are compiled but not run: no GPU is needed and nothing is timed. Exits with 1 if a shipped
+config spills registers, exceeds shared or tensor memory, compiles to nothing but traps, lacks its
+architecture's matrix instructions, or has a main loop that is not pipelined. ``--json`` skips the
+cases whose rows are in the file already and appends the others.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "compiled"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,10 +37,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", nargs="+", type=int, default=list(sweep.RANKS))
     parser.add_argument("--kernel", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
     parser.add_argument("--dropout", choices=("on", "off", "both"), default="both")
-    parser.add_argument("--slice", action="store_true", help="a representative part")
-    parser.add_argument("--search", action="store_true", help="the space, not what is shipped")
-    parser.add_argument("--rows", choices=SIZES, default="even", help="of --search: alignment")
-    parser.add_argument("--json", type=Path, metavar="F", help="rows as lines of JSON")
+    parser.add_argument("--slice", action="store_true", help="a representative subset")
+    parser.add_argument("--search", action="store_true", help="all candidates, not the shipped")
+    parser.add_argument("--rows", choices=SIZES, default="even", help="alignment, with --search")
+    parser.add_argument("--json", type=Path, metavar="F", help="JSON lines, one per case")
     parser.add_argument(
         "--write",
         action="store_true",
@@ -50,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def wanted(options: argparse.Namespace) -> list:
-    """The cases asked for."""
+    """The cases that the options select."""
     if options.search:
         kernels = [kernel for kernel in options.kernel if kernel in search.PROBES]
         return [
@@ -71,7 +72,7 @@ def wanted(options: argparse.Namespace) -> list:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """1 if a shipped config is unfit."""
+    """Exit status: 0, 1 if a shipped config is unfit, or 2 under TRITON_INTERPRET."""
     options = parse(arguments)
     if triton.knobs.runtime.interpret:
         print("expected TRITON_INTERPRET to be unset: nothing would be compiled", file=sys.stderr)

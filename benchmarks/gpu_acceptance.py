@@ -1,15 +1,15 @@
-"""One command for whoever has a GPU: ``python benchmarks/gpu_acceptance.py``.
+"""Check, tune and benchmark the library on a GPU: ``python benchmarks/gpu_acceptance.py``.
 
 Runs from a bare checkout, in eight minutes by default (``--budget``): checks the kernels against
 float64, times every candidate tile beside the vendor's products, runs the kernels' tests, repeats
 results bit for bit, captures CUDA graphs, tunes, and benchmarks against eager PyTorch and PEFT, the
-largest shapes first. Every step runs in a process of its own with a limit, and every row is written
-at once, so that a hang, a broken device or a kill costs what was not done yet and nothing else.
+largest shapes first. Every step runs in a process of its own with a time limit, and every row is
+written as soon as it is computed: a hang, a broken device or a kill loses only unfinished work.
 
-Writes into ``--out``: ``rows.jsonl`` (a JSON line per result), ``summary.md``, ``tuned.json``
-(``FUSED_LORA_CACHE`` names that folder, to use it) and ``log.txt``. Ends with one line: PASS, or
-what failed or was not checked. Status 0, 1, or 2 where nothing could be run. Without a GPU,
-``TRITON_INTERPRET=1`` rehearses all of it on small shapes.
+Writes into ``--out``: ``rows.jsonl`` (a JSON line per result), ``summary.md``, ``tuned.json`` (to
+use it, set ``FUSED_LORA_CACHE`` to the folder) and ``log.txt``. The last line printed is PASS, or
+what failed or was not checked. The exit status is 0 for PASS, 2 if nothing could be run, else 1.
+Without a GPU, ``TRITON_INTERPRET=1`` rehearses everything on small shapes.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from gpu import summary
 from gpu.budget import BUDGET, SOFT, STEPS
 from harness import processes
 
-LEAST_SECONDS = 5.0  # of a step: less is not worth its start
-PREFLIGHT_SECONDS = 120.0  # at least: it finds every file and library unread
-TRACE_SECONDS = 2.0  # before its limit a step writes where it is to the log
-FAILED, NO_DEVICE = 10, 2  # statuses of a step's process beside 0; any other is a crash
+LEAST_SECONDS = 5.0  # a step with a lower limit is skipped: starting its process takes seconds
+PREFLIGHT_SECONDS = 120.0  # minimum: as the first step it reads every file and library from disk
+TRACE_SECONDS = 2.0  # before its limit, a step dumps its stack to the log
+FAILED, NO_DEVICE = 10, 2  # exit statuses of a step's process besides 0; any other is a crash
 
 
 def run_step(step: str, path: Path, seconds: float) -> int:
-    """Run one step in this process, and append its rows to ``path`` as they come."""
+    """Run one step in this process, and append each row to ``path`` once it is computed."""
     processes.die_with_the_parent()
     faulthandler.dump_traceback_later(max(1.0, seconds - TRACE_SECONDS))
     from gpu import steps  # imports torch
@@ -59,12 +59,12 @@ def run_step(step: str, path: Path, seconds: float) -> int:
 
 
 def append(path: Path, row: dict) -> None:
-    """One row, whole, in the file before the next is computed."""
+    """Append one row to the file as a whole line."""
     line = json.dumps(row, default=str) + "\n"
     with path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a kill has cut off the line before
+            if file.read(1) != b"\n":  # a kill cut off the previous line
                 line = "\n" + line
         file.write(line.encode())
 
@@ -73,8 +73,8 @@ class Run:
     """All steps, each in a process of its own.
 
     Args:
-        out: the folder of the results.
-        budget: seconds for everything.
+        out: the folder for the results.
+        budget: seconds for all steps together.
     """
 
     def __init__(self, out: Path, budget: float):
@@ -85,7 +85,7 @@ class Run:
         self.environment.setdefault("FUSED_LORA_CACHE", str(out))
 
     def steps(self, names: list[str]) -> Iterator[tuple[str, int | None]]:
-        """Run ``names``; each with its status, None if it was stopped or not started."""
+        """Run ``names`` in order; yield each with its exit status, None if stopped or skipped."""
         for at, name in enumerate(names):
             left = self.end - time.monotonic()
             limit = left * STEPS[name] / sum(STEPS[later] for later in names[at:])
@@ -121,11 +121,11 @@ class Run:
                 self.stop()
 
     def stop(self) -> None:
-        """End the step that runs, and all that it started."""
+        """Kill the running step and every process that it started."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # one that hangs in the driver stays
+            with suppress(subprocess.TimeoutExpired):  # it may hang in the driver
                 self.process.wait(10)
             self.process = None
 
@@ -135,7 +135,7 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Exit status: 0 for PASS, 2 without a GPU, else 1."""
     options = parse(arguments)
     if options.step:
         return run_step(options.step, options.rows, options.seconds)
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return NO_DEVICE
             summary.write(run.out / "summary.md", rows)
             if name == "preflight" and status != 0:
-                print("the preflight failed: nothing after it would mean anything", flush=True)
+                print("the preflight failed: the other steps would be meaningless", flush=True)
                 break
     except KeyboardInterrupt:
         run.stop()
@@ -176,22 +176,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; ``--step`` and what follows it are for the steps' own processes."""
+    """Parse the command line; the hidden options are for the steps' own processes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--budget", type=_seconds, default=BUDGET, metavar="SECONDS", help="for everything"
+        "--budget", type=_seconds, default=BUDGET, metavar="SECONDS", help="for all steps together"
     )
     parser.add_argument(
         "--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP",
-        help=f"of {', '.join(STEPS)}",
+        help=f"only these of {', '.join(STEPS)}",
     )  # fmt: skip
+    parser.add_argument("--commit", help="of the code, for a checkout without a .git folder")
     parser.add_argument(
-        "--commit", help="of the code, where the checkout does not know it (no .git folder)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("results") / "gpu", help="folder of the results"
+        "--out", type=Path, default=Path("results") / "gpu", help="folder for the results"
     )
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)

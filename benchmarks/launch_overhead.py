@@ -1,10 +1,11 @@
 """Host time of launches and of small layers: ``python benchmarks/launch_overhead.py``.
 
-First, microseconds of a launch with Triton's own look-up and repeated, over a driver that runs
-nothing; no GPU is needed and nothing is compiled. Then forward and backward of a 16×16 layer on one
-CPU thread, where the host's work is all there is: ours, PEFT's, and a bare ``autograd.Function`` of
-the same products without validation or dispatch. Variants are interleaved; a number is the fastest
-of many rounds, since whatever disturbs a round adds to it. Exits with 1 if a target is missed.
+First, microseconds per launch: with Triton's own look-up ("plain"), and repeated by
+``kernels/launch.py``. The driver is a stub that runs nothing: no GPU is needed and nothing is
+compiled. Then forward and backward of a 16×16 layer on one CPU thread, where host overhead
+dominates: this library's, PEFT's, and a bare ``autograd.Function`` of the same products without
+validation or dispatch. Variants are interleaved. Each number is the fastest of many rounds, since
+disturbances only add time. Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from fused_lora.kernels import launch
 
 LAUNCH_TARGET = 8.0  # µs
 PEFT_TARGET = 0.85  # of PEFT's time
-BARE_TARGET = 15.0  # µs over the bare Function's
+BARE_TARGET = 15.0  # µs more than the bare Function
 SCALING = 2.0
-CALLS = 50  # a round: the clock's own cost is spread
+CALLS = 50  # per round: spreads the cost of reading the clock
 
 
 def fastest(variants: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Microseconds of a call of each, in its fastest round of :data:`CALLS`."""
+    """Microseconds per call of each variant, in its fastest round of :data:`CALLS` calls."""
     best = dict.fromkeys(variants, float("inf"))
     for run in variants.values():
         for _ in range(CALLS):
@@ -52,7 +53,7 @@ def fastest(variants: dict[str, Callable[[], object]], seconds: float) -> dict[s
 
 
 def launches(seconds: float) -> bool:
-    """Print the table of launches; whether every repeated one meets the target."""
+    """Print the table of launches; return whether every repeated launch meets the target."""
     launch_cases.make_driver("sm_90")
     launch_cases.Binary.recorded = False
     rows = {
@@ -73,7 +74,7 @@ def launches(seconds: float) -> bool:
 
 
 def plain(run: Callable[[], object]) -> Callable[[], None]:
-    """``run`` with Triton's own look-up."""
+    """``run`` with its launches looked up by Triton, not repeated."""
 
     def runs():
         launch.REPEATS = False
@@ -102,7 +103,7 @@ class Bare(torch.autograd.Function):
 
 
 def layers(size: int = 16, rank: int = 4) -> dict[str, Callable[[], object]]:
-    """A forward and backward of each variant, from the same tensors."""
+    """A forward and backward of each variant, on the same tensors."""
     x = torch.randn(size, size, requires_grad=True)
     dy = torch.ones(size, size)
     linear = nn.Linear(size, size).requires_grad_(False)
@@ -134,7 +135,7 @@ def layers(size: int = 16, rank: int = 4) -> dict[str, Callable[[], object]]:
 
 
 def small_layers(seconds: float) -> bool:
-    """Print the table of layers; whether ours meets both targets."""
+    """Print the table of layers; return whether this library's layer meets both targets."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     found = fastest(layers(), seconds)
@@ -149,9 +150,9 @@ def small_layers(seconds: float) -> bool:
 
 
 def main() -> int:
-    """The command."""
+    """Exit status: 0 if every target is met, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="a table")
+    parser.add_argument("--seconds", type=float, default=10.0, help="per table")
     seconds = parser.parse_args().seconds
     met = launches(seconds), small_layers(seconds)
     for name, ok in zip(("launches", "layers"), met, strict=True):

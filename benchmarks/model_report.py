@@ -1,9 +1,10 @@
-"""Modelled traffic and time of a LoRA layer, ours and its peers': ``model_report.py --help``.
+"""Modelled traffic and time of a LoRA layer, this library's and peers': ``model_report.py --help``.
 
 Nothing here is measured: every figure comes from ``strategy/traffic.py`` and ``strategy/cost.py``,
-for one forward and backward in bfloat16 with adapters of the same dtype. Thin bytes are all that
-the adapter adds outside the two frozen products, masks and partial sums included; GEMM bytes are
-the products' own, in groups of 8 row blocks for everybody.
+for one forward and backward in bfloat16 with adapters of the same dtype. Thin bytes are the traffic
+that the adapter adds outside the two frozen products, masks and partial sums included. GEMM bytes
+are the traffic of the frozen products, with tiles in groups of 8 row blocks for every
+implementation.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from fused_lora.strategy.traffic import Kernel, Product
 from harness import shapes
 from modelled import peer_traffic
 
-SQUARE = {str(width): (width, width) for width in (4096, 5120, 8192)}  # as published
+# The widths of the hardware-counter readings published with LoRAFusion.
+SQUARE = {str(width): (width, width) for width in (4096, 5120, 8192)}
 MODELS = {
     **{name: shapes.MODELS[name] for name in ("llama3-8b", "qwen2.5-32b", "llama3-70b")},
     "square": SQUARE,
 }
 GPUS = ["a100", "h100", "h200", "b200", "rtx4090", "mi300x"]
 OURS = ("split", "addmm")
-TRITON = ("lorafusion", "split")  # their products are Triton's
+TRITON = ("lorafusion", "split")  # their frozen products run in Triton, the others' in vendor GEMMs
 TITLE = "{:<24}{:^49}{:^17}{:^56}"
 HEAD = (
     f"{'layer':<15}{'M':>6}   {'eager GiB':>9}{'chained':>10}{'lorafusion':>12}{'split':>8}"
@@ -43,9 +45,9 @@ class Row:
     """One layer on one GPU.
 
     Attributes:
-        product: its forward.
-        schedules: kernels by way of running it.
-        auto: the strategies, forward and backward, that ``impl="auto"`` takes untuned.
+        product: the forward product.
+        schedules: the kernels of each implementation, by its name.
+        auto: the strategies, forward and backward, that ``impl="auto"`` selects without tuning.
     """
 
     gpu: str
@@ -61,26 +63,26 @@ class Row:
 
     @property
     def valid(self) -> bool:
-        """Whether neither x nor y is served by the cache."""
+        """Whether x and y are too large to be served from the cache, as the model assumes."""
         c = self.product
         return cost.is_valid(self.device, c.M * min(c.L, c.N) * c.itemsize)
 
     def thin(self, name: str) -> float:
-        """Bytes outside the frozen products."""
+        """Traffic in bytes outside the frozen products."""
         return sum(kernel.thin_bytes for kernel in self.schedules[name])
 
     def gemm(self, name: str) -> float:
-        """Bytes of the frozen products."""
+        """Traffic in bytes of the frozen products."""
         return sum(kernel.gemm_bytes for kernel in self.schedules[name])
 
     def seconds(self, name: str) -> float | None:
-        """None where nobody has published how fast Triton's products are."""
+        """Modelled time; None if no speed of Triton's GEMM was published for the GPU."""
         if name in TRITON and not self.device.has_gemm_ratio:
             return None
         return cost.seconds(self.schedules[name], self.device)
 
     def text(self) -> str:
-        """A line of the table."""
+        """One line of the table."""
         thin, floor = self.thin("eager"), self.seconds("frozen")
         cells = f"{self.layer:<15}{self.product.M:>6} {' ' if self.valid else '*'} "
         cells += f"{thin / 2**30:>9.3f}"
@@ -95,7 +97,7 @@ class Row:
         return f"{cells}  {' / '.join(self.auto)}"
 
     def record(self) -> dict:
-        """The row for a JSON file."""
+        """The row as JSON-compatible data."""
         c = self.product
         return {
             "gpu": self.gpu,
@@ -122,7 +124,7 @@ class Row:
 
 
 def make_row(gpu: str, model: str, layer: str, c: Product) -> Row:
-    """All ways of running one layer."""
+    """Model every implementation of one layer."""
     device = KNOWN[gpu]
     auto = tuple(
         cost.choose_strategy(
@@ -149,9 +151,9 @@ def make_row(gpu: str, model: str, layer: str, c: Product) -> Row:
 
 
 def make_tables(args: argparse.Namespace) -> Iterator[tuple[str, list[Row]]]:
-    """A title and rows for each GPU, dropout, rank and model."""
+    """One table (its title and rows) per GPU, dropout, rank and model."""
     for gpu, p, rank, model in combinations(args.gpu, args.dropout, args.rank, args.model):
-        # The probability itself changes no byte.
+        # Traffic depends on whether there is dropout, not on its probability.
         case = Product(0, 0, 0, rank, masked="operand" if p else None)
         rows = [
             make_row(gpu, model, layer, replace(case, M=M, L=K, N=N))
@@ -162,7 +164,7 @@ def make_tables(args: argparse.Namespace) -> Iterator[tuple[str, list[Row]]]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The selection; an unknown name is an error that lists what there is."""
+    """Parse the options; the error for an unknown name lists the known ones."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     add = parser.add_argument
     add("--gpu", nargs="+", choices=list(KNOWN), default=GPUS, metavar="GPU", help=", ".join(KNOWN))
@@ -193,7 +195,7 @@ def _probability(text: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or 2 for a selection or a file that cannot be had."""
+    """Exit status: 0, or 2 if the JSON file cannot be written."""
     args = parse(argv)
     print("Every figure is modelled, none is measured. Thin bytes and times of one forward and")
     print("backward: eager's thin bytes and the frozen layer's time, then ratios to these.")

@@ -1,10 +1,11 @@
-"""A training step of a whole model with LoRA on every linear layer: PEFT, and ours.
+"""Training steps of whole models with LoRA on every linear layer: this library against PEFT.
 
     python benchmarks/model_step.py
 
-GPT-2's 124M and SmolLM2's 135M parameters, random, on batches of 4 texts of 128 tokens. First every
-provider must learn what PEFT learns (loss_curves.py); then they take turns, step by step, on the
-same batches. A table is printed; it, JSON and a picture are written.
+The models are GPT-2 (124M parameters) and SmolLM2 (135M) with random weights, on batches of 4 texts
+of 128 tokens. First every provider must reproduce PEFT's loss curve (whole_model/loss_curves.py).
+Then the providers' steps are timed in turn on the same batches. Prints a table, and writes it with
+the data as JSON and a plot.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 
-os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers of milliseconds
+os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads cause millisecond outliers
 
 import torch
 from torch import nn
@@ -32,11 +33,11 @@ from whole_model.trainers import PARTS, Setting, Trainer
 
 DROPOUTS = (0.0, 0.1)
 ROUNDS, QUICK_ROUNDS = 10, 5
-BASE = "peft"  # whose step is 1
+BASE = "peft"  # the ratios are to its step
 
 
 def measure(base: nn.Module, setting: Setting, names: list[str], rounds: int) -> Row:
-    """Train copies of ``base`` in turn, each on the same batches."""
+    """Time steps of one copy of ``base`` per provider, in turn, on the same batches."""
     trainers = {name: Trainer(copy.deepcopy(base), name, setting) for name in names}
     steps = {name: trainer.step for name, trainer in trainers.items()}
     times = timing.interleaved(steps, device=setting.device, seconds=0, min_rounds=rounds)
@@ -64,13 +65,13 @@ def measure(base: nn.Module, setting: Setting, names: list[str], rounds: int) ->
 
 
 def run(args: argparse.Namespace) -> tuple[list[Check], list[Row]]:
-    """Check, then measure; every model without and with dropout."""
+    """Check the loss curves of every model, then measure it without and with dropout."""
     names = trainers.providers(args.dtype)
     checks, rows = [], []
     for model in args.models:
         setting = Setting(model, args.dtype, device=args.device, tiny=args.quick)
         base = trainers.base_model(setting)
-        print(f"{model}: what everyone learns", file=sys.stderr, flush=True)
+        print(f"{model}: loss curves", file=sys.stderr, flush=True)
         checks.append(check(base, setting, names))
         for p in DROPOUTS:
             print(f"{model}: steps with dropout {p:g}", file=sys.stderr, flush=True)
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> tuple[list[Check], list[Row]]:
 
 
 def render(checks: list[Check], rows: list[Row], about: dict, rounds: int) -> str:
-    """The table, and under it what was checked and what is counted."""
+    """The table, and below it the results of the checks and the meaning of the columns."""
     lines = [label(about)]
     head = ("ms [quartiles]", "of peft", *PARTS, "tokens/s", "held MB", "step MB", "process MB")
     for row in rows:
@@ -123,13 +124,17 @@ def _cells(result: Result) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options; ends with status 2 and one line for those that do not hold."""
+    """Parse the options; invalid ones end the script with one line and status 2."""
     parser = command.options(__doc__, "model-step")
     known = trainers.MODELS
     add = parser.add_argument
     add("--models", type=command.names(known), default=list(known), metavar="NAME,…")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the base; not what a CPU emulates")
-    add("--rounds", type=command.positive, help=f"{ROUNDS}, with --quick {QUICK_ROUNDS}")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the base; default bfloat16, float32 if emulated",
+    )
+    add("--rounds", type=command.positive, help=f"default {ROUNDS}, --quick {QUICK_ROUNDS}")
     args = parser.parse_args(argv)
     if args.dtype is None:
         takes_hours = not args.quick and "bfloat16" in machine.emulated(args.device)
@@ -139,7 +144,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when measured; 2 with one line when that could not be."""
+    """Exit status: 0 when everything was measured, 2 (after one line) on an error."""
     args = parse(argv)
     with command.imports():
         from whole_model.model_plot import draw

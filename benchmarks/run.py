@@ -1,9 +1,9 @@
-"""Forward and backward of adapted layers, every provider against the frozen layer.
+"""Time forward and backward of adapted layers: every provider against the frozen layer.
 
     python benchmarks/run.py --quick
 
-Prints a table and writes ``DEVICE-DATE.json``, ``.csv`` and plots. The protocol and the file's
-format are in benchmarks/README.md.
+Prints a table and writes ``DEVICE-DATE.json``, ``.csv`` and plots. benchmarks/README.md describes
+the protocol and the file format.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers of milliseconds
+os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads cause millisecond outliers
 
 import torch
 from tqdm import tqdm
@@ -35,7 +35,7 @@ Key = tuple[Shape, str, float]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options; ends with status 2 and one line for those that do not hold."""
+    """Parse the options; invalid ones end the script with one line and status 2."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     size = parser.add_mutually_exclusive_group()
@@ -45,29 +45,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=devices(), default=devices()[0])
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     add("--dropout", nargs="+", type=_probability, default=[0.0, 0.1], metavar="P")
-    add("--models", type=names(MODELS), metavar="NAME,…", help=f"of {', '.join(MODELS)}; rank 16")
-    add("--tokens", type=positive, metavar="M", help="of a model's rows")
-    add("--shapes", nargs="+", type=_shape, metavar="M,K,N,R", help="instead of a set")
+    add("--models", type=names(MODELS), metavar="NAME,…", help=f"{', '.join(MODELS)}; rank 16")
+    add("--tokens", type=positive, metavar="M", help="tokens per row, with --models")
+    add("--shapes", nargs="+", type=_shape, metavar="M,K,N,R", help="these instead of a set")
     add("--providers", type=names(PROVIDERS), default=list(PROVIDERS), metavar="NAME,…")
-    add("--seconds", type=_seconds, metavar="S", help="for all rows; by default 150, full 1080")
+    add("--seconds", type=_seconds, metavar="S", help="for all rows; default 150, --full 1080")
     add("--out", type=Path, default=Path("results"), metavar="DIR")
-    add("--compare", type=Path, metavar="OLD.json", help="show what became slower or faster")
+    add("--compare", type=Path, metavar="OLD.json", help="list what became slower or faster")
     args = parser.parse_args(argv)
     if args.models and args.shapes:
         parser.error("expected --models or --shapes, got both")
     if args.tokens and not args.models:
-        parser.error("expected --models with --tokens, whose rows it sizes")
+        parser.error("expected --models with --tokens, which sets the tokens of the models' rows")
     return args
 
 
 def devices() -> list[str]:
-    """What torch can use here, the fastest first."""
+    """The devices that torch can use on this machine, fastest first."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return [*(name for name, there in found.items() if there), "cpu"]
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
-    """Those that the options ask for."""
+    """The shapes that the options select."""
     if args.shapes:
         return args.shapes
     if args.models:
@@ -79,7 +79,8 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
 def keys(args: argparse.Namespace) -> list[Key]:
     """Shape, dtype and dropout of every row, in the table's order.
 
-    Of a set without those that would take hours in a dtype which the CPU emulates.
+    A set (``--quick``, ``--full``) omits shapes that would take hours in a dtype that the CPU
+    emulates. Shapes given explicitly are never omitted.
     """
     found = [(s, d, p) for d in args.dtype for p in args.dropout for s in shapes(args)]
     if args.shapes or args.models:
@@ -90,16 +91,17 @@ def keys(args: argparse.Namespace) -> list[Key]:
     if len(kept) < len(found):
         print(
             f"left out: {len(found) - len(kept)} large rows of {' and '.join(emulated)}, which this"
-            " CPU has no instructions for; --shapes asks for them",
+            " CPU has no instructions for; use --shapes to measure them",
             file=sys.stderr,
         )
     return kept
 
 
 def run(args: argparse.Namespace) -> records.Report:
-    """Measure; each row gets an equal share of the time that is left.
+    """Measure every row; each gets an equal share of the time that is left.
 
-    What an emulated dtype overruns, others share; what small shapes leave, large ones have.
+    Emulated dtypes run first, so that the other rows share what these overrun. Then small shapes
+    run before large ones, which get the time that the small ones did not use.
     """
     emulated = machine.emulated(args.device)
     rows = keys(args)
@@ -115,11 +117,11 @@ def run(args: argparse.Namespace) -> records.Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when measured; 2 with one line when that could not be."""
+    """Exit status: 0 when everything was measured, 2 (after one line) on an error."""
     args = parse(argv)
     try:
         old = records.load(args.compare) if args.compare else None
-        args.out.mkdir(parents=True, exist_ok=True)  # or fail before the minutes are spent
+        args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after minutes of timing
         report = run(args)
         print(table.render(report))
         stem = args.out / f"{args.device}-{report.machine['date'][:10]}"

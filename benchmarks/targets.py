@@ -1,9 +1,9 @@
-"""What the library sets out to reach on a CPU, asked of whole runs of the suite.
+"""Check whole runs of the suite against the library's performance targets on a CPU.
 
     python benchmarks/targets.py RESULTS.json [RESULTS.json ...] [--provider fused-bf16]
 
-A shape counts as behind a peer if it is so in two runs of three; every other figure is the median
-of the runs. Exits with 1 if a target is missed.
+A shape misses its target against the peers only if it is behind in two thirds of the runs; every
+other figure is the median over the runs. Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ from report import records
 from report.records import Report, Row
 from report.table import OURS, PEERS
 
-BEHIND = 1.05  # as many times the best peer's time
-MOST_BEHIND = 2 / 3  # of the runs
+BEHIND = 1.05  # multiple of the best peer's time
+MOST_BEHIND = 2 / 3  # share of the runs at which a shape misses its target
 MEAN = "cpu-targets"
-# dtype, dropout, over whom, at least
+# dtype, dropout, compared with, minimum speed-up
 SPEEDUPS = (
     ("bfloat16", 0.1, "peft", 1.4),
     ("bfloat16", 0.0, "peft", 1.2),
     ("bfloat16", 0.0, "eager", 1.05),
     ("float32", 0.0, "eager", 1.05),
 )
-MAX_RANK, LARGE = 16, 2048  # where the products themselves are the limit, and a large layer
+# Limits apply up to MAX_RANK without dropout: layers at least LARGE wide are compared with the
+# frozen layer, smaller ones with their bare products.
+MAX_RANK, LARGE = 16, 2048
 MAX_OVER_FROZEN, MAX_OVER_FLOOR = 1.08, 0.05
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target: what was found, and whether that is enough."""
+    """One target: the value found, and whether it meets the target."""
 
     name: str
     found: str
@@ -46,10 +48,10 @@ class Verdict:
 
 
 def verdicts(reports: list[Report], provider: str = OURS) -> Iterator[Verdict]:
-    """Every target, of the rows with :data:`table.OURS` that all of ``reports`` have.
+    """Check every target on the rows that all ``reports`` share and that have :data:`table.OURS`.
 
     Args:
-        provider: whose; :data:`table.OURS` in rows where it had no part.
+        provider: whose results to check; rows without it use :data:`table.OURS`.
     """
     shared = [[report.row(*row.key) for report in reports] for row in reports[0].rows]
     shared = [runs for runs in shared if all(row and OURS in row.results for row in runs)]
@@ -84,7 +86,7 @@ def _label(row: Row) -> str:
 
 
 def _beside_peers(runs: list[Row], provider: str) -> Iterator[Verdict]:
-    times = []  # as a multiple of the best peer's
+    times = []  # per run, as a multiple of the best peer's
     for row in runs:
         ours = _ours(row, provider)
         rivals = [1 / row.speedup(ours, peer) for peer in PEERS if peer in row.results]
@@ -111,7 +113,7 @@ def _beside_the_products(runs: list[Row], provider: str) -> Verdict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 0 if every target is met, 2 for files that are no results."""
+    """Exit status: 0 if every target is met, 1 if not, 2 for files without comparable results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     devices = {report.machine["device"] for report in reports}
     found = list(verdicts(reports, options.provider)) if devices == {"cpu"} else []
     if not found:
-        print(f"expected results of a CPU with a row in common, got {devices}", file=sys.stderr)
+        print(f"expected results of a CPU that share a row, got {devices}", file=sys.stderr)
         return 2
     print(*found, sep="\n")
     missed = sum(not verdict.met for verdict in found)

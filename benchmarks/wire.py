@@ -1,9 +1,9 @@
-"""Bytes that one GPU sends in a training step, modelled: ``python benchmarks/wire.py``.
+"""Modelled bytes that one GPU sends per training step: ``python benchmarks/wire.py``.
 
 Parameters are counted on the meta device, from Llama 3's shapes with rank 16 on every linear layer
-but the head. Ring collectives over n GPUs send, of b bytes, each GPU (n-1)/n·b for an all-gather or
-a reduce-scatter and twice that for an all-reduce. Weights and full gradients are bfloat16, adapters
-and their gradients float32; every step is one forward and one backward.
+but the head. In a ring collective of b bytes over n GPUs, each GPU sends (n-1)/n·b for an
+all-gather or a reduce-scatter, and twice that for an all-reduce. Weights and full gradients are
+bfloat16, adapters and their gradients float32. A step is one forward and one backward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHAPES = {
 
 
 def count(shape: dict) -> tuple[int, int]:
-    """Parameters of the base and of its adapters."""
+    """Parameter counts of the base model and of its adapters."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=128256, num_key_value_heads=8, **shape))
     apply_lora(model, rank=16)
@@ -33,17 +33,18 @@ def count(shape: dict) -> tuple[int, int]:
 
 
 def gathered(size: float, n: int) -> float:
-    """What each of n GPUs sends to gather ``size`` bytes on all, or to reduce and scatter them."""
+    """Bytes that each of n GPUs sends in an all-gather or a reduce-scatter of ``size`` bytes."""
     return (n - 1) / n * size
 
 
 def sent(base: int, adapters: int, n: int) -> dict[str, tuple[float, float]]:
-    """Bytes a GPU sends in a step, full fine-tuning and adapters only, by way of splitting."""
+    """Bytes per GPU and step, by method: ``(full fine-tuning, adapters only)``."""
     replicas = n // NODE
     weights, factors = 2 * base, 4 * adapters
     return {
         "DDP": (2 * gathered(weights, n), 2 * gathered(factors, n)),
-        # Gathered for the forward and again for the backward; gradients scattered.
+        # Weights are gathered for the forward and again for the backward; the gradients of what
+        # is trained are reduce-scattered. Frozen weights have none.
         "FSDP2": (3 * gathered(weights, n), gathered(2 * weights + 3 * factors, n)),
         "HSDP, within a node": (
             3 * gathered(weights, NODE),
@@ -60,7 +61,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         base, adapters = count(shape)
         print(f"{name}: {base:,} parameters, {adapters:,} in adapters ({adapters / base:.2%})")
-        print(f"{'GB sent by a GPU, full / adapters':<36}" + "".join(f"{n:>18}" for n in GPUS))
+        print(f"{'GB sent per GPU, full / adapters':<36}" + "".join(f"{n:>18}" for n in GPUS))
         rows = [sent(base, adapters, n) for n in GPUS]
         for way in rows[0]:
             pairs = (row[way] for row in rows)

@@ -1,15 +1,17 @@
 """LoRA against other adapters on one small transformer: ``python examples/adapters.py --data DIR``.
 
-The same pretrained MiniLM learns the same task five ways: its head alone; with LoRA on its linear
-layers; with LoRA on its embedding table too; with bottleneck adapters (Houlsby et al., 2019); with
-prefixes behind a gate that starts at zero (LLaMA-Adapter, Zhang et al., 2023). The head trains in
-all of them. The table gives what each one trains, weighs on disk, gets right and costs.
+The same pretrained MiniLM learns the same task in five ways: its head alone; LoRA on its linear
+layers; LoRA on its embedding table too; bottleneck adapters (Houlsby et al., 2019); and prefixes
+behind a gate that starts at zero (LLaMA-Adapter, Zhang et al., 2023). The head trains in all five.
+The table lists trainable parameters, size on disk, accuracy, and the times of a training step and
+of one text.
 
-Then a second task's LoRA joins the first, and the two take turns in the merged weights: by adding
-and subtracting their updates, which drifts, and by copying the base back, which does not.
+Then a second LoRA adapter is trained for a second task, and the two alternate in the merged
+weights. Swapping by adding and subtracting updates makes the base weights drift; restoring the
+base from a copy does not.
 
-Data: the task is ``SMSSpamCollection`` in ``--data`` or FUSED_LORA_DATA, and the second one
-sentences of Python's documentation against PyTorch's. Without it those serve for both.
+Data: the first task is ``SMSSpamCollection`` in ``--data`` or FUSED_LORA_DATA. The second task, and
+the first without that file, is to tell sentences of Python's documentation from PyTorch's.
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ from fused_lora import (
 
 RANK, PREFIX = 8, 10
 RATE = 5e-4
-TOKENS = 32  # of the text whose latency is taken
+TOKENS = 32  # length of the text whose latency is measured
 TASKS = ("first", "second")
 
 
 class GatedPrefix(nn.Module):
-    """Attention to trained vectors beside the tokens, through a gate a head that starts at zero."""
+    """Adds attention to trained prefix vectors, through one gate per head that starts at zero."""
 
     def __init__(self, attention: nn.Module, length: int = PREFIX):
         super().__init__()
@@ -59,7 +61,7 @@ class GatedPrefix(nn.Module):
         attention.query.register_forward_hook(self._keep_query)
 
     def _keep_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self._query = output
+        self._query = output  # BERT's attention does not return its queries
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
@@ -94,7 +96,7 @@ def with_prefixes(model: text.Classifier) -> None:
 
 
 def methods(impl: str) -> dict[str, Callable[[text.Classifier], None]]:
-    """What each method does to a model; the head trains besides."""
+    """How each method changes a model; the head trains in addition."""
     return {
         "head alone": lambda model: model.requires_grad_(False),
         "LoRA": lambda model: with_lora(model, impl),
@@ -125,13 +127,13 @@ def train(model, texts, pretrained, epochs: int, seed: int, desc: str) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What trains, without the head."""
+    """The trainable parameters without the head's."""
     named = model.named_parameters()
     return {n: p.detach() for n, p in named if p.requires_grad and not n.startswith("head.")}
 
 
 def bytes_on_disk(model: nn.Module) -> int:
-    """Of the adapter's checkpoint."""
+    """Size of the adapter's checkpoint; 0 without an adapter."""
     if not adapter_state(model):
         return 0
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +145,7 @@ def bytes_on_disk(model: nn.Module) -> int:
 
 
 def medians(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Milliseconds, the calls taking turns."""
+    """Median milliseconds of each call; the calls alternate, so that drift affects all equally."""
     times = {name: [] for name in calls}
     for index in range(rounds + 2):
         for name, call in calls.items():
@@ -151,13 +153,13 @@ def medians(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if index >= 2:
+            if index >= 2:  # the first two rounds are warm-up
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def step_times(models: dict[str, nn.Module], data: list[text.Batch], rounds: int):
-    """Of a training step on one batch, without changing the models."""
+    """Median milliseconds of forward and backward on one batch; works on copies of the models."""
     batch = data[len(data) // 2]
     states = {name: copy.deepcopy(model).train() for name, model in models.items()}
 
@@ -172,7 +174,7 @@ def step_times(models: dict[str, nn.Module], data: list[text.Batch], rounds: int
 
 
 def latencies(models: dict[str, nn.Module], rounds: int) -> dict[str, float]:
-    """Of one text of ``TOKENS`` tokens."""
+    """Median milliseconds for one text of ``TOKENS`` tokens."""
     device = next(iter(models.values())).head.weight.device
     ids = torch.full((1, TOKENS), 2000, device=device)
     mask = torch.ones_like(ids)
@@ -182,7 +184,7 @@ def latencies(models: dict[str, nn.Module], rounds: int) -> dict[str, float]:
 
 
 def updates(model: nn.Module) -> dict[str, list[Tensor]]:
-    """``s·B A`` of every layer, by task, in the weights' dtype."""
+    """By task, ``s·B A`` of every layer in the dtype of its weight."""
     found = {}
     for task in TASKS:
         set_adapter(model, task)
@@ -196,7 +198,11 @@ def updates(model: nn.Module) -> dict[str, list[Tensor]]:
 
 @torch.no_grad()
 def swap(model: nn.Module, dtype: torch.dtype, swaps: int, data: list[text.Batch]) -> dict:
-    """Take turns in the merged weights both ways; drift, changed answers, milliseconds."""
+    """Alternate the two tasks in the merged weights, both ways.
+
+    Returns the relative drift of the base weights for each way, the number of answers that the
+    second way's drift changes, and milliseconds per swap.
+    """
     model = copy.deepcopy(model).to(dtype)
     deltas = updates(model)
     layers = list(lora_layers(model).values())
@@ -230,12 +236,12 @@ def swap(model: nn.Module, dtype: torch.dtype, swaps: int, data: list[text.Batch
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Train each way, measure, swap; whether every required check passed."""
+    """Train each way, measure and swap. Returns whether every required check passed."""
     device = common.device(args)
     each, epochs, rounds, swaps = (40, 1, 3, 4) if args.quick else (text.EACH, 3, 40, 100)
     documents = text.read_documentation()
     if not args.data:
-        print("no --data: sentences of Python's documentation against PyTorch's for SMS messages")
+        print("no --data: sentences of Python's documentation or PyTorch's, not SMS messages")
     messages = text.read_sms(args.data) if args.data else documents
     parts = text.split(text.balanced(messages, each))
     torch.manual_seed(args.seed)
@@ -322,7 +328,7 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def two_tasks(model, documents, each: int, pretrained, epochs: int, seed: int) -> nn.Module:
-    """The model with a second adapter, trained on the documents."""
+    """Add a second adapter to ``model`` and train it on the documents; the head is restored."""
     head = copy.deepcopy(model.head)
     for layer in lora_layers(model).values():
         layer.adapter_name = TASKS[0]

@@ -10,7 +10,10 @@ BOTTLENECK = 32
 
 
 class Bottleneck(nn.Module):
-    """``x + up(gelu(down(x)))``: 2md + d + m parameters, almost the identity at first."""
+    """``x + up(gelu(down(x)))``, initially close to the identity.
+
+    It has 2md + d + m parameters for width d and bottleneck size m.
+    """
 
     def __init__(self, width: int, size: int = BOTTLENECK):
         super().__init__()
@@ -24,7 +27,7 @@ class Bottleneck(nn.Module):
 
 
 def insert_bottlenecks(layers: Iterable[nn.Module], size: int = BOTTLENECK) -> None:
-    """Two in each of BERT's layers, where the paper has them: after attention and after the MLP."""
+    """Insert two into each BERT layer, as the paper does: after attention and after the MLP."""
     for layer in layers:
         for part in (layer.attention.output, layer.output):
             width, weight = part.dense.out_features, part.dense.weight

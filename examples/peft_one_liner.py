@@ -1,12 +1,12 @@
 """PEFT with and without the one line: ``python examples/peft_one_liner.py --data DIR``.
 
-A pretrained MiniLM with a classification head gets LoRA from PEFT, twice from the same values; one
-of the two is given to ``patch_peft``. Both train on the same batches, step by step in turn, in
-float32 and in bfloat16 with PEFT's float32 adapters. Printed are both loss curves, the times of
-their steps, and what autograd keeps for backward (on a GPU, the peak of its memory).
+A pretrained MiniLM with a classification head gets LoRA from PEFT. Of two identical copies, one is
+patched with ``patch_peft``. Both train on the same batches in alternation, in float32 and in
+bfloat16 with PEFT's float32 adapters. The report compares the losses, the time per step, and the
+memory that autograd saves for backward (on a GPU, peak memory). A picture shows the loss curves.
 
-Data: ``SMSSpamCollection`` in ``--data`` or FUSED_LORA_DATA; without it, sentences of Python's
-documentation against PyTorch's.
+Data: ``SMSSpamCollection`` in ``--data`` or FUSED_LORA_DATA. Without it the task is to tell
+sentences of Python's documentation from PyTorch's.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ except ModuleNotFoundError:
     common.need("peft", "pip install peft")
 
 RATE = 5e-4
-COMPARED = 20  # steps, after which rounding has grown
+COMPARED = 20  # steps whose losses are compared; later, rounding differences have grown
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 VARIANTS = ("PEFT", "patched")
 
 
 def kept_bytes(model: nn.Module, batch: text.Batch) -> int:
-    """What one step needs besides the parameters: peak on a GPU, saved for backward on a CPU."""
+    """The bytes that a step needs besides the model.
+
+    On a GPU this is the peak of allocated memory; on a CPU, the tensors saved for backward.
+    """
     if batch.ids.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -49,7 +52,7 @@ def kept_bytes(model: nn.Module, batch: text.Batch) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+            kept[storage.data_ptr()] = storage  # kept alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -60,7 +63,7 @@ def kept_bytes(model: nn.Module, batch: text.Batch) -> int:
 
 
 def compare(base: text.Classifier, dtype: torch.dtype, data: list[text.Batch], args) -> dict:
-    """Train with PEFT and with the one line; losses, seconds of a step, bytes."""
+    """Train with and without the patch. Returns losses, seconds and bytes per step, by variant."""
     torch.manual_seed(args.seed)
     config = peft.LoraConfig(
         r=16,
@@ -81,7 +84,7 @@ def compare(base: text.Classifier, dtype: torch.dtype, data: list[text.Batch], a
     losses, seconds = ({name: [] for name in models} for _ in range(2))
     for index, _ in enumerate(common.progress(data, desc="each in turn")):
         for name in VARIANTS if index % 2 else reversed(VARIANTS):
-            torch.manual_seed(index)  # the model's own dropout, alike for both
+            torch.manual_seed(index)  # the model's own dropout drops the same entries in both
             start = time.perf_counter()
             losses[name].append(next(steps[name]))
             seconds[name].append(time.perf_counter() - start)
@@ -90,11 +93,11 @@ def compare(base: text.Classifier, dtype: torch.dtype, data: list[text.Batch], a
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Compare in both dtypes; whether every required check passed."""
+    """Compare in both dtypes. Returns whether every required check passed."""
     device = common.device(args)
     each = 100 if args.quick else text.EACH
     if not args.data:
-        print("no --data: sentences of Python's documentation against PyTorch's")
+        print("no --data: sentences of Python's documentation or PyTorch's, not SMS messages")
     texts = text.read_sms(args.data) if args.data else text.read_documentation()
     parts = text.split(text.balanced(texts, each))
     torch.manual_seed(args.seed)
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace) -> bool:
                 gap <= bound
             )
         less = 1 - result["bytes"]["patched"] / result["bytes"]["PEFT"]
-        # In float32 without dropout PEFT keeps x and A x, as the formula asks; there is no less.
+        # In float32 without dropout PEFT saves only x and A x, and backward needs both.
         least = 0.0 if name == "float32" and args.dropout == 0 else 0.1
         required[f"{name}: {less:.0%} less {what}, at least {least:.0%}"] = less >= least
         required[f"{name}: {result['fused']}"] = "keep" not in result["fused"]
@@ -152,7 +155,7 @@ def plot(args: argparse.Namespace, name: str, results: dict) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = common.options(__doc__, f"the folder of {text.SMS}")
-    parser.add_argument("--dropout", type=float, default=0.0, help="before the adapters")
+    parser.add_argument("--dropout", type=float, default=0.0, help="dropout before the adapters")
     return parser.parse_args(argv)
 
 

@@ -1,16 +1,16 @@
-"""Make a pretrained transformer tell spam from ham: ``python examples/sms_spam.py --data DIR``.
+"""Fine-tune a pretrained transformer as a spam filter: ``python examples/sms_spam.py --data DIR``.
 
-A head of two classes goes on the model, LoRA adapters of rank 16 on every linear layer, the head
-included, and the adapters alone are trained. The first epoch runs three times over, step by step in
-turn: with fused_lora, with PEFT and with the tutorial's layer, from the same values on the same
-batches, so that their times and losses can be compared.
+The model gets a head with two classes, and every linear layer, including the head, gets a LoRA
+adapter of rank 16; only the adapters are trained. In the first epoch three implementations
+alternate, step by step, from the same values on the same batches: fused_lora, PEFT and the
+tutorial's layer. Their times and losses can thus be compared.
 
-Model: ``--weights`` takes a GPT-2 checkpoint; without it SmolLM2-135M does the work, and MiniLM
-with ``--quick`` or ``--small``, from packages that carry their weights. Every number names its
-model.
+Model: ``--weights`` names a GPT-2 checkpoint. The default is SmolLM2-135M; with ``--quick`` or
+``--small`` it is MiniLM. Both come from packages that contain the weights. Every number printed
+names its model.
 
-Data: ``SMSSpamCollection`` in ``--data`` or FUSED_LORA_DATA; without it, sentences of Python's
-documentation against PyTorch's.
+Data: ``SMSSpamCollection`` in ``--data`` or FUSED_LORA_DATA. Without it the task is to tell
+sentences of Python's documentation from PyTorch's.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from fused_lora import apply_lora, disable_lora, lora_layers, lora_parameters
 
 RANK, ALPHA = 16, 16.0
-TARGET = 0.95  # accuracy on the test texts
-LOSS_TOLERANCE = 1e-3  # between implementations, in the first steps: later, rounding has grown
-COMPARED = 20
+TARGET = 0.95  # required accuracy on the test texts
+LOSS_TOLERANCE = 1e-3  # between implementations
+COMPARED = 20  # steps whose losses are compared; later, rounding differences have grown
 
 
 class TutorialLayer(nn.Module):
-    """The textbook layer: ``linear(x) + alpha·(x A) B``, each product on its own."""
+    """The textbook layer ``linear(x) + alpha/rank·(x A) B``, one call per product."""
 
     def __init__(self, linear: nn.Module, sizes: tuple[int, int]):
         super().__init__()
@@ -50,7 +50,7 @@ class TutorialLayer(nn.Module):
 
 
 def tutorial_model(base: nn.Module, fused: nn.Module) -> nn.Module:
-    """``base`` with the tutorial's layers, which start as the adapters of ``fused``."""
+    """A copy of ``base`` with the tutorial's layers, which start with the values of ``fused``."""
     model = copy.deepcopy(base).requires_grad_(False)
     for name, layer in lora_layers(fused).items():
         parent, _, last = name.rpartition(".")
@@ -64,7 +64,7 @@ def tutorial_model(base: nn.Module, fused: nn.Module) -> nn.Module:
 
 
 def peft_model(base: nn.Module, fused: nn.Module) -> nn.Module | None:
-    """``base`` under PEFT, with the adapters of ``fused``; None where PEFT is not installed."""
+    """A copy of ``base`` in PEFT, with ``fused``'s adapters; None if PEFT is not installed."""
     try:
         import peft
     except ModuleNotFoundError:
@@ -82,7 +82,10 @@ def peft_model(base: nn.Module, fused: nn.Module) -> nn.Module | None:
 
 
 def gpt2_counts() -> tuple[int, int, int]:
-    """Parameters of the tutorial's GPT-2 classifier; its adapters; those with a fused c_attn."""
+    """Parameter counts on the meta device: no weights are needed.
+
+    Returns the tutorial's GPT-2 classifier, its adapters, and the adapters with a fused ``c_attn``.
+    """
     with torch.device("meta"):
         model = text.gpt2(transformers.GPT2Model(transformers.GPT2Config()))
         fused = text.Classifier(transformers.GPT2Model(transformers.GPT2Config()), mean=False)
@@ -93,15 +96,16 @@ def gpt2_counts() -> tuple[int, int, int]:
 
 
 def first_epoch(models: dict[str, nn.Module], data: list[text.Batch], args):
-    """Train each model on each batch in turn; seconds and losses by name."""
+    """Train the models in alternation, batch by batch. Returns seconds and losses by name."""
     seconds, losses = dict.fromkeys(models, 0.0), {name: [] for name in models}
     names = list(models)
     steps = {
         name: text.steps(model, optimizer(model, args), data) for name, model in models.items()
     }
     for index, _ in enumerate(common.progress(data, desc="epoch 1, each in turn")):
+        # Rotated, so that no model always runs first.
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            torch.manual_seed(index)  # the model's own dropout, alike for all
+            torch.manual_seed(index)  # the model's own dropout drops the same entries in all
             start = time.perf_counter()
             losses[name].append(next(steps[name]))
             seconds[name] += time.perf_counter() - start
@@ -113,17 +117,17 @@ def optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimiz
 
 
 def load(args: argparse.Namespace) -> text.Pretrained:
-    """The model that the options ask for."""
+    """The model that the options select."""
     if args.weights:
         return text.load_gpt2(args.weights)
     return text.load_minilm() if args.quick or args.small else text.load_smollm2()
 
 
 def read(args: argparse.Namespace) -> tuple:
-    """Three parts of the texts, and what they are."""
+    """The training, validation and test texts; prints where they come from."""
     if not args.data:
         texts = text.balanced(text.read_documentation(), 150 if args.quick else text.EACH)
-        print("no --data: sentences of Python's documentation against PyTorch's")
+        print("no --data: sentences of Python's documentation or PyTorch's, not SMS messages")
         return text.split(texts)
     texts = text.balanced(text.read_sms(args.data), 150 if args.quick else text.EACH)
     leaky = text.leaky_split(texts)
@@ -136,7 +140,7 @@ def read(args: argparse.Namespace) -> tuple:
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Adapt, train, compare; whether every required check passed."""
+    """Adapt, train and compare. Returns whether every required check passed."""
     total, split, fused = gpt2_counts()
     print(f"GPT-2-124M with this head: {total:,} parameters, {split:,} in adapters of rank {RANK}")
     print(f"({fused:,} if query, key and value stay one layer, as in a Hugging Face checkpoint)")
@@ -214,7 +218,7 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def plot(args, name: str, curve: list[float], history: list[float], seconds: dict) -> None:
-    """The loss, the accuracy by epoch, and the first epoch's times."""
+    """Draw the loss, the accuracy per epoch, and the times of the first epoch."""
     with common.picture(args.out / "sms_spam.png", f"{name}: spam or ham", 3) as axes:
         if not axes:
             return
@@ -236,8 +240,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = common.options(__doc__, f"the folder of {text.SMS}")
     parser.add_argument("--weights", metavar="GPT2", help="a GPT-2 checkpoint in safetensors")
     parser.add_argument("--small", action="store_true", help="MiniLM instead of SmolLM2")
-    parser.add_argument("--epochs", type=int, default=3, help="of training")
-    parser.add_argument("--lr", type=float, help="of AdamW; 0.0002, for MiniLM 0.002")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of training")
+    parser.add_argument("--lr", type=float, help="AdamW's rate; default 0.0002, MiniLM's 0.002")
     args = parser.parse_args(argv)
     small = not args.weights and (args.quick or args.small)
     args.lr = args.lr or (2e-3 if small else 2e-4)

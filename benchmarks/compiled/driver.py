@@ -1,8 +1,8 @@
-"""Compile what the launchers would launch, for a GPU that is not here.
+"""Compile what the launchers would launch, for a GPU that is not present.
 
 The launchers run on CPU tensors over a fake driver, so specialisation, alignment and configs are
-those of a real call; nothing is executed. One architecture a process: Triton and the launchers
-keep what they compiled.
+those of a real call; nothing is executed. A process can handle only one architecture, since Triton
+and the launchers cache what they compiled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from . import limits
 
 @dataclass(frozen=True)
 class Binary:
-    """One compiled kernel: its name, Triton's metadata, and the files Triton left of it."""
+    """One compiled kernel: its name, Triton's metadata, and the files that Triton wrote."""
 
     name: str
     arch: str
@@ -32,18 +32,18 @@ class Binary:
     files: dict[str, Path]  # by kind: "ttgir", "cubin", "amdgcn"
 
     def text(self, kind: str) -> str:
-        """One of the files that are text."""
+        """The content of one of the text files."""
         return self.files[kind].read_text()
 
 
 class FakeDriver:
-    """A GPU of ``arch`` that takes every binary and runs nothing."""
+    """A GPU of ``arch`` that accepts every binary and runs nothing."""
 
     def __init__(self, arch: str):
         self.arch = arch
         self.binaries: dict[str, Binary] = {}
         self.launched: list[Binary] = []
-        # Whether shared memory suffices is for the report to say, not for the launch.
+        # Unlimited, so that the launch is not refused: the report checks the shared memory.
         properties = {"max_shared_mem": 1 << 30}
         self.utils = SimpleNamespace(
             load_binary=lambda *args: (object(), object(), 0, 0, 1024),
@@ -51,7 +51,7 @@ class FakeDriver:
         )
 
     def compile(self, call: Callable[[], object]) -> list[Binary]:
-        """What ``call`` would have run, in its order; :func:`activate` must have been called."""
+        """The kernels that ``call`` would run, in order; needs :func:`activate` first."""
         self.launched = []
         call()
         return self.launched
@@ -61,7 +61,7 @@ class FakeDriver:
         metadata = json.loads(paths["json"].read_text())
         self.binaries[digest] = Binary(name, self.arch, metadata, paths)
 
-    # What Triton asks of a driver.
+    # The interface that Triton expects of a driver.
 
     def launcher_cls(self, source, metadata):
         return lambda *args: self.launched.append(self.binaries[metadata.hash])
@@ -79,7 +79,7 @@ class FakeDriver:
 
 
 def activate(arch: str) -> FakeDriver:
-    """Make every launch of this process one for ``arch``."""
+    """Make this process compile every launch for ``arch``."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("expected TRITON_INTERPRET to be unset: nothing would be compiled")
     fake, target = FakeDriver(arch), limits.target(arch)

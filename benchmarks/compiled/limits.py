@@ -1,8 +1,8 @@
-"""What one multiprocessor holds, and how many warps of a kernel fit it.
+"""Resources of one multiprocessor, and how many warps of a kernel fit on it.
 
 NVIDIA: CUDA C++ programming guide, "Technical specifications per compute capability"; the
 allocation granularities are those of the CUDA occupancy calculator. AMD: the ISA guides of CDNA 2,
-3 and 4; a compute unit there is four SIMDs of 512 vector registers a lane.
+3 and 4; a compute unit has four SIMDs with 512 vector registers per lane.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from fused_lora.kernels import select_config
 from fused_lora.kernels.config import Target, cdiv
 
-REGISTERS = 65_536  # of 32 bits, of one NVIDIA multiprocessor
+REGISTERS = 65_536  # of 32 bits, per NVIDIA multiprocessor
 REGISTERS_PER_WARP = 256  # granularity of their allocation to a warp
-RESERVED_SHARED = 1024  # bytes of each block's shared memory that the driver takes
+RESERVED_SHARED = 1024  # bytes of shared memory that the driver reserves per block
 AMD_SIMDS, AMD_REGISTERS, AMD_REGISTER_STEP = 4, 512, 8
 TENSOR_COLUMNS = 512  # of tensor memory, sm_100
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one multiprocessor or compute unit."""
+    """Limits of one multiprocessor or compute unit."""
 
-    sms: int  # of the GPU that stands for the architecture
+    sms: int  # of the GPU that represents the architecture
     warps: int
     blocks: int
-    shared: int  # bytes, of all its blocks
-    products: int  # half-precision multiply-adds a clock with fp32 sums, dense (data sheets)
+    shared: int  # bytes, for all its blocks together
+    products: int  # half-precision multiply-adds per clock with fp32 sums, dense (data sheets)
 
 
 LIMITS = {
@@ -44,29 +44,29 @@ LIMITS = {
 
 
 def is_nvidia(arch: str) -> bool:
-    """Whether ``arch`` is a CUDA compute capability, as "sm_90"."""
+    """Whether ``arch`` is a CUDA compute capability, such as "sm_90"."""
     return arch.startswith("sm_")
 
 
 def target(arch: str) -> Target:
-    """The GPU that stands for ``arch`` in the report."""
+    """The GPU that represents ``arch`` in the report."""
     shared = select_config.SHARED_BYTES.get(arch, select_config.DEFAULT_SHARED_BYTES)
     return Target(arch, LIMITS[arch].sms, shared)
 
 
 def occupancy(arch: str, registers: int, shared: int, warps: int, columns: int = 0) -> float:
-    """Resident warps over the most there can be, by what a block takes of a multiprocessor.
+    """Occupancy: resident warps over their maximum, by the resources that a block uses.
 
     Args:
-        registers: of 32 bits a thread; on AMD vector and accumulator registers together.
-        shared: bytes a block.
-        warps: of one block.
-        columns: of tensor memory, one block's.
+        registers: 32-bit registers per thread; on AMD, vector and accumulator registers together.
+        shared: bytes of shared memory per block.
+        warps: per block.
+        columns: of tensor memory, per block.
     """
     limits = LIMITS[arch]
     if is_nvidia(arch):
         per_warp = cdiv(32 * registers, REGISTERS_PER_WARP) * REGISTERS_PER_WARP
-        by_registers = REGISTERS // per_warp // 4 * 4 // warps  # whole warps on each quarter
+        by_registers = REGISTERS // per_warp // 4 * 4 // warps  # each quarter holds whole warps
         by_shared = limits.shared // (shared + RESERVED_SHARED)
     else:
         rounded = cdiv(max(1, registers), AMD_REGISTER_STEP) * AMD_REGISTER_STEP

@@ -1,6 +1,7 @@
-"""What stands in a cubin or a code object: registers, spills, instructions, the main loop's body.
+"""Read a cubin or a code object: registers, spills, instructions, the main loop's body.
 
-NVIDIA's comes from ``cuobjdump`` (shipped in Triton's wheel), AMD's from the assembly Triton keeps.
+NVIDIA's machine code is read with ``cuobjdump`` (shipped in Triton's wheel), AMD's from the
+assembly that Triton keeps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _GCN = re.compile(r"^(\.LBB\w+):|^\s+([a-z]\w+)[ \t]*([^;\n]*)", re.M)
 
 @dataclass(frozen=True)
 class Instruction:
-    """Where it stands, what it does, and where it jumps to, if it does."""
+    """An instruction's address and name, and the target of a jump."""
 
     address: int
     name: str  # with its modifiers: "HMMA.16816.F32.BF16"
@@ -40,26 +41,26 @@ class Code:
     """A kernel's machine code."""
 
     registers: int
-    stack: int  # bytes of local memory a thread
+    stack: int  # bytes of local memory per thread
     instructions: list[Instruction]
 
     def count(self, pattern: re.Pattern) -> Counter:
-        """Instructions that begin with ``pattern``, by the name it matched."""
+        """Number of instructions that begin with ``pattern``, by the text that it matched."""
         found = (pattern.match(i.name) for i in self.instructions)
         return Counter(match.group(1) for match in found if match)
 
     @property
     def spill(self) -> int:
-        """Bytes of local memory a thread; without any, the loads and stores that go there."""
+        """Bytes of local memory per thread; if none are declared, the number of accesses to it."""
         return self.stack or sum(self.count(LOCAL).values())
 
     @property
     def traps_only(self) -> bool:
-        """Traps in place of a result: what ``ptxas`` makes of a body that cannot be."""
+        """Traps and no stores: what ``ptxas`` emits for a body that it cannot translate."""
         return bool(self.count(TRAP)) and not self.count(STORE)
 
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop with the most matrix instructions; the shorter one of equals."""
+        """The innermost loop with the most matrix instructions; among equals the shortest."""
         jumps = [i for i in self.instructions if i.target is not None and i.target < i.address]
         bodies = [
             [i for i in self.instructions if jump.target <= i.address <= jump.address]
@@ -94,7 +95,7 @@ def _read_cubin(binary: Binary) -> Code:
 
 
 def parse_sass(text: str) -> list[Instruction]:
-    """``cuobjdump -sass`` as instructions."""
+    """Parse the output of ``cuobjdump -sass``."""
     instructions = []
     for address, name, operands in _SASS.findall(text):
         jump = re.search(r"\b0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
@@ -115,7 +116,7 @@ def _read_amdgcn(binary: Binary) -> Code:
 
 
 def parse_amdgcn(text: str) -> list[Instruction]:
-    """AMD assembly as instructions, numbered in the order they stand."""
+    """Parse AMD assembly; an instruction's address is its position in the text."""
     labels, lines = {}, []
     for label, name, operands in _GCN.findall(text):
         if label:

@@ -1,8 +1,8 @@
 """Whether the main loop of a kernel is pipelined, read from Triton's GPU dialect (TTGIR).
 
-A main loop is an innermost loop with a matrix product whose number of steps is not a constant. It
-is pipelined if no load is consumed in its own iteration, and if it never waits for every matrix
-instruction in flight.
+A main loop is an innermost loop with a matrix product and a trip count that is not a constant. It
+is pipelined if no load is consumed in its own iteration and if it never waits for all matrix
+instructions in flight.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Loop:
 
     @property
     def counted(self) -> bool:
-        """Whether its number of steps is a constant, as of the chunks of a rank."""
+        """Whether its trip count is a constant, as in a loop over the chunks of a rank."""
         return re.search(r" to %c-?\d+\S* step ", self.header) is not None
 
 
@@ -76,11 +76,11 @@ def faults(loop: Loop) -> list[str]:
         if match:
             definitions[match.group(1)] = (place, match.group(2))
             index = re.match(r"ttg\.memdesc_(?:index|subview) (%\S+)\[(.*?)\]", match.group(2))
-            if index:  # two names of one buffer
+            if index:  # another name for the same buffer
                 alias[match.group(1)] = index.groups()
 
     def writer(buffer: str, before: int) -> str | None:
-        """The last operation before a place that fills ``buffer``, if this iteration has one."""
+        """The last operation of this iteration, before line ``before``, that fills ``buffer``."""
         same = alias.get(buffer, buffer)
         for line in reversed(loop.body[:before]):
             fills = _COPY.search(line) or "ttg.local_store" in line
@@ -89,7 +89,7 @@ def faults(loop: Loop) -> list[str]:
         return None
 
     def loaded_here(value: str, before: int, seen: set[str]) -> bool:
-        """Whether ``value`` comes from a load of this very iteration."""
+        """Whether ``value`` comes from a load in the same iteration."""
         if value in seen:
             return False
         seen.add(value)
@@ -113,7 +113,7 @@ def faults(loop: Loop) -> list[str]:
 
 
 def _waits_for_its_own(body: list[str]) -> bool:
-    """Whether a product of tensor memory is waited for in the iteration that issues it."""
+    """Whether the loop waits for a tensor-memory product in the iteration that issues it."""
     issued = set()
     for line in body:
         waited = re.search(r"ttng\.wait_barrier (%[\w-]+)", line)
@@ -125,7 +125,7 @@ def _waits_for_its_own(body: list[str]) -> bool:
 
 
 def _operands(line: str) -> list[str]:
-    """The values an operation reads, without their types."""
+    """The values that an operation reads, without their types."""
     text = re.sub(r"^\s*%\S+(?::\d+)? = ", "", line)
     return [value.partition("#")[0] for value in _VALUE.findall(text.partition(" : ")[0])]
 

@@ -1,4 +1,4 @@
-"""Rows of the report as text, and as lines of JSON that a later run continues from."""
+"""Rows of the report as text, and as lines of JSON with which a later run continues."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ COLUMNS = (
     "kernel", "dtype", "rows", "config", "n", "registers", "spill", "shared", "of", "tmem",
     "occupancy", "share", "matrix", "copies", "instructions", "pipelined", "faults",
 )  # fmt: skip
-# Which cases there are and how they are shown changes no row.
+# These files select and show cases: changing them leaves the rows valid, see :func:`sources`.
 CHOOSES_CASES = ("select_config.py", "tile_tables.py", "sweep.py", "search.py", "render.py")
 
 
 def describe(config: Config | None) -> str:
-    """A config in a word: its block, warps, stages; ``p`` persistent over descriptors."""
+    """A config in short: block, warps ``w``, stages ``s``; ``p`` for persistent, descriptors."""
     if config is None:
         return "-"
     names = ("block_m", "block_n", "block_l", "max_block_r")
@@ -35,7 +35,7 @@ def describe(config: Config | None) -> str:
 
 
 def table(rows: Iterable[tuple[Case, Row]]) -> str:
-    """One line for a config on one kind of operand: the worst of its ranks, products and masks."""
+    """One line per config and kind of operand: the worst over ranks, products and masks."""
     groups = defaultdict(list)
     for case, row in rows:
         groups[case.kernel, case.dtype, case.rows, describe(case.config)].append(row)
@@ -82,7 +82,7 @@ def _span(numbers: Iterable[int]) -> str:
 
 
 def sources() -> str:
-    """A digest of what a row depends on: Triton's version, the kernels, how they are read."""
+    """A digest of what a row depends on: Triton's version, the kernels, the parsing code."""
     digest = hashlib.sha256(triton.__version__.encode())
     for folder in (Path(kernels.__file__).parent, Path(__file__).parent):
         for path in sorted(folder.glob("*.py")):
@@ -98,7 +98,7 @@ def append(file, case: Case, row: Row) -> None:
 
 
 def load(path: Path) -> Iterator[tuple[str, Row]]:
-    """What an earlier run of the same sources wrote: the case's text and its row."""
+    """Rows that an earlier run with the same sources wrote, each with its case's text."""
     current = sources()
     for line in path.read_text().splitlines() if path.exists() else ():
         fields = json.loads(line)

@@ -1,4 +1,4 @@
-"""One compiled kernel as a row of the report, and what is wrong with it."""
+"""One compiled kernel as a row of the report, with its faults."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import asdict, dataclass, field
 from . import limits, machine_code, pipeline
 from .driver import Binary
 
-TENSOR_ROWS = 64  # the least a warp group's or the tensor memory's product has
+TENSOR_ROWS = 64  # fewest rows of a product by a warp group or in tensor memory
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a kernel owes, by its case.
+    """What a case's compiled kernel must have.
 
     Attributes:
-        matrix: "widest" matrix instructions of its architecture; "any" where reading an operand
-            is what bounds it; "none" for fp32 "ieee" products, a mask or a sum.
-        pipelined: a pipelined main loop. Not 2-byte loads: an asynchronous copy moves 4, 8 or 16
-            bytes.
-        shared: the most that the config's predicate counted on, or None.
+        matrix: "widest" for its architecture's widest matrix instructions; "any" where reading an
+            operand bounds the kernel; "none" for fp32 "ieee" products, a mask or a sum.
+        pipelined: whether the main loop must be pipelined. Not with 2-byte loads: an asynchronous
+            copy moves 4, 8 or 16 bytes.
+        shared: the shared memory that the config's validity check assumed, at most; or None.
     """
 
     matrix: str = "widest"
@@ -30,20 +30,20 @@ class Expected:
 
 @dataclass
 class Row:
-    """What is known of one kernel.
+    """What was read from one compiled kernel.
 
     Attributes:
-        registers: of 32 bits, a thread.
-        spill: bytes of local memory a thread.
-        shared: bytes a block, of ``shared_limit``.
-        tensor_columns: of tensor memory, of 512.
-        occupancy: resident warps over the most there can be.
-        matrix: matrix instructions by kind.
-        copies: asynchronous copies by kind.
-        instructions: of the whole kernel.
-        share: of the main loop's issue slots that its products take, :func:`product_share`.
-        pipelined: None where there is no main loop.
-        faults: why a config must not be shipped.
+        registers: 32-bit registers per thread.
+        spill: bytes of local memory per thread.
+        shared: bytes of shared memory per block, out of ``shared_limit``.
+        tensor_columns: columns of tensor memory, out of 512.
+        occupancy: resident warps over their maximum.
+        matrix: number of matrix instructions by kind.
+        copies: number of asynchronous copies by kind.
+        instructions: number of instructions of the whole kernel.
+        share: share of the main loop's issue slots that its products take, :func:`product_share`.
+        pipelined: None if there is no main loop.
+        faults: the reasons why the config must not be shipped.
     """
 
     registers: int = 0
@@ -63,7 +63,7 @@ class Row:
 
 
 def inspect(binary: Binary, expected: Expected) -> Row:
-    """Read a compiled kernel and judge it."""
+    """Read a compiled kernel and list its faults."""
     code, ttgir = machine_code.read(binary), binary.text("ttgir")
     shared, warps = binary.metadata["shared"], binary.metadata["num_warps"]
     main = pipeline.main_loops(ttgir)
@@ -118,11 +118,12 @@ def due_instruction(arch: str, rows: int) -> str:
 def product_share(
     arch: str, loop: list[machine_code.Instruction], product: tuple[int, int, int], warps: int
 ) -> float:
-    """The share of a loop's issue slots that its matrix instructions keep the tensor cores busy.
+    """The share of a loop's issue slots during which the tensor cores are busy.
 
-    A warp issues one instruction a clock; a matrix instruction takes the clocks that its products
-    need at the data sheet's rate on a quarter of the multiprocessor. Without any, fused
-    multiply-adds count, a clock each. A figure to rank candidates by, no forecast of speed.
+    A warp issues one instruction per clock. A matrix instruction takes the clocks that its products
+    need at the data sheet's rate on a quarter of the multiprocessor. In a loop without matrix
+    instructions, fused multiply-adds count instead, one clock each. The figure ranks candidates; it
+    does not predict speed.
     """
     rate = limits.LIMITS[arch].products / 4
     busy = sum(_products(i.name, product, warps) / rate for i in loop)
@@ -134,13 +135,13 @@ def product_share(
 
 
 def _products(name: str, product: tuple[int, int, int], warps: int) -> float:
-    """Multiply-adds of one matrix instruction, a warp's part."""
-    if name.startswith("UTC"):  # its shape is no part of its name; its inner size is 16
+    """Multiply-adds of one matrix instruction, per warp."""
+    if name.startswith("UTC"):  # the name does not contain the shape; the inner size is 16
         return product[0] * product[1] * 16 / warps
     if match := re.match(r"HMMA\.(\d{2})(\d)(\d+)", name):
         return float(match[1]) * float(match[2]) * float(match[3])
     if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):
-        return float(match[1]) * float(match[2]) * float(match[3]) / 4  # four warps share it
+        return float(match[1]) * float(match[2]) * float(match[3]) / 4  # shared by four warps
     if match := re.match(r"v_mfma_\w+?_(\d+)x(\d+)x(\d+)", name):
         return float(match[1]) * float(match[2]) * float(match[3])
     return 0.0

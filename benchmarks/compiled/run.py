@@ -1,4 +1,4 @@
-"""Cases compiled in worker processes, an architecture at a time."""
+"""Compile cases in worker processes, one architecture per process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .cases import Case
 from .driver import FakeDriver, activate
 from .report import Row, inspect
 
-CHUNK = 25  # cases a process: an import of torch is spread over them
+CHUNK = 25  # cases per process: they share the cost of importing torch
 
 
 def compile_case(fake: FakeDriver, case: Case) -> Row:
@@ -32,7 +32,7 @@ def _compile_chunk(cases: list[Case]) -> list[Row]:
 
 
 def compile_cases(cases: list[Case], jobs: int) -> Iterator[tuple[Case, Row]]:
-    """Rows as they come, in the order of ``cases``."""
+    """Yield every case with its row, in the order of ``cases``, as soon as it is compiled."""
     chunks = []
     for _, group in groupby(cases, key=lambda case: case.arch):
         of_arch = list(group)
@@ -43,6 +43,6 @@ def compile_cases(cases: list[Case], jobs: int) -> Iterator[tuple[Case, Row]]:
 
 
 def _in_a_process(cases: list[Case]) -> list[Row]:
-    """A process per chunk: ``max_tasks_per_child`` needs Python 3.11."""
+    """Compile one chunk in a new process; ``max_tasks_per_child`` would need Python 3.11."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_compile_chunk, cases).result()

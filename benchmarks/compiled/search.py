@@ -1,4 +1,4 @@
-"""The space of tiles that was searched for each kernel, and how candidates are ranked."""
+"""The space of tiles that is searched for each kernel, and the ranking of candidates."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .cases import DTYPES, Case
 from .render import describe
 from .report import Row
 
-ACCUMULATORS = (4, 128)  # fp32 a thread: more leave no registers for anything else
-# (M, columns of the output or of P) of few rows, a narrow weight, a large one: to rank by.
+ACCUMULATORS = (4, 128)  # fp32 values per thread: more leave no registers for anything else
+# The shapes that candidates are ranked for, as (M, columns of the output or of P).
 SHAPES = {"few rows": (128, 4096), "narrow": (2048, 1024), "large": (8192, 4096)}
-# What is compiled of each candidate: the product with the most in registers, by rank.
+# What is compiled for each candidate: the product that needs the most registers, at these ranks.
 PROBES = {
     "lora_gemm": ("dx", (64,)),
     "lora_add": ("dx", (16, 256)),
@@ -40,7 +40,7 @@ PROBES = {
 
 
 def cases(arch: str, kernel: str, dtype: str, rows: str) -> list[Case]:
-    """Every candidate for one kernel, at each of its probes' ranks."""
+    """Every candidate for one kernel, at each rank of its entry in PROBES."""
     made, ranks = PROBES[kernel]
     return [
         Case(arch, kernel, made, dtype, rank, rows, True, config)
@@ -50,12 +50,12 @@ def cases(arch: str, kernel: str, dtype: str, rows: str) -> list[Case]:
 
 
 def space(arch: str, kernel: str, dtype: str, rows: str, rank: int) -> Iterator[Config]:
-    """Tiles that could fit ``arch``, each with the most stages that do."""
+    """Tiles that could fit ``arch``, each with the largest number of stages that fits."""
     itemsize, target = 4 if dtype == "fp32" else 2, limits.target(arch)
     stages = (4, 3, 2) if limits.is_nvidia(arch) else (2,)
     for config in _tiles(arch, kernel, itemsize, rows == "narrow"):
         if kernel == "rank_grad" and config.max_block_r > max(64, rank):
-            continue  # the same block as of a smaller one
+            continue  # the same block as with a smaller maximum
         tile = config.tile(rank)
         lanes = 32 if limits.is_nvidia(arch) else 64
         accumulators = tile[0] * tile[1] / (lanes * config.num_warps)
@@ -89,7 +89,7 @@ def _tiles(arch: str, kernel: str, itemsize: int, narrow: bool) -> Iterator[Conf
 
 
 def score(case: Case, row: Row, shape: tuple[int, int]) -> float:
-    """What candidates are ranked by: product share times intensity times fill; 0 for a fault."""
+    """A candidate's score: product share times intensity times fill; 0 if it has a fault."""
     if row.faults:
         return 0.0
     (rows, columns), config, target = shape, case.config, limits.target(case.arch)
@@ -103,7 +103,7 @@ def score(case: Case, row: Row, shape: tuple[int, int]) -> float:
 
 
 def table(rows: list[tuple[Case, Row]]) -> str:
-    """What was tried, the best first for a large shape, with its score at every shape."""
+    """All candidates with their score at every shape, sorted by that at the large one."""
     lines = [f"Compiled (Triton {triton.__version__}), not run. Scores for {', '.join(SHAPES)}."]
     groups = defaultdict(list)
     for case, row in rows:

@@ -1,4 +1,4 @@
-"""Which cases prove the shipped tables: all of them, or a slice that CI can afford."""
+"""The cases that cover the shipped tables: all of them, or a slice that CI can afford."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .cases import DTYPES, MASKED, PRODUCTS, SIZES, Case
 
 ARCHS = tuple(limits.LIMITS)
 RANKS = (8, 16, 32, 64, 128, 256)
-VECTOR_RANKS = (16, 64)  # of rows that end within a block: the code of a rank hardly differs
-THIN = ("dropout_mask", "sum_partials")  # no config of their own, and no product
+VECTOR_RANKS = (16, 64)  # for rows that end within a block: the code hardly depends on the rank
+THIN = ("dropout_mask", "sum_partials")  # kernels without a config and without a product
 
 SLICE_ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 SLICE = (
@@ -26,7 +26,7 @@ SLICE = (
 
 
 def shipped(arch: str, kernel: str, dtype: str, rank: int, rows: str) -> list[Config | None]:
-    """Every config of ``kernel`` that a call of this kind could get on ``arch``."""
+    """Every config of ``kernel`` that could be selected for a call of this kind on ``arch``."""
     target, itemsize = limits.target(arch), DTYPES[dtype].itemsize
     aligned = rows != "narrow"
     match kernel:
@@ -34,8 +34,6 @@ def shipped(arch: str, kernel: str, dtype: str, rank: int, rows: str) -> list[Co
             return select_config.gemm_candidates(target, itemsize, rank, aligned=aligned)
         case "lora_add":
             return select_config.add_candidates(target, itemsize, rank)
-        case "single_pass" if rank > SINGLE_PASS_MAX_RANK:
-            return []
         case "single_pass":
             return select_config.single_pass_candidates(target, itemsize, rank, describable=aligned)
         case "shrink":
@@ -65,7 +63,7 @@ def full(
 
 
 def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
-    """Every shipped config of one rank a kind, making the product with the most in registers."""
+    """Every shipped config for the calls in SLICE, with the product that needs most registers."""
     for arch, kernel, (dtype, rows, rank) in product(archs, PRODUCTS, SLICE):
         if kernel in THIN and rows != "vector":
             continue

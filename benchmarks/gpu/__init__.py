@@ -1,1 +1,1 @@
-"""The first quarter of an hour on a GPU: the steps of gpu_acceptance.py."""
+"""The steps of gpu_acceptance.py, and how their results are summarised."""

@@ -1,6 +1,6 @@
-"""How the seconds of gpu_acceptance.py are shared among its steps."""
+"""How gpu_acceptance.py shares its seconds among its steps."""
 
-# By step: its share of the budget. One that ends early leaves the rest to those after it.
+# Each step's share of the budget. A step that ends early leaves its rest to the later ones.
 STEPS = {
     "preflight": 30,
     "probe": 85,
@@ -12,4 +12,4 @@ STEPS = {
     "comparison": 15,
 }
 BUDGET = 480
-SOFT = 0.85  # of a step's limit: no case starts after it
+SOFT = 0.85  # share of a step's limit after which no new case starts

@@ -1,4 +1,4 @@
-"""What the steps of ``gpu_acceptance.py`` run on: a GPU, or a rehearsal of one."""
+"""The devices that the steps of ``gpu_acceptance.py`` run on: a GPU, or a rehearsal of one."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from gpu import probe
 from harness import machine
 from harness.shapes import GPU_TARGETS
 
-P = 0.1  # of dropout, where there is any
+P = 0.1  # the probability of cases with dropout
 
 
 class Gpu:
-    """The device that everything runs on, and what is run there."""
+    """A GPU: the shapes that run on it, its capture of graphs and its timing."""
 
     small = ((63, 300, 123, 8), (48, 1024, 2048, 16), (2048, 2048, 512, 128))
     probed = tuple((*shape, rank) for shape in probe.SHAPES for rank in probe.RANKS)
 
-    test_processes = min(8, os.cpu_count() or 1)  # each has a context on the GPU
+    test_processes = min(8, os.cpu_count() or 1)  # each has a GPU context
 
     def __init__(self, device: torch.device):
         self.device = device
 
     @property
     def layers(self) -> list[Layer]:
-        """What is tuned and timed, the largest first."""
+        """The layers that are tuned and timed, largest first."""
         shapes = sorted(GPU_TARGETS, key=lambda s: -s.M * s.K * s.N)
         return [Layer(*shape, p=p) for shape in shapes for p in (0.0, P)]
 
     def environment(self) -> dict:
-        """What the results hold for."""
+        """The device, versions and settings that the results hold for."""
         properties = torch.cuda.get_device_properties(self.device)
         return machine.describe(self.device) | {
             "arch": select_config.target_of(self.device).arch,
@@ -51,7 +51,7 @@ class Gpu:
         }
 
     def capture(self, step: Callable[[], tuple[Tensor, ...]]):
-        """``(results, replay)``: a CUDA graph of ``step``, whose results each replay renews."""
+        """Capture ``step`` as a CUDA graph: ``(results, replay)``; a replay updates the results."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -64,20 +64,20 @@ class Gpu:
         return results, graph.replay
 
     def synchronize(self) -> None:
-        """Wait for the device."""
+        """Wait until the device is idle."""
         torch.cuda.synchronize(self.device)
 
     def device_seconds(self, calls) -> dict[str, list[float]] | None:
-        """For the probe."""
+        """Device times of each call, for the probe; None if they cannot be measured."""
         return timing.device_seconds(calls, device=self.device, rounds=15)
 
     def call_times(self, calls) -> dict[str, Times]:
-        """For :func:`fused_lora.tune.tune`."""
+        """Device and host times of each call, for :func:`fused_lora.tune.tune`."""
         return timing.call_times(calls, device=self.device)
 
 
 class Rehearsal(Gpu):
-    """Triton's interpreter on a CPU: the same code on small shapes; times mean nothing there."""
+    """Triton's interpreter on a CPU: the same code on small shapes; its times are meaningless."""
 
     small = ((17, 40, 24, 4),)
     probed = ((96, 128, 64, 8),)
@@ -87,7 +87,7 @@ class Rehearsal(Gpu):
     )
 
     def environment(self) -> dict:
-        return machine.describe(self.device) | {"rehearsal": "interpreted: no time is a GPU's"}
+        return machine.describe(self.device) | {"rehearsal": "interpreted: times are not a GPU's"}
 
     def capture(self, step):
         results = step()

@@ -1,8 +1,8 @@
-"""A pytest plugin (``-p numerics_rows``): a JSON line per failed test, written when it fails.
+"""A pytest plugin (``-p gpu.numerics_rows``): a JSON line per failed test, written when it fails.
 
-The file is named by ``FUSED_LORA_ROWS``. A test of float32 results that misses its bound by less
-than a factor of two is marked as near: the bounds hold for exact sums, and a GPU's tensor cores
-truncate their accumulator (simulated, one case of 324 then misses by 3 %).
+``FUSED_LORA_ROWS`` names the file. A float32 result that misses its bound by less than a factor of
+two is marked as near: the bounds hold for exact sums, but a GPU's tensor cores truncate their
+accumulator (in a simulation of this, one case of 324 misses its bound, by 3 %).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _counts = {"passed": 0, "failed": 0, "near": 0, "skipped": 0}
 
 
 def is_near(message: str) -> bool:
-    """Whether ``support.assert_error`` said that a float32 result is within NEAR bounds."""
+    """Whether ``support.assert_error`` reports a float32 error of at most NEAR times its bound."""
     found = _MISSED.search(message)
     return bool(found) and float(found[1]) <= NEAR * float(found[2])
 
@@ -34,11 +34,12 @@ def _write(row: dict) -> None:
 
 
 def pytest_configure() -> None:
-    processes.die_with_the_parent()  # the controller with the step, a worker with the controller
+    # The controller ends with the step that started it, and a worker with its controller.
+    processes.die_with_the_parent()
 
 
 def pytest_runtest_logreport(report) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # its controller sees every report
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the controller gets every report
         return
     if report.skipped:
         _counts["skipped"] += 1
@@ -58,7 +59,7 @@ def pytest_runtest_logreport(report) -> None:
 def pytest_sessionfinish(session, exitstatus) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
-    ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)  # else it was not run to its end
+    ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)  # otherwise the run is incomplete
     passed = exitstatus in ended and _counts["passed"] > 0 and _counts["failed"] == 0
     row = {"case": "all tests", "passed": passed, "tests": _counts}
     _write(row if passed else row | {"failures": [f"pytest's status is {int(exitstatus)}"]})
@@ -66,7 +67,7 @@ def pytest_sessionfinish(session, exitstatus) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_exception_interact(node, call, report) -> None:
-    """End a worker whose device is unusable: another takes its place, and only this test fails."""
+    """End a worker whose device is unusable: xdist replaces it, and only this test fails."""
     from fused_lora.ops.triton_impl import is_sticky
 
     if "PYTEST_XDIST_WORKER" in os.environ and is_sticky(call.excinfo.value):

@@ -1,8 +1,9 @@
-"""What decides the kernels' design: every candidate tile beside the vendor's product, and a copy.
+"""Times every candidate tile of every kernel against the vendor's product, and a plain copy.
 
-A step of ``gpu_acceptance.py``. Each call is captured in a CUDA graph; a race is the medians of
-interleaved rounds, the L2 cache overwritten between. A row has the time in microseconds, and the
-bandwidth by the least bytes that any implementation must move.
+A step of ``gpu_acceptance.py``; its results decide the kernels' design. Each call is captured in a
+CUDA graph. A race compares the medians of interleaved rounds; the L2 cache is overwritten between
+calls. A row has the time in microseconds, and the bandwidth for the least bytes that any
+implementation must move.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from torch import Tensor
 from fused_lora.kernels import select_config
 from fused_lora.kernels.config import (
     DIGITS,
-    SINGLE_PASS_MAX_RANK,
-    SINGLE_PASS_MAX_ROWS,
     Config,
     is_valid,
+    single_pass_applies,
 )
 from fused_lora.kernels.dropout import dropout_mask
 from fused_lora.kernels.lora_add import lora_add
@@ -33,7 +33,7 @@ from fused_lora.kernels.single_pass import single_pass
 from fused_lora.ops import dropout
 from fused_lora.ops.triton_impl import is_sticky
 
-# M, K, N of a decoder's square and MLP projections, the largest product first, then few rows.
+# M, K, N of a decoder's square and MLP projections, the largest product first, few rows last.
 SHAPES = (
     (4096, 4096, 14336),
     (4096, 14336, 4096),
@@ -43,21 +43,21 @@ SHAPES = (
 )
 RANKS = (16, 64)
 SPLITS_OF_SHRINK = (1, 2, 4)
-COLUMNS_OF_RANK_GRAD = (64, 128)  # beside what the chooser takes
+COLUMNS_OF_RANK_GRAD = (64, 128)  # block_l, in addition to the candidate's own
 SPLITS_OF_RANK_GRAD = (4, 8, 16, 32)
-LEAST_ROWS = 256  # of one split
+LEAST_ROWS = 256  # per split
 INV_KEEP = 1.1
 
 Call = Callable[[], object]
 
 
 class Race(NamedTuple):
-    """Calls that compute the same or what it must be compared with.
+    """Calls that compute the same product, or one to compare it with.
 
     Attributes:
-        what: the product.
-        moved: the least bytes that one must move.
-        calls: by name.
+        what: name of the product.
+        moved: the least bytes that a call must move.
+        calls: the calls by name.
     """
 
     what: str
@@ -66,21 +66,21 @@ class Race(NamedTuple):
 
 
 def named(race: Race, shape: tuple[int, int, int, int]) -> str:
-    """A race on one ``(M, K, N, R)`` in a row."""
+    """Name of a race on one ``(M, K, N, R)`` in the rows."""
     M, K, N, R = shape
     return f"{race.what} {M}x{K}x{N}, rank {R}"
 
 
 def run(gpu, race: Race, shape: tuple[int, int, int, int]) -> Iterator[dict]:
-    """A row for each call of a race, the fastest first; one that fails is a row of its own."""
+    """A row per call of a race: first those that failed, then the others, the fastest first."""
     place = {"case": named(race, shape)}
     able = {}
     for name, call in race.calls.items():
         try:
             call()
-            gpu.synchronize()  # so that an error is that of this call
+            gpu.synchronize()  # raises an asynchronous error of this call here
             able[name] = call
-        except Exception as error:  # does not compile or fit here
+        except Exception as error:  # it does not compile or fit here
             if is_sticky(error):
                 raise RuntimeError(f"{race.what} by {name}") from error
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -96,7 +96,7 @@ def run(gpu, race: Race, shape: tuple[int, int, int, int]) -> Iterator[dict]:
 
 
 def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race]:
-    """The races in bfloat16; operands are as the kernels get them in training."""
+    """The races in bfloat16, with the operands that the kernels have in training."""
     target = select_config.target_of(device)
 
     def draw(*size) -> Tensor:
@@ -121,14 +121,14 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
         "mm, then addmm_(S, B)": lambda: torch.mm(x, W.t(), out=o).addmm_(half, B.t()),
     }
     for config in select_config.add_candidates(target, 2, R):
-        # S Bᵀ + b is written first, and the vendor's product accumulates onto it.
+        # S Bᵀ + b is written first, and the vendor's product accumulates into it.
         write = partial(lora_add, o, u, B.t(), config, base=None, bias=bias)
         gemms[f"seeded {tile(config)}"] = lambda write=write: (write(), o.addmm_(x, W.t()))
     for config in select_config.gemm_candidates(target, 2, R, aligned=True):
         run = partial(lora_gemm, o, x, W.t(), u, B.t(), config)
         gemms |= {f"lora_gemm {tile(config)}": partial(run, bias=bias)}
         gemms |= {f"lora_gemm masked {tile(config)}": partial(run, **masked)}
-    if M <= SINGLE_PASS_MAX_ROWS and R <= SINGLE_PASS_MAX_RANK:
+    if single_pass_applies(M, R, None):
         s = torch.empty(M, R, device=device)
         for config in select_config.single_pass_candidates(target, 2, R, describable=True):
             gemms[f"single_pass {tile(config)}"] = partial(
@@ -164,6 +164,6 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
 
 
 def tile(config: Config) -> str:
-    """A config in a row."""
+    """Name of a config in the rows."""
     shown = [f.name for f in fields(config) if f.name != "descriptors"]
     return " ".join(f"{name}={getattr(config, name)}" for name in shown)

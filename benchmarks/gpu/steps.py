@@ -1,7 +1,7 @@
-"""The steps of ``gpu_acceptance.py``: generators of rows, each yielded as soon as it is known.
+"""The steps of ``gpu_acceptance.py``: generators that yield each row as soon as it is computed.
 
-A row is a dictionary for a JSON line. ``case`` names what was run; ``passed`` is there where it can
-fail, with ``failures``, a line each. A row that is ``skipped`` says why.
+A row is a dictionary for a JSON line. ``case`` names what was run. Cases that can fail have
+``passed`` and ``failures``, one line per failure. A skipped case has the reason as ``skipped``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fused_lora import fused_lora_linear
 from fused_lora.kernels import launch
+from fused_lora.kernels.config import is_aligned
 from fused_lora.ops import dropout
 from fused_lora.ops.triton_impl import described, is_sticky
 from fused_lora.strategy import cost, devices, traffic, tuning_cache
@@ -48,28 +49,28 @@ Row = dict
 Case = tuple[str, Callable[[], Row]]
 ROOT = checkout.ROOT
 RUNS = 3
-MAX_SIGMAS = 6  # of a binomial: one correct mask in 10⁹ is refused
-NOT_ON_A_GPU = "two_to_the_31"  # a file on a disk stands for its memory
+MAX_SIGMAS = 6  # of a binomial distribution: refuses one correct mask in 10⁹
+NOT_ON_A_GPU = "two_to_the_31"  # a test whose huge tensor is a sparse file
 TESTS = ("test_kernels.py", "test_layer.py", "test_observers.py::test_cuda_graphs")
 TEST_SECONDS = 60  # of one test
-LAYER_SECONDS = 2.5  # of one layer's benchmark
-COMPILED_SECONDS = 30.0  # that a row with torch.compile may take
+LAYER_SECONDS = 2.5  # per layer of the benchmark
+COMPILED_SECONDS = 30.0  # what a row with torch.compile may take
 CORE = ("eager", "peft", "addmm", "fused", "fused-bf16", "fused-split")
 
 
 class Allowance:
-    """The seconds that a step may start new cases in."""
+    """The seconds during which a step may start new cases."""
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
 
     def run(self, cases: Iterable[Case], least: float = 0.0) -> Iterator[Row]:
-        """The row of each case; of those that no time is left for, that it was skipped.
+        """Run each case and yield its row; without enough time left, yield that it was skipped.
 
-        An error is the row of its case alone, unless nothing runs on the device after it.
+        An error fails only its own case, unless it leaves the device unusable: then it is raised.
 
         Args:
-            least: seconds without which no case is started.
+            least: the seconds that must be left to start a case.
         """
         for case, run in cases:
             if self.end - time.monotonic() <= least:
@@ -86,7 +87,7 @@ class Allowance:
 
 
 def preflight(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
-    """Versions, and the strategies against float64, plain and as repeated launches."""
+    """Versions, and the strategies against float64: a first launch, and a repeated one."""
     yield {"case": "environment", **gpu.environment()}
     shape = (17, 40, 24, 4) if isinstance(gpu, Rehearsal) else (512, 1024, 1024, 16)
     torch.manual_seed(0)
@@ -108,7 +109,7 @@ def preflight(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
 
 
 def probe(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
-    """Every candidate tile beside the vendor's products; see ``probe.py``."""
+    """Every candidate tile against the vendor's products; see ``probe.py``."""
     for shape in gpu.probed:
         cases = (
             (probes.named(race, shape), partial(_raced, gpu, race, shape))
@@ -123,10 +124,10 @@ def _raced(gpu: Gpu, race: probes.Race, shape) -> Row:
 
 
 def numerics(gpu: Gpu, allowance: Allowance, select: str = "") -> Iterator[Row]:
-    """The kernels' and the layer's tests against float64, on this device, several at a time.
+    """The kernels' and the layer's tests against float64, on this device, in parallel processes.
 
     Args:
-        select: as pytest's ``-k``; everything that can run on a GPU by default.
+        select: the expression for pytest's ``-k``; by default, every test that a GPU can run.
     """
     benchmarks = str(Path(__file__).parents[1])
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +141,7 @@ def numerics(gpu: Gpu, allowance: Allowance, select: str = "") -> Iterator[Row]:
             "PYTHONPATH": os.pathsep.join([benchmarks, os.environ.get("PYTHONPATH", "")]),
         }
         options = ["-q", "-p", "no:cacheprovider", "-p", "gpu.numerics_rows", "--tb=short"]
-        options += ["-k", select or f"not {NOT_ON_A_GPU}"]
+        options += ["-m", "", "-k", select or f"not {NOT_ON_A_GPU}"]  # both tiers
         if importlib.util.find_spec("xdist") and gpu.test_processes > 1:
             options += ["-n", str(gpu.test_processes)]
         if importlib.util.find_spec("pytest_timeout"):
@@ -152,7 +153,7 @@ def numerics(gpu: Gpu, allowance: Allowance, select: str = "") -> Iterator[Row]:
         with path.open(encoding="utf-8") as file:
             while ended is None:
                 time.sleep(0.2)
-                ended = running.poll()  # before the last look: nothing is written after it
+                ended = running.poll()  # before the read: so that the last read gets every row
                 *lines, text = (text + file.read()).split("\n")
                 for row in map(json.loads, lines):
                     finished = finished or row["case"] == "all tests"
@@ -162,7 +163,7 @@ def numerics(gpu: Gpu, allowance: Allowance, select: str = "") -> Iterator[Row]:
 
 
 def repeatability(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
-    """Every strategy's results are the same bits each time."""
+    """Every strategy's results are bitwise reproducible."""
     return allowance.run(_calls(gpu, _repeats))
 
 
@@ -178,7 +179,7 @@ def _repeats(gpu: Gpu, *call) -> Row:
 
 
 def graphs(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
-    """Captured calls compute what eager ones do, on new inputs and with a new mask each time."""
+    """Replays of a CUDA graph match eager calls on new inputs, with a new mask each time."""
     return allowance.run(_calls(gpu, _replays))
 
 
@@ -213,9 +214,9 @@ def _every_call(shapes):
 
 
 def _step(gpu: Gpu, shape, dtype: torch.dtype, p: float, impl: str):
-    """A forward and backward as a function of nothing, its inputs, and the cotangent.
+    """A forward and backward as a function without arguments, its inputs, and ``dy``.
 
-    With dropout the weight is zero: ``dx`` is then zero where an entry is dropped, and only there.
+    With dropout the weight is zero, so that ``dx`` is zero exactly where an entry is dropped.
     """
     torch.manual_seed(0)
     M, _, N, _ = shape
@@ -225,7 +226,7 @@ def _step(gpu: Gpu, shape, dtype: torch.dtype, p: float, impl: str):
     if p:
         inputs["weight"].zero_()
         for positive in (inputs["lora_A"], inputs["lora_B"], dy):
-            positive.abs_()  # no sum of theirs is zero by chance
+            positive.abs_()  # so that no sum of products is zero by chance
     leaves = [inputs[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
 
     def step() -> tuple[Tensor, ...]:
@@ -265,7 +266,7 @@ def _wrong_masks(inputs: dict, dy: Tensor, results, replay) -> str | None:
 
 
 def tuning(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
-    """Tune layer by layer: the device's time from CUDA graphs, the host's beside it."""
+    """Tune layer by layer, by device times from CUDA graphs and host times."""
     return allowance.run((named(layer), partial(_tuned, gpu, layer)) for layer in gpu.layers)
 
 
@@ -278,9 +279,9 @@ def _tuned(gpu: Gpu, layer: Layer) -> Row:
 
 
 def benchmark(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
-    """Everyone who computes the layer, verified, then timed; over the frozen layer's time.
+    """Verify and time the providers of the layer; ratios are to the frozen layer's time.
 
-    The core of the providers first for every layer, then all of them, where time is left.
+    First the core providers for every layer, then all providers while time is left.
     """
     for name, providers, least in (("core", CORE, 0.0), ("all", PROVIDERS, COMPILED_SECONDS)):
         cases = (
@@ -315,11 +316,11 @@ def _timed(gpu: Gpu, layer: Layer, providers: Iterable[str]) -> Row:
 
 
 def comparison(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
-    """What tuning measured over what the model expected; nothing to pass or fail."""
+    """Ratios of tuning's measured times to the modelled ones; nothing passes or fails."""
     device = devices.device_of(gpu.device)
     for layer in gpu.layers:
         M, K, N, R, dtype, p = layer
-        aligned = K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
+        aligned = is_aligned(K * dtype.itemsize, N * dtype.itemsize)
         for direction, inner, columns in (("forward", K, N), ("backward", N, K)):
             call = tuning_cache.Call(direction, dtype, M, K, N, R, p > 0, aligned)
             entry = tuning_cache.lookup(call, gpu.device)
@@ -346,6 +347,6 @@ def comparison(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
 
 
 def named(layer: Layer) -> str:
-    """A layer in a row."""
+    """Name of a layer in the rows."""
     M, K, N, R, dtype, p = layer
     return f"{M}x{K}x{N}x{R} {str(dtype).removeprefix('torch.')}, dropout {p}"

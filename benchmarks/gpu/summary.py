@@ -1,4 +1,4 @@
-"""What the rows of ``gpu_acceptance.py`` say: a line per step, a verdict, and a page."""
+"""Summaries of the rows of ``gpu_acceptance.py``: a line per step, a verdict, and a page."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 Row = dict
-CHECKS = ("preflight", "numerics", "repeatability", "graphs")  # that must be run to their end
+CHECKS = ("preflight", "numerics", "repeatability", "graphs")  # must be complete for a PASS
 
 
 def load(path: Path) -> list[Row]:
-    """The rows of a file; a last line that was cut off by a kill is left out."""
+    """The rows of a file; a line that a kill cut off is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -22,7 +22,7 @@ def load(path: Path) -> list[Row]:
 
 
 def failed(rows: list[Row]) -> list[Row]:
-    """Those that failed; a float32 result near its bound is reported apart."""
+    """The rows that failed, without float32 results near their bound (see :func:`near`)."""
     return [row for row in rows if row.get("passed") is False and not row.get("near")]
 
 
@@ -49,7 +49,7 @@ def line(step: str, rows: list[Row]) -> str:
 
 
 def verdict(rows: list[Row]) -> str:
-    """PASS, or what failed or was not checked; what was not timed is named beside a PASS."""
+    """PASS, or what failed or was not checked; PASS also names what was not timed."""
     if wrong := _counts(failed(rows)):
         return f"FAIL: {wrong}"
     if not any(row.get("passed") for row in rows):
@@ -68,7 +68,7 @@ def _counts(rows: list[Row]) -> str:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """The page; every time on it was measured on the device that it names."""
+    """Write the page; its title names the device on which every time was measured."""
     environment = next((row for row in rows if row.get("case") == "environment"), {})
     commit = environment.get("commit", {})
     heading = next((row for row in rows if row["step"] == "run"), {})
@@ -93,7 +93,7 @@ _SHOWN = ("python", "versions", "cuda", "arch", "multiprocessors", "l2_bytes", "
 
 _YARDSTICK = (
     "The bounds hold for exact sums in float32. A GPU's tensor cores truncate their accumulator, so"
-    " a few results may miss them by little: not counted as failures."
+    " a few results may miss them slightly; these are not counted as failures."
 )
 
 
@@ -131,7 +131,7 @@ def _tuning(rows: list[Row]) -> list[str]:
 
 def _probe(rows: list[Row]) -> list[str]:
     body = [[r["case"], r["name"], r["us"], r["gb_per_s"]] for r in rows]
-    return _table("Candidates", ["product", "by", "µs", "GB/s"], body)
+    return _table("Candidates", ["product", "candidate", "µs", "GB/s"], body)
 
 
 def _table(title: str, heads: list[str], body: list[list]) -> list[str]:

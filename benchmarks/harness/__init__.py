@@ -1,1 +1,1 @@
-"""What every benchmark needs: shapes, timing, the machine's description, the command line."""
+"""Shared by all benchmarks: shapes, timing, the machine's description, the command line."""

@@ -1,7 +1,8 @@
 """Makes a bare checkout importable: ``import harness.checkout`` before ``import fused_lora``.
 
-An installed package holds the folder ``kernels`` as ``fused_lora.kernels``; in a checkout that was
-not installed it stands beside the package. This finds it there, and the package itself.
+An installed package contains the folder ``kernels`` as ``fused_lora.kernels``. In a checkout that
+was not installed, the folder lies beside the package: an import hook finds it there, and the
+checkout is added to ``sys.path``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the scripts of whole models share: options that are checked, and the files of a result."""
+"""Command-line options and result files that the whole-model scripts share."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong options end the script with one line and status 2."""
+    """A parser whose errors end the script with one line and status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
 def options(description: str, title: str) -> Parser:
-    """The options that every script has; ``title`` begins the names of its files."""
+    """A parser with the options of every script; ``title`` begins the names of its files."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute")
@@ -35,19 +35,19 @@ def options(description: str, title: str) -> Parser:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")
     return int(text)
 
 
 def positives(text: str) -> list[int]:
-    """Such numbers, with commas between them, sorted and each once."""
+    """Parse comma-separated positive numbers; the result is sorted, without duplicates."""
     return sorted({positive(part) for part in text.split(",")})
 
 
 def names(known: Collection[str]) -> Callable[[str], list[str]]:
-    """A parser of names of ``known`` with commas between them."""
+    """Return a parser for comma-separated names out of ``known``."""
 
     def parse(text: str) -> list[str]:
         found = text.split(",")
@@ -62,7 +62,7 @@ def names(known: Collection[str]) -> Callable[[str], list[str]]:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """End a script whose imports are not installed, with one line and status 2."""
+    """End the script with one line and status 2 if an import in this block is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -71,12 +71,12 @@ def imports() -> Iterator[None]:
 
 
 def write(args: argparse.Namespace, data: dict, text: str, figure: Figure) -> None:
-    """Print ``text`` and save it with ``data`` and the picture as ``OUT/TITLE-DEVICE-DATE.*``."""
+    """Print ``text``; save it, ``data`` and the plot as ``OUT/TITLE-DEVICE-DATE.*``."""
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
     date = data["machine"]["date"][:10]
     path = args.out / f"{args.title}-{args.device}-{date}.json"
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
     path.with_suffix(".txt").write_text(text)
     figure.savefig(path.with_suffix(".png"), dpi=130)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

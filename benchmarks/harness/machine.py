@@ -1,4 +1,4 @@
-"""What a number was measured on and with."""
+"""The machine and the versions that a number was measured with."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PACKAGES = ("torch", "triton", "peft", "transformers", "loralib", "torchtune", "
 
 
 def describe(device: str | torch.device) -> dict:
-    """Device, threads, versions, commit and date, as JSON can hold them.
+    """Device, threads, versions, commit and date, as JSON-compatible values.
 
-    ``thread_binding`` is OMP_PROC_BIND, which OpenMP reads when torch is imported: scripts set it
-    before that.
+    ``thread_binding`` is OMP_PROC_BIND. OpenMP reads it when torch is imported, so scripts set it
+    before that import.
     """
     return {
         "device": torch.device(device).type,
@@ -37,7 +37,7 @@ def describe(device: str | torch.device) -> dict:
 
 
 def device_name(device: str | torch.device) -> str:
-    """The name that the maker gave the processor or GPU."""
+    """The vendor's name for the processor or GPU."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -48,14 +48,14 @@ def device_name(device: str | torch.device) -> str:
 
 
 def emulated(device: str | torch.device) -> list[str]:
-    """The dtypes that a CPU has no instructions for, so that PyTorch's GEMM is a plain loop."""
+    """The dtypes that the CPU has no instructions for: PyTorch's GEMM is a plain loop there."""
     if torch.device(device).type != "cpu":
         return []
     return [name for name in ("bfloat16", "float16") if getattr(torch, name) in cpu_gemm.EMULATED]
 
 
 def version_of(package: str) -> str | None:
-    """An installed package's version, found without importing it."""
+    """An installed package's version, read without importing it; None if not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

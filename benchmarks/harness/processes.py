@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them."""
+"""Processes that end when their parent ends."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_the_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends; Linux only."""
+    """Have the kernel kill this process when its parent ends in any way; Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""The shapes that are measured, from real models, and the lists that every mean is taken over.
+"""The shapes that are measured, from real models, and the lists over which means are computed.
 
-A mean over shapes chosen after the measurement proves nothing: the lists stand here, and a result
-that lacks one of a list's shapes has no mean over it.
+A mean over shapes chosen after the measurement proves nothing. The lists are therefore fixed here,
+and a result that lacks one of a list's shapes has no mean over that list.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class Shape(NamedTuple):
 
     @property
     def forward_flops(self) -> int:
-        """Of the adapted layer's three products."""
+        """FLOPs of the adapted layer's three products in forward."""
         return 2 * self.M * (self.K * self.N + (self.K + self.N) * self.R)
 
     @property
     def step_flops(self) -> int:
-        """Of its eight, forward and backward."""
+        """FLOPs of its eight products in forward and backward."""
         return 2 * self.M * (2 * self.K * self.N + 3 * (self.K + self.N) * self.R)
 
     @property
     def forward_elements(self) -> int:
-        """Read or written at least once: x, W, A, B and y."""
+        """Elements that a forward reads or writes at least once: x, W, A, B and y."""
         M, K, N, R = self
         return M * K + K * N + R * (K + N) + M * N
 
     @property
     def step_elements(self) -> int:
-        """And in backward: dy, W, x, A, B and dx, dA, dB."""
+        """The same for forward and backward; backward adds dy, W, x, A, B and dx, dA, dB."""
         M, K, N, R = self
         return self.forward_elements + M * N + K * N + 2 * M * K + 2 * R * (K + N)
 
@@ -64,7 +64,7 @@ MODELS = {
 
 
 def of_model(name: str, M: int, R: int = 16) -> list[Shape]:
-    """Every projection of a model of :data:`MODELS`."""
+    """The shape of every projection of a model in :data:`MODELS`."""
     return [Shape(M, K, N, R) for K, N in MODELS[name].values()]
 
 
@@ -116,7 +116,7 @@ GPU_FULL = (
     *of_model("llama3-70b", 4096),
 )
 
-# A mean's name, and all of the shapes that it is over.
+# Each mean's name and the shapes that it covers.
 MEANS = {
     "cpu-quick": CPU_QUICK,
     "cpu-targets": CPU_TARGETS,
@@ -124,7 +124,7 @@ MEANS = {
     "gpu-targets": GPU_TARGETS,
 }
 
-# What the README shows.
+# The shapes that the README shows.
 HEADLINE = (
     Shape(512, 768, 768, 8),
     Shape(1024, 768, 3072, 16),
@@ -133,19 +133,20 @@ HEADLINE = (
 )
 
 
-# Multiply-adds of the largest product that a set has in a dtype which a CPU emulates: the largest
-# step is then of 512x576x576, some 0.2 s of everyone else's, and in a full set 512x768x768, 0.6 s.
+# In a dtype that the CPU emulates, a set includes shapes of at most so many multiply-adds, M·K·N.
+# The largest step is then 512x576x576, about 0.2 s for every provider but this library's, and in a
+# full set 512x768x768, 0.6 s.
 EMULATED_QUICK, EMULATED_FULL = 1 << 28, 3 << 27
 
 
 def is_for_emulation(shape: Shape, full: bool) -> bool:
-    """Whether a set has ``shape`` in a dtype that the CPU has no instructions for."""
+    """Whether a set includes ``shape`` in a dtype that the CPU has no instructions for."""
     most = EMULATED_FULL if full else EMULATED_QUICK
     return most >= shape.M * shape.K * shape.N
 
 
 def default_set(device: str, full: bool) -> tuple[Shape, ...]:
-    """The shapes of ``--quick`` or ``--full``; an MPS device has the CPU's."""
+    """The shapes of ``--quick`` or ``--full``; an MPS device uses the CPU's."""
     if device == "cuda":
         return GPU_FULL if full else GPU_QUICK
     return CPU_FULL if full else CPU_QUICK

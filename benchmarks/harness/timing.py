@@ -1,4 +1,4 @@
-"""Times that can be compared: callables in interleaved rounds, and their medians and quartiles."""
+"""Comparable times: callables run in interleaved rounds, with medians and quartiles."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-WARM_UPS = 1  # calls of each before its first time
+WARM_UPS = 1  # untimed calls of each callable
 
 
 @dataclass(frozen=True)
 class Quartiles:
-    """The middle half of some numbers."""
+    """Median and quartiles of some numbers."""
 
     median: float
     q1: float
@@ -31,17 +31,17 @@ def interleaved(
     min_rounds: int = 5,
     max_rounds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, by name: the same number for each, one a round.
+    """Time every callable once per round; return the seconds of its calls, by name.
 
-    A round calls each once, in an order drawn anew, so that drift and what the one before left in
-    the caches fall on all alike; index ``i`` of every list is of round ``i``. What a call returns
-    is freed after its time is taken.
+    Each round shuffles the order, so that drift, and what the previous call left in the caches,
+    affect all alike. Index ``i`` of every list belongs to round ``i``. A call's result is freed
+    after its time is measured.
 
     Args:
-        callables: what is timed; returns when its work is queued on ``device``.
-        device: waited for before and after each call.
-        seconds: after which no round starts, once ``min_rounds`` are complete.
-        max_rounds: after which none starts in any case.
+        callables: what to time; a call may return once its work is queued on ``device``.
+        device: synchronised before and after each call.
+        seconds: no round starts after this time, once ``min_rounds`` are complete.
+        max_rounds: no more rounds than this, however much time is left.
     """
     device = torch.device(device)
     for function in callables.values():
@@ -71,13 +71,13 @@ def _call(function: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has done what was queued; a CPU has."""
+    """Wait until ``device`` has finished its queued work; a no-op on a CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def synchronised(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """``function``, returning when its work is done."""
+    """Wrap ``function`` so that it returns only once its work on ``device`` is done."""
 
     def run():
         result = function()
@@ -88,7 +88,7 @@ def synchronised(function: Callable[[], object], device: torch.device) -> Callab
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """Median and quartiles, interpolated between neighbours; of one value, that value."""
+    """Median and quartiles, interpolated between neighbours; a single value is all three."""
     if len(values) < 2:
         return Quartiles(values[0], values[0], values[0])
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
@@ -96,7 +96,7 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def ratios(times: dict[str, list[float]], base: str) -> dict[str, Quartiles]:
-    """Each one's time over that of ``base`` in the same round, which cancels what slows both."""
+    """Times over those of ``base`` in the same round, which cancels what slows both."""
     return {
         name: quartiles([t / b for t, b in zip(values, times[base], strict=True)])
         for name, values in times.items()

@@ -1,1 +1,1 @@
-"""One layer: the providers that are compared, and their time and memory."""
+"""One layer: the providers that are compared, their time and their memory."""

@@ -1,4 +1,4 @@
-"""What a call costs where the products cost nothing: 16×16 tensors, rank 4."""
+"""Host overhead of a call, on tensors so small that the products cost nothing: 16×16, rank 4."""
 
 from contextlib import contextmanager
 
@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fused_lora import fused_lora_linear, patch_peft, unpatch_peft
-from fused_lora.ops import dropout
 from fused_lora.ops.autograd import lora_linear
+from fused_lora.ops.operands import Operands
 from harness import machine
 from harness.shapes import Shape
 from harness.timing import synchronised
@@ -28,8 +28,7 @@ def _functional(problem: Problem) -> Layer:
 def _unvalidated(problem: Problem) -> Layer:
     A, B = nn.Parameter(problem.lora_A), nn.Parameter(problem.lora_B)
     weight, bias = problem.linear.weight, problem.linear.bias
-    rest = (SCALING, None, dropout.KEEP_ALL, "auto")
-    return Layer(problem, lambda x: lora_linear(x, weight, A, B, bias, *rest), A, B)
+    return Layer(problem, lambda x: lora_linear(Operands(x, weight, A, B, bias, SCALING)), A, B)
 
 
 def _patched(problem: Problem) -> Layer:
@@ -52,7 +51,7 @@ CALLS = {
 
 @contextmanager
 def _peft_left_as_it_was():
-    """A patched class would cost every other layer of PEFT's a look at itself."""
+    """Undo the patch: with it, PEFT's other layers check at every call whether they are patched."""
     pytest.importorskip("peft")
     try:
         yield

@@ -20,7 +20,7 @@ WIDTH, RANK = 768, 8
 
 
 class _Bottleneck(nn.Module):
-    """Houlsby's adapter after the layer, as wide inside as the LoRA's rank."""
+    """Houlsby's adapter after the layer; its inner width is the LoRA's rank."""
 
     def __init__(self, problem: Problem):
         super().__init__()
@@ -38,7 +38,7 @@ def _adapted(problem: Problem, provider: str) -> nn.Module:
 
 
 def _merged(problem: Problem) -> nn.Module:
-    own = deepcopy(problem.linear)  # whose weight takes the adapter in
+    own = deepcopy(problem.linear)  # merge() changes its weight in place
     unmerged = _adapted(problem, "fused")
     merged = PROVIDERS["fused"](replace(problem, linear=own)).module.eval()
     merged.merge()

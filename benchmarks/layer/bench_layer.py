@@ -1,4 +1,4 @@
-"""One layer: its forward, recorded for backward; a forward and backward; its memory."""
+"""One layer: its forward, recorded for backward; its forward and backward; its memory."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def _note_rates(benchmark, layer, flops: int, elements: int) -> None:
 
 
 def test_memory(layer, provider, benchmark, memory_lines):
-    """Bytes kept for backward, and a step's peak; a few steps are timed in passing."""
+    """Bytes kept for backward and a step's peak; without timed steps nothing would be saved."""
     saved, peak = saved_bytes(layer), peak_bytes(layer)
     benchmark.extra_info |= {"saved_bytes": saved, "peak_bytes": peak}
     benchmark.pedantic(synchronised(layer.step, layer.x.device), rounds=3)

@@ -1,8 +1,8 @@
-"""The layers that the pytest-benchmark suites time: ``pytest benchmarks/ --benchmark-only``."""
+"""Options and fixtures of the pytest-benchmark suites: ``pytest benchmarks/ --benchmark-only``."""
 
 import os
 
-os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads add outliers of milliseconds
+os.environ.setdefault("OMP_PROC_BIND", "true")  # unbound threads cause millisecond outliers
 
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ from harness.shapes import Shape, default_set, is_for_emulation
 from layer.problem import Layer, Problem, verified
 from layer.providers import PROVIDERS, UnavailableError
 
-SLOW_TO_MAKE = ("compiled",)  # seconds of compilation a row: in the full suites only
+SLOW_TO_MAKE = ("compiled",)  # seconds of compilation per row: --bench-full only
 MEMORY = pytest.StashKey[list[str]]()
 
 
@@ -26,7 +26,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[MEMORY] = []
-    # It is not, where a provider is left out.
+    # A provider that is skipped does not use the fixture.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 
@@ -66,7 +66,7 @@ def device(pytestconfig) -> str:
 
 @pytest.fixture
 def layer(request, row, provider, device, benchmark) -> Layer:
-    """A provider's layer, its numbers checked; the group is the suite and the row."""
+    """A provider's layer, its results checked; sets the benchmark's group to suite and row."""
     shape, dtype, p = row
     try:
         layer = verified(PROVIDERS[provider], _problem(shape, dtype, device, p), provider)
@@ -85,7 +85,7 @@ def _problem(shape: Shape, dtype: str, device: str, p: float) -> Problem:
 
 @pytest.fixture
 def memory_lines(pytestconfig) -> list[str]:
-    """Lines for the end of the run: pytest-benchmark's table has no columns for them."""
+    """Lines printed at the end of the run: pytest-benchmark's table has no memory columns."""
     return pytestconfig.stash[MEMORY]
 
 

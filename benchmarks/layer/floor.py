@@ -1,10 +1,10 @@
-"""The layer's products and nothing else: what any schedule of vendor GEMMs can at best reach.
+"""The layer's bare products: the least time that any schedule of vendor GEMMs can reach.
 
     y = x Wᵀ + b    S = x Aᵀ    y += S Bᵀ
     dx = dy W       G = dy B    dx += G A     dA = Gᵀ x     dB = dyᵀ S
 
-The frozen layer's two, and six thin ones, each in the orientation that is fastest here. No
-autograd, no dropout; the scale is in B once, outside the time.
+These are the frozen layer's two products and six thin ones, each in the orientation that is fastest
+on this machine. There is no autograd and no dropout, and the scale is applied in advance, untimed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from harness.timing import interleaved
 from layer.problem import SCALING, Layer, Problem
 
-TRIAL_SECONDS = 0.05  # for the choice of one orientation
+TRIAL_SECONDS = 0.05  # to choose the orientation of one product
 TRIAL_ROUNDS = 5
 
 
 class Floor(Layer):
-    """Forward and step as bare products; results are those of a layer without dropout."""
+    """Forward and step as bare products; the results are those of a layer without dropout."""
 
     def __init__(self, problem: Problem):
         A, B = problem.lora_A, problem.lora_B
@@ -55,13 +55,13 @@ class Floor(Layer):
 
 
 class _Chooser:
-    """The fastest of a product's orientations, on the very operands."""
+    """Selects the fastest orientation of a product, timed on the actual operands."""
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def product(self, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
-        """``a b``, or its transpose as ``bᵀ aᵀ``; the smaller operand may lie either way."""
+        """``a b``, or ``bᵀ aᵀ`` transposed; the smaller operand is tried in both layouts."""
         a_ways, b_ways = _layouts(a, b)
         candidates = [
             way
@@ -75,7 +75,7 @@ class _Chooser:
         return self._fastest(candidates)
 
     def accumulation(self, out: Tensor, u: Tensor, v: Tensor) -> Callable[[Tensor], Tensor]:
-        """``out += u v``, in place or by way of the product."""
+        """``out += u v``: fused with ``addmm_``, or as a product that is then added."""
         candidates = [
             way
             for w in (v, v.t().contiguous().t())
@@ -100,7 +100,7 @@ class _Chooser:
 
 
 def _layouts(a: Tensor, b: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Both operands as they lie, and the smaller one the other way too."""
+    """Both operands in their own layout, the smaller one in the other layout too."""
     other = lambda t: t.t().contiguous().t() if t.is_contiguous() else t.contiguous()  # noqa: E731
     if a.numel() < b.numel():
         return [a, other(a)], [b]

@@ -1,4 +1,4 @@
-"""One row: every provider verified, timed in interleaved rounds, and its memory counted."""
+"""Measure one row: verify every provider, time all in interleaved rounds, count their memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from layer.providers import PROVIDERS, UnavailableError
 from report.records import Result, Row
 
 BASE = "frozen"
-FAILED = "failed: "  # begins the reason of a provider that did not give its result
+FAILED = "failed: "  # prefix of the reason for a provider that raised or was wrong
 MIN_ROUNDS, MAX_ROUNDS = 5, 500
-MIN_SECONDS = 2.0  # of rounds, so that a row of microseconds has many when time has run out
+MIN_SECONDS = 2.0  # of rounds even if no time is left, so that fast rows get many
 
 
 def measure(
@@ -31,16 +31,16 @@ def measure(
     seconds: float,
     skip_failures: bool = False,
 ) -> Row:
-    """Forward and backward of one layer by each of ``providers``, and by the frozen layer.
+    """Time a forward and backward of one layer by each of ``providers`` and by the frozen layer.
 
     Args:
-        seconds: for all of it; MIN_ROUNDS and MIN_SECONDS of rounds are run in any case, and no
-            more than MAX_ROUNDS.
-        skip_failures: leave out a provider that raises or is wrong, with the reason; an error
-            after which the device is unusable is raised all the same.
+        seconds: for the whole row. MIN_ROUNDS and MIN_SECONDS of rounds always run, and never more
+            than MAX_ROUNDS.
+        skip_failures: skip a provider that raises or is wrong, and record the reason. An error that
+            leaves the device unusable is still raised.
 
     Raises:
-        WrongResultError: a provider computes something else.
+        WrongResultError: a provider computes something else than the layer.
     """
     start = time.perf_counter()
     problem = Problem.make(shape, getattr(torch, dtype), device, p)

@@ -1,4 +1,4 @@
-"""What a layer keeps for backward, and the most that a step has allocated at once."""
+"""Memory that a layer keeps for backward, and the peak that a step allocates."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from layer.problem import Layer
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at first use: no lines about its own stages
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at first use: silences the profiler
 
 
 def saved_bytes(layer: Layer) -> int:
-    """Bytes that autograd keeps of one forward, each storage once, the parameters not counted."""
+    """Bytes that autograd keeps of one forward: each storage counted once, without parameters."""
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters, *layer.frozen)}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so addresses stay unique
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # kept alive: addresses stay unique
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -31,15 +31,15 @@ def saved_bytes(layer: Layer) -> int:
 
 
 def peak_bytes(layer: Layer) -> int | None:
-    """The most bytes that one step of a layer holds at once beside its inputs, results included."""
+    """Peak bytes of one step of a layer: its inputs excluded, its results included."""
     return peak_of(layer.step, layer.x.device)
 
 
 def peak_of(step: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that ``step`` has allocated at once beside what was there, results included.
+    """Peak bytes that ``step`` allocates on top of what was allocated before, results included.
 
-    On CUDA by the caching allocator's own count. On a CPU by the profiler's record of torch's
-    allocator, which does not see what a vendor's GEMM allocates by itself. None elsewhere.
+    On CUDA the caching allocator counts them. On a CPU the profiler records torch's allocator,
+    which does not include what a vendor's GEMM allocates itself. None on other devices.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""One layer's inputs, what exact arithmetic makes of them, and the check of those who compute it.
+"""One layer's inputs, its exact results in float64, and the check of every provider's layer.
 
 y = x Wᵀ + b + s·D(x) Aᵀ Bᵀ,  with gradients of x, A and B under the cotangent dy
 """
@@ -17,24 +17,24 @@ from harness.shapes import Shape
 
 SCALING = 2.0
 NAMES = ("y", "dx", "dA", "dB")
-# Of values in the layer's dtype, each off by at most the unit round-off: a cast of A or B, the
-# dropped x, S, its multiple, S Bᵀ, the sum.
+# Values rounded to the layer's dtype, each with an error of at most the unit round-off: the cast of
+# A or B, the dropped x, S, the scaled S, S Bᵀ, the sum.
 ROUNDINGS = 6
-MAX_SIGMAS = 6  # of a binomial: one in 10⁹ correct masks is refused
+MAX_SIGMAS = 6  # of a binomial distribution: rejects one correct mask in 10⁹
 
 
 class WrongResultError(AssertionError):
-    """A provider does not compute the layer: its times would mean nothing."""
+    """A provider computes something else than the layer: its times would be meaningless."""
 
 
 class Layer:
     """A provider's layer on the inputs of one problem.
 
     Args:
-        module: ``x (M,K)`` to ``y (M,N)``, differentiable.
-        lora_A, lora_B: the Parameters of it that are trained; none in a frozen layer.
-        transposed: they are ``(K,R)`` and ``(R,N)``.
-        p: the probability that dropout really has; the problem's by default.
+        module: maps ``x (M,K)`` to ``y (M,N)``, differentiable.
+        lora_A, lora_B: its trained Parameters; None for a frozen layer.
+        transposed: whether these are ``(K,R)`` and ``(R,N)``, not ``(R,K)`` and ``(N,R)``.
+        p: the dropout probability that the layer applies; the problem's by default.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class Layer:
         return self.module(self.x)
 
     def step(self) -> tuple[Tensor, ...]:
-        """``y`` and the gradients of ``x``, ``A`` and ``B``: what a training step needs."""
+        """``y`` and the gradients of ``x``, ``A`` and ``B``, as in a training step."""
         y = self.forward()
         return y, *torch.autograd.grad(y, [self.x, *self.parameters], self.dy)
 
     def results(self) -> dict[str, Tensor]:
-        """A step by names, the gradients as ``dA (R,K)`` and ``dB (N,R)``."""
+        """A step's results by name, the gradients as ``dA (R,K)`` and ``dB (N,R)``."""
         results = dict(zip(NAMES, (t.detach() for t in self.step()), strict=False))
         if self.transposed:
             results |= {name: results[name].t() for name in ("dA", "dB")}
@@ -86,7 +86,7 @@ class Problem:
     def make(
         cls, shape: Shape, dtype: torch.dtype, device: str, p: float, seed: int = 0
     ) -> Problem:
-        """Random values, base and adapter of one size; ``p`` is the dropout's."""
+        """Random tensors; base and adapter outputs are of similar size. ``p`` is for dropout."""
         torch.manual_seed(seed)
         M, K, N, R = shape
         kwargs = {"dtype": dtype, "device": device}
@@ -116,7 +116,7 @@ class Problem:
         return base, exactly(self.dy) @ weight
 
     def exact(self, kept: Tensor | float = 1.0) -> dict[str, Tensor]:
-        """The results in float64; ``kept (M,K)`` is dropout's factor, 0 or ``1/(1-p)``."""
+        """The results in float64; ``kept (M,K)`` has dropout's factors, 0 or ``1/(1-p)``."""
         x, dy, A, B = (exactly(t) for t in (self.x, self.dy, self.lora_A, self.lora_B))
         base, base_dx = self.exact_base
         S = SCALING * (x * kept) @ A.t()
@@ -131,8 +131,9 @@ class Problem:
     def tolerance(self) -> float:
         """The relative RMS error that rounding explains.
 
-        ROUNDINGS in the dtype, and sums of L products in fp32, whose errors grow as √L (Higham and
-        Mary, "A new approach to probabilistic rounding error analysis", 2019).
+        This allows ROUNDINGS in the layer's dtype, plus sums of L products in fp32, whose errors
+        grow as √L (Higham and Mary, "A new approach to probabilistic rounding error analysis",
+        2019).
         """
         eps = torch.finfo(self.dtype).eps
         longest = max(self.shape)
@@ -140,14 +141,14 @@ class Problem:
 
 
 def verified(make: Callable[[Problem], Layer], problem: Problem, name: str) -> Layer:
-    """The layer that ``make`` builds, its output and gradients checked against float64.
+    """Build a layer with ``make``, and check its output and gradients against float64.
 
-    With dropout, the mask is read off a twin whose weight is zero (``dx`` is then zero exactly
-    where an entry was dropped); the layer itself, from the same seed, must use that one mask in
-    ``y``, ``dx`` and ``dA``, and keep the right share.
+    With dropout, the mask is read from a twin layer with a zero weight: the twin's ``dx`` is zero
+    exactly where an entry was dropped. The layer itself runs with the same seed; it must use that
+    mask in ``y``, ``dx`` and ``dA``, and the mask must keep the right share of the entries.
 
     Raises:
-        WrongResultError: an error that rounding does not explain.
+        WrongResultError: an error exceeds what rounding explains, or the share is wrong.
     """
     layer = make(problem)
     if not layer.parameters:
@@ -171,7 +172,7 @@ def verified(make: Callable[[Problem], Layer], problem: Problem, name: str) -> L
 
 
 def _mask_of(make: Callable[[Problem], Layer], problem: Problem) -> Tensor:
-    """Where a layer seeded with 0 keeps, as zeros and ones in float64."""
+    """The mask of a layer seeded with 0, as zeros and ones in float64."""
     linear = nn.Linear(problem.shape.K, problem.shape.N, device="meta")
     linear.weight = nn.Parameter(torch.zeros_like(problem.linear.weight), requires_grad=False)
     linear.bias = problem.linear.bias
@@ -193,5 +194,5 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 
 def exactly(t: Tensor) -> Tensor:
-    """``t`` in float64, on the CPU where its device has no such numbers."""
+    """``t`` in float64; on the CPU if its device has no float64."""
     return t.detach().to("cpu" if t.device.type == "mps" else t.device).double()

@@ -1,7 +1,7 @@
-"""Everyone who computes the layer, from the same tensors: a function each, in :data:`PROVIDERS`.
+"""The implementations of the layer that are compared, one function each in :data:`PROVIDERS`.
 
-A provider takes a :class:`problem.Problem` and returns its layer, or raises Unavailable with the
-reason. Nobody is timed before :func:`problem.verified` has passed its numbers.
+A provider builds its layer from a :class:`problem.Problem`, or raises UnavailableError with the
+reason. No provider is timed before :func:`problem.verified` has checked its results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_lora
-from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, SINGLE_PASS_MAX_ROWS
+from fused_lora.kernels.config import (
+    SINGLE_PASS_MAX_RANK,
+    SINGLE_PASS_MAX_ROWS,
+    single_pass_applies,
+)
 from fused_lora.ops import dropout
 from layer.floor import Floor
 from layer.problem import SCALING, Layer, Problem
@@ -28,7 +32,7 @@ Provider = Callable[[Problem], Layer]
 
 
 class UnavailableError(Exception):
-    """Why a provider cannot take part here."""
+    """The reason why a provider cannot run this problem on this machine."""
 
 
 def _frozen(problem: Problem) -> Layer:
@@ -57,14 +61,15 @@ def _eager(problem: Problem) -> Layer:
 def _compiled(problem: Problem) -> Layer:
     if problem.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UnavailableError("torch.compile needs a C++ compiler for a CPU")
-    torch._dynamo.reset()  # a graph a shape would pass the limit, and eager would run instead
+    # Graphs of many shapes would exceed Dynamo's recompile limit, and eager would run instead.
+    torch._dynamo.reset()
     module = _Eager(problem)
     module.compile(fullgraph=True, dynamic=False)
     return Layer(problem, module, module.lora_A, module.lora_B)
 
 
 class _Tutorial(nn.Module):
-    """The LoRALinear of the tutorials: A ``(in, rank)`` and B ``(rank, out)``, a Dropout module."""
+    """LoRALinear as in tutorials: A ``(in, rank)``, B ``(rank, out)`` and a Dropout module."""
 
     def __init__(self, problem: Problem):
         super().__init__()
@@ -144,7 +149,7 @@ def _fused(problem: Problem, *, low_precision: bool) -> Layer:
 
 
 def _rounded(p: float) -> float:
-    """The multiple of 2⁻¹⁶ that fused-lora takes for a probability."""
+    """The dropout probability that fused-lora applies for ``p``, a multiple of 2⁻¹⁶."""
     return 1 - dropout.keep_count(p) / dropout.KEEP_ALL
 
 
@@ -166,7 +171,7 @@ def _lorafusion_style(problem: Problem) -> Layer:
     from layer.stored_mask import MAX_RANK, StoredMask
 
     if problem.shape.R > MAX_RANK:
-        raise UnavailableError(f"written for ranks up to {MAX_RANK}")
+        raise UnavailableError(f"expected a rank of at most {MAX_RANK}")
     return _schedule(problem, StoredMask)
 
 
@@ -174,9 +179,9 @@ def _forced(problem: Problem, *, strategy: str) -> Layer:
     _need_gpu(problem)
     if strategy == "single_pass":
         rows, rank = SINGLE_PASS_MAX_ROWS, SINGLE_PASS_MAX_RANK
-        small = rows >= problem.shape.M and rank >= problem.shape.R
-        if problem.p or not small:
-            raise UnavailableError(f"one pass is for M <= {rows}, rank <= {rank} and no dropout")
+        masked = "operand" if problem.p else None
+        if not single_pass_applies(problem.shape.M, problem.shape.R, masked):
+            raise UnavailableError(f"expected M <= {rows}, rank <= {rank} and no dropout")
     return _schedule(problem, Forced, strategy, p=_rounded(problem.p))
 
 
@@ -186,20 +191,20 @@ def _need_gpu(problem: Problem) -> None:
 
 
 def _filled(problem: Problem, module: nn.Module, lora_A, lora_B, p: float | None = None) -> Layer:
-    """The module with the problem's adapter in it, ready to train."""
+    """Copy the problem's adapter into the module and put it into training mode."""
     with torch.no_grad():
         lora_A.copy_(problem.lora_A)
         lora_B.copy_(problem.lora_B)
-    module.train()  # loralib's returns nothing
+    module.train()  # not chained: loralib's train() returns None
     return Layer(problem, module, lora_A, lora_B, p=p)
 
 
 @lru_cache
 def _import(name: str) -> ModuleType | str:
-    """The module, or why it does not import; tried once."""
+    """The module, or the reason why its import fails; each is tried once."""
     try:
         return importlib.import_module(name)
-    except Exception as error:  # a package that meets a newer dependency fails in any way
+    except Exception as error:  # incompatible dependencies raise errors of any type
         return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 

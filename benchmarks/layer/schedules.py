@@ -1,7 +1,7 @@
-"""Ways to order the layer's products that no library offers as a module: autograd Functions.
+"""Schedules of the layer's products that no library offers as a module, as autograd Functions.
 
-addmm     every product is the vendor's, the adapter's accumulated onto the base's
-forced    this library's kernels with a strategy that is prescribed and not chosen
+addmm     every product by the vendor's GEMM; the adapter's output accumulates into the base output
+forced    this library's kernels with a prescribed strategy
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from fused_lora.kernels.config import DIGITS
+from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 
 
 class Addmm(torch.autograd.Function):
-    """The schedule of the fast paths of LoRA trainers; keeps the dropped x and a bool mask."""
+    """The schedule of the fast paths of LoRA trainers; saves the dropped x and a bool mask."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, p):
@@ -39,33 +40,31 @@ class Addmm(torch.autograd.Function):
 
 
 class Forced(torch.autograd.Function):
-    """``fused_lora.kernels.strategies`` with one strategy, "split" or "single_pass", both ways."""
+    """``fused_lora.kernels.strategies`` with "split" or "single_pass" in both directions."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, p, strategy):
         from fused_lora.kernels import strategies
         from fused_lora.ops import dropout
+        from fused_lora.ops.constants import constant, scalar
 
-        keep = dropout.keep_count(p)
-        ctx.inv_keep = dropout.KEEP_ALL / keep
+        keep_count = dropout.keep_count(p)
+        ctx.inv_keep = dropout.KEEP_ALL / keep_count
         keep_bits = None
-        if keep != dropout.KEEP_ALL:
+        if keep_count != dropout.KEEP_ALL:
             keep_bits = dropout.empty_keep_bits(*x.shape, x.device)
-            strategies.dropout_mask(keep_bits, dropout.draw_seed(x.device), keep, DIGITS)
-        y, S = strategies.forward(
-            x, weight, lora_A, lora_B, bias, scaling, keep_bits, ctx.inv_keep, strategy
-        )
-        ctx.save_for_backward(x, weight, lora_A, lora_B, S, keep_bits)
-        ctx.scaling, ctx.strategy = scaling, strategy
+            strategies.dropout_mask(keep_bits, dropout.draw_seed(x.device), keep_count, DIGITS)
+        scale = constant(scalar, float(scaling), x.device)
+        operands = ForwardOperands(x, weight, lora_A, lora_B, bias, scale, keep_bits, ctx.inv_keep)
+        y, S = strategies.forward(operands, strategy)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, S, scale, keep_bits)
+        ctx.strategy = strategy
         return y
 
     @staticmethod
     def backward(ctx, dy):
         from fused_lora.kernels import strategies
 
-        x, weight, lora_A, lora_B, S, keep_bits = ctx.saved_tensors
-        dx, dA, dB = strategies.backward(
-            dy, x, weight, lora_A, lora_B, S, ctx.scaling, keep_bits, ctx.inv_keep,
-            (True, True, True), ctx.strategy,
-        )  # fmt: skip
+        operands = BackwardOperands(dy, *ctx.saved_tensors, ctx.inv_keep)
+        dx, dA, dB = strategies.backward(operands, ctx.strategy)
         return dx, None, None, dA, dB, None, None, None

@@ -1,4 +1,4 @@
-"""The schedule of LoRAFusion, written anew: a graph split at S, the dropped x and a bool mask kept.
+"""LoRAFusion's schedule, reimplemented: split at S, with a stored dropped x and bool mask.
 
     forward    x̂, mask = D(x)    S = s·x̂ Aᵀ     y  = x Wᵀ + b + S Bᵀ        one kernel for y
     backward   G = s·dy B        dB = dyᵀ S     dx = dy W + mask·(G A)      one kernel for dx
@@ -6,8 +6,7 @@
 
     O = P Q + mask·(U V)·inv_keep + bias       P (M,L)   Q (L,N)   U (M,R)   V (R,N)
 
-Zhu et al., "LoRAFusion: Efficient LoRA Fine-Tuning for LLMs", 2025. The tiles were never tuned on
-a GPU.
+Zhu et al., "LoRAFusion: Efficient LoRA Fine-Tuning for LLMs", 2025. The tiles here are not tuned.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import triton.language as tl
 from fused_lora.kernels.common import grouped_tile
 from fused_lora.kernels.config import MIN_BLOCK_R, cdiv
 
-MAX_RANK = 64  # U V is one dot
+MAX_RANK = 64  # U V is a single dot
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -80,7 +79,7 @@ def _gemm(
 
 
 def _launch(p, q, u, v, mask=None, inv_keep=1.0, bias=None) -> torch.Tensor:
-    """``P Q + mask·(U V)·inv_keep + bias`` for operands of one dtype; rows of P, U lie dense."""
+    """``P Q + mask·(U V)·inv_keep + bias``; one dtype, the rows of P and U contiguous."""
     (M, L), N, R = p.shape, q.shape[1], u.shape[1]
     o = torch.empty((M, N), dtype=p.dtype, device=p.device)
     half = p.element_size() == 2

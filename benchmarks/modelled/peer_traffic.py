@@ -1,9 +1,9 @@
-"""What other ways to run a LoRA layer move and compute, in the terms of ``strategy/traffic.py``.
+"""Bytes and operations of other implementations of a LoRA layer, as in ``strategy/traffic.py``.
 
-Each is the schedule of one forward and backward with gradients of A, B and x, all in one dtype.
-PyTorch keeps a dropout mask of one byte an element; drawing it costs no more than its bytes here,
-which favours the peers. The comments count passes: reads or writes of a
-tensor of x's size in half precision, were K and N equal.
+Each function returns the schedule of one forward and backward with gradients of A, B and x, all in
+one dtype. PyTorch keeps a dropout mask of one byte per element; drawing it is modelled as costing
+only these bytes, which favours the peers. The comments count passes: one pass reads or writes a
+tensor of x's size in half precision, assuming K = N.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fused_lora.strategy.traffic import TRITON_TRAFFIC, Kernel, Product, vendor_
 
 
 class _Sizes:
-    """Bytes of the layer's tensors, and the kernels that peers are made of."""
+    """Bytes of the layer's tensors, and the kernels that the peers have in common."""
 
     def __init__(self, device: Device, c: Product):
         self.c, self.sms = c, device.target.sms
@@ -36,13 +36,13 @@ class _Sizes:
         return [Kernel("dropout", {"x": self.X}, {"d": self.X, "mask": self.mask})]
 
     def undropped(self) -> list[Kernel]:
-        """The gradient through it: 2.5 passes."""
+        """The gradient through dropout: 2.5 passes."""
         if not self.c.masked:
             return []
         return [Kernel("dropout backward", {"dd": self.X, "mask": self.mask}, {"dd'": self.X})]
 
     def gradients(self) -> list[Kernel]:
-        """``dB``, the gradient of the rank's activation, and ``dA``: 3 passes."""
+        """``dB``, ``G = dY B`` and ``dA``: 3 passes."""
         return [
             Kernel("dB", {"dy": self.Y, "S": self.S}, {"dB": self.B}, self.thin_y),
             Kernel("G", {"dy": self.Y, "B": self.B}, {"G": self.S}, self.thin_y),
@@ -51,7 +51,7 @@ class _Sizes:
 
 
 def frozen(device: Device, c: Product) -> list[Kernel]:
-    """The layer without an adapter: the floor."""
+    """The layer without an adapter, a lower bound."""
     return list(_Sizes(device, c).frozen())
 
 
@@ -77,7 +77,7 @@ def eager(device: Device, c: Product) -> list[Kernel]:
 
 
 def chained(device: Device, c: Product) -> list[Kernel]:
-    """One autograd function of vendor GEMMs, the adapter's accumulated by ``addmm_``.
+    """One autograd function of vendor GEMMs; ``addmm_`` accumulates the adapter's products.
 
     15 thin passes with dropout, 8 without.
     """
@@ -123,7 +123,7 @@ def lorafusion(device: Device, c: Product) -> list[Kernel]:
 
 
 def _fused(device: Device, gemm: Kernel, shape: tuple[int, int], more: dict, flops: float):
-    """``gemm`` by Triton, as fast as ours would be, with an epilogue that reads ``more``."""
+    """``gemm`` in Triton, at the speed modelled for this library's, with ``more`` read too."""
     tile = select_config.gemm_config(device.target, 2, *shape, 16, aligned=True)
     return Kernel(
         gemm.name,

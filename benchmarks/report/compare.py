@@ -1,4 +1,4 @@
-"""Two reports of the same rows: what became slower or faster by more than the noise."""
+"""Compare two reports of the same rows: what became slower or faster by more than the noise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness.shapes import Shape
 from harness.timing import Quartiles
 from report.records import Report
 
-# What decides whether two runs can be set beside each other.
+# Properties of the machine that must agree for two runs to be comparable.
 SAME = ("device_name", "emulated", "threads", "thread_binding")
 
 
@@ -25,7 +25,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """ "slower" or "faster" where the middle halves lie apart, else "same"."""
+        """ "slower" or "faster" if the interquartile ranges do not overlap, else "same"."""
         if self.new.q1 > self.old.q3:
             return "slower"
         if self.new.q3 < self.old.q1:
@@ -42,7 +42,7 @@ class Change:
 
 
 def changes(old: Report, new: Report) -> list[Change]:
-    """Every provider of every row that both have, but the frozen layer, whose ratio is 1."""
+    """Every provider in every row that both reports have, except the frozen layer: ratio 1."""
     before = {row.key: row for row in old.rows}
     return [
         Change(*row.key, name, before[row.key].results[name].ratio, result.ratio)
@@ -54,7 +54,7 @@ def changes(old: Report, new: Report) -> list[Change]:
 
 
 def render(old: Report, new: Report) -> str:
-    """Regressions first; ratios with their quartiles."""
+    """The comparison as text: regressions first, ratios with their quartiles."""
     found = changes(old, new)
     lines = [
         f"note: {key} was {old.machine.get(key)!r} and is {new.machine.get(key)!r}"
@@ -65,6 +65,6 @@ def render(old: Report, new: Report) -> str:
     counts = ", ".join(f"{len(items)} {verdict}" for verdict, items in named.items())
     lines.append(
         f"against {old.machine['commit']['id']} of {old.machine['date'][:10]}, ratios to frozen,"
-        f" apart where the middle halves do not meet: {counts}"
+        f" slower or faster if the middle halves do not overlap: {counts}"
     )
     return "\n".join([*lines, *map(str, named["slower"] + named["faster"])]) + "\n"

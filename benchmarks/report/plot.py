@@ -1,6 +1,6 @@
-"""A report's pictures: speed-up, overhead over the frozen layer, memory; PNG and SVG.
+"""A report's plots: speed-up, overhead over the frozen layer, memory; as PNG and SVG.
 
-``python benchmarks/plot.py FILE.json`` draws them again beside the file.
+``python benchmarks/plot.py FILE.json`` redraws them beside the file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from harness.timing import Quartiles
 from report import records
 from report.records import Report, Row
 
-# SVG text stays text, and the same report gives the same file.
+# Text in SVG files stays text, and the same report produces the same file.
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fused-lora"}
 
 OURS = "fused"
 ROW_INCHES, BAR_INCHES = 0.2, 0.1
-# Each provider keeps its colour from picture to picture; ours stand out.
+# A provider has the same colour in every plot; this library's stand out.
 COLORS = {
     "floor": "#222222", "eager": "#8da0cb", "tutorial": "#a6d8e8", "peft": "#e78ac3",
     "peft-bf16": "#f4c6dd", "loralib": "#b3a16d", "torchtune": "#e5c494", "compiled": "#b3b3b3",
@@ -34,7 +34,8 @@ COLORS = {
 def draw(report: Report, stem: Path) -> list[Path]:
     """Write ``STEM-speedup``, ``-overhead`` and ``-memory``, each as PNG and SVG.
 
-    Of the shapes of the longest complete list of :data:`shapes.MEANS`; without one, of all.
+    The plots show the shapes of the longest list in :data:`shapes.MEANS` that the report has in
+    full; without such a list, all shapes.
     """
     report = Report(report.machine, _shown(report))
     peers = [n for n in report.providers() if n not in ("frozen", "floor") and OURS not in n]
@@ -84,7 +85,7 @@ def _alone(value: float) -> Quartiles:
 def _bars(
     report: Report, names: list[str], value: Callable[[Row, str], Quartiles], axis: str, base: float
 ) -> Figure:
-    """Horizontal bars from ``base``: a panel a dtype and dropout, a group a shape."""
+    """Horizontal bars from ``base``: one panel per dtype and dropout, one group per shape."""
     groups = list(report.groups())
     rows = max(len(found) for _, found in groups)
     height = 1.9 + rows * (ROW_INCHES + BAR_INCHES * len(names))

@@ -1,4 +1,4 @@
-"""What a run found: rows of results, their file, and the means over the fixed lists of shapes."""
+"""Results of a run: rows, their file format, and means over the fixed lists of shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from harness.shapes import MEANS, Shape
 from harness.timing import Quartiles
 
-SCHEMA = 1  # raised when an older file can no longer be read
+SCHEMA = 1  # incremented when older files can no longer be read
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -22,7 +22,7 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Result:
-    """One provider in one row; ``ratio`` is to the frozen layer, paired by rounds."""
+    """One provider in one row; ``ratio`` is to the frozen layer's time in the same round."""
 
     seconds: Quartiles
     ratio: Quartiles
@@ -32,7 +32,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """One shape in one dtype with one dropout; who was left out, and why."""
+    """One shape, dtype and dropout; ``skipped`` has the reason for each provider left out."""
 
     shape: Shape
     dtype: str
@@ -50,7 +50,7 @@ class Row:
         return self.shape.M * self.shape.K * ITEMSIZE[self.dtype]
 
     def speedup(self, provider: str, over: str) -> float:
-        """How many times faster than ``over``, by medians; NaN where either is missing."""
+        """How many times faster than ``over``, by medians; NaN if either is missing."""
         if not {provider, over} <= self.results.keys():
             return math.nan
         return self.results[over].ratio.median / self.results[provider].ratio.median
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """A run: the machine as :func:`machine.describe` has it, and the rows."""
+    """A run: the machine as returned by :func:`machine.describe`, and the rows."""
 
     machine: dict
     rows: list[Row]
@@ -72,13 +72,13 @@ class Report:
         return next((row for row in self.rows if row.key == (shape, dtype, dropout)), None)
 
     def providers(self) -> list[str]:
-        """Everyone with a result, in the order of the run."""
+        """Every provider with a result, in the order of the run."""
         return list(dict.fromkeys(name for row in self.rows for name in row.results))
 
     def mean_speedup(
         self, mean: str, dtype: str, dropout: float, provider: str, over: str
     ) -> float | None:
-        """Geometric mean over a list of :data:`shapes.MEANS`; None where a shape is missing."""
+        """Geometric mean over a list in :data:`shapes.MEANS`; None if a shape is missing."""
         rows = [self.row(shape, dtype, dropout) for shape in MEANS[mean]]
         if None in rows:
             return None
@@ -86,11 +86,11 @@ class Report:
         return None if any(map(math.isnan, values)) else geometric_mean(values)
 
     def save(self, stem: Path) -> list[Path]:
-        """Write ``stem.json`` and, for spreadsheets, ``stem.csv`` into a folder that is there."""
+        """Write ``stem.json`` and, for spreadsheets, ``stem.csv`` into an existing folder."""
         rows = [asdict(row) | {"shape": row.shape._asdict()} for row in self.rows]
         data = {"schema": SCHEMA, "machine": self.machine, "rows": rows}
         paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "csv")]
-        paths[0].write_text(json.dumps(data, indent=1) + "\n")
+        paths[0].write_text(json.dumps(data, separators=(",", ":")) + "\n")
         with paths[1].open("w", newline="") as file:
             lines = list(self._csv_lines())
             writer = csv.DictWriter(file, lines[0])
@@ -120,11 +120,11 @@ class Report:
 
 
 def load(path: Path) -> Report:
-    """A report as :meth:`Report.save` wrote it.
+    """Read a report that :meth:`Report.save` wrote.
 
     Raises:
-        FormatError: not such a file, or one of another schema.
-        OSError: it cannot be read.
+        FormatError: the file has another content or another schema.
+        OSError: the file cannot be read.
     """
     try:
         data = json.loads(path.read_text())
@@ -154,7 +154,7 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def label(machine: dict) -> str:
-    """The line under which numbers are shown."""
+    """The line that heads tables and plots: machine, versions, date and commit."""
     threads = f"{machine['threads']} threads, OMP_PROC_BIND {machine['thread_binding']}"
     where = threads if machine["device"] == "cpu" else machine["device"]
     if emulated := machine.get("emulated"):

@@ -10,12 +10,12 @@ from harness.shapes import MEANS
 from report.records import Report, Row, label
 
 OURS = "fused"
-RIVALS = ("peft", "eager")  # as users get it, and as the textbook has it
+RIVALS = ("peft", "eager")  # PEFT with its defaults, and the textbook formula
 PEERS = ("eager", "tutorial", "peft-bf16", "loralib", "torchtune", "addmm")
 
 
 def render(report: Report) -> str:
-    """All of it, a section for every dtype and dropout."""
+    """The whole report, with one section per dtype and dropout."""
     parts = [
         label(report.machine),
         "forward + backward as a multiple of the frozen layer's, medians of paired rounds;"
@@ -68,7 +68,7 @@ def _spread(row: Row) -> str:
 
 
 def short(ratio: float) -> str:
-    """Two decimals, or three of a small one."""
+    """Two decimals, or three below 0.1."""
     return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
 
 
@@ -77,7 +77,7 @@ def _times(value: float) -> str:
 
 
 def _over_best(row: Row) -> float:
-    """The speed-up over the fastest of PEERS; NaN where none was there."""
+    """The speed-up over the fastest of PEERS; NaN if the row has none."""
     speedups = [row.speedup(OURS, peer) for peer in PEERS if peer in row.results]
     return min(speedups, default=math.nan)
 

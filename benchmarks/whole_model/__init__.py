@@ -1,1 +1,1 @@
-"""Training steps of whole models: trainers, loss curves, memory of a process."""
+"""Whole models: trainers, loss curves, the memory of a process, results and plots."""

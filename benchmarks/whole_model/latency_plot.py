@@ -1,4 +1,4 @@
-"""The picture of adapter_latency.py: extra latency against depth, with its quartiles."""
+"""The plot of adapter_latency.py: extra latency against depth, with its quartiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from whole_model.results import Point
 
-# SVG text stays text, and the same points give the same file.
+# Text in SVG files stays text, and the same points produce the same file.
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "fused-lora"}
 
 LINES = {
@@ -22,7 +22,7 @@ LINES = {
 
 
 def draw(points: list[Point], title: str) -> Figure:
-    """A panel a length of text; the bands are the quartiles over the rounds."""
+    """One panel per text length; the bands are the quartiles over the rounds."""
     lengths = sorted({point.tokens for point in points})
     figure = Figure(figsize=(max(6.5, 4.5 * len(lengths)), 4.2), layout="constrained")
     figure.suptitle(f"latency over the plain model's, {title}", fontsize=9, wrap=True)
@@ -38,7 +38,7 @@ def draw(points: list[Point], title: str) -> Figure:
             panel.plot(depths, medians, color=color, marker=marker, ms=4, label=name)
         panel.axhline(0, color="0.2", lw=0.8)
         panel.set_title(f"1 text of {tokens} token{'s' * (tokens > 1)}", fontsize=10)
-        panel.set(xlabel="layers", ylabel="extra ms a call, median and quartiles")
+        panel.set(xlabel="layers", ylabel="extra ms per call, median and quartiles")
         panel.set_xticks(depths)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, loc="upper left")

@@ -1,17 +1,18 @@
-"""Whether every provider learns the same: loss curves against PEFT's in a wider dtype.
+"""Check that every provider learns the same: loss curves against PEFT's in a wider dtype.
 
-A curve's error is its distance to that of PEFT with the same weights, adapters and batches in
-float32 (for a float32 run in float64), the largest over all steps. It may be
+The reference is the curve of PEFT with the same weights, adapters and batches in float32 (in
+float64 for a float32 run). A curve's error is its largest distance to the reference over all steps.
+It may be at most
 
     2 · error of PEFT's own curve + (u / √tokens + ε) · loss
 
-PEFT's own is what rounding in this dtype costs once it has gone through training. The rest is for
-one forward alone: each token's loss has a relative error of about the dtype's unit round-off u, and
-the loss is the mean of so many independent ones; both curves' losses are then rounded to float32,
-which has the spacing ε.
+PEFT's own error is what rounding in this dtype costs after it has propagated through training. The
+second term covers a single forward: each token's loss has a relative error of about the dtype's
+unit round-off u, and the loss is the mean over the tokens, whose errors are independent. Both
+curves' losses are then rounded to float32, whose spacing is ε.
 
-``peft-bf16`` is held to its first loss alone: its optimizer rounds every update to bfloat16, which
-is another training run, not another way to compute it.
+Only the first loss of ``peft-bf16`` is checked: its optimizer rounds every update to bfloat16,
+which makes it a different training run, not a different way to compute the same one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WIDER = {"bfloat16": "float32", "float32": "float64"}
 
 @dataclass(frozen=True)
 class Check:
-    """Curves of one model without dropout, and how far each is from the wider dtype's."""
+    """Loss curves of one model without dropout, and their errors against the wider dtype's."""
 
     model: str
     dtype: str
@@ -43,7 +44,7 @@ class Check:
 
     @property
     def errors(self) -> dict[str, float]:
-        """The largest distance over the steps that a provider is held to."""
+        """Each provider's largest distance over the steps that are checked."""
         return {
             name: _distance(curve[: _compared(name)], self.wider)
             for name, curve in self.losses.items()
@@ -51,10 +52,10 @@ class Check:
 
 
 def check(base: nn.Module, setting: Setting, names: Iterable[str]) -> Check:
-    """Train 20 steps by each of ``names``, "peft" among them.
+    """Train 20 steps with each of ``names``, which must include "peft".
 
     Raises:
-        WrongResultError: a curve is further off than rounding explains.
+        WrongResultError: a curve's error exceeds what rounding explains.
     """
     setting = replace(setting, dropout=0.0)
     wide = copy.deepcopy(base).to(getattr(torch, WIDER[setting.dtype]))

@@ -18,7 +18,7 @@ COLOR = COLORS | {"peft-patched": "#fc8d59"}
 
 
 def draw(checks: list[Check], rows: list[Row], title: str) -> Figure:
-    """A line of panels a model: time and memory in every setting, then the losses."""
+    """One row of panels per model: time and memory in every setting, then the losses."""
     settings = len(rows) // len(checks)
     columns = 2 * settings + 1
     figure = Figure(figsize=(3.1 * columns, 0.6 + 3.3 * len(checks)), layout="constrained")
@@ -40,7 +40,7 @@ def draw(checks: list[Check], rows: list[Row], title: str) -> Figure:
 
 
 def _times(panel, results: dict[str, Result]) -> None:
-    """Stacked parts; the whisker is the quartiles of whole steps."""
+    """Stacked parts of a step; the whiskers span the quartiles of whole steps."""
     bottom = [0.0] * len(results)
     for part in PARTS:
         heights = [1e3 * result.parts[part].median for result in results.values()]
@@ -56,8 +56,8 @@ def _times(panel, results: dict[str, Result]) -> None:
             f"{result.ratio.median:.2f}", (place, 1e3 * q.q3), (0, 3),
             textcoords="offset points", ha="center", fontsize=8,
         )  # fmt: skip
-    panel.set_ylabel("ms a step, and of peft's", fontsize=8)
-    panel.set_xlabel("from below: " + ", ".join(PARTS), fontsize=7)
+    panel.set_ylabel("ms per step; on top: ratio to peft", fontsize=8)
+    panel.set_xlabel("bottom to top: " + ", ".join(PARTS), fontsize=7)
     panel.margins(y=0.12)
     _name(panel, results)
 
@@ -66,14 +66,14 @@ def _memory(panel, results: dict[str, Result]) -> None:
     heights = [result.step_bytes / 1e6 for result in results.values()]
     drawn = panel.bar(range(len(results)), heights, 0.7, color=[COLOR[name] for name in results])
     panel.bar_label(drawn, fmt="%.4g", padding=2, fontsize=8)
-    panel.set_ylabel("MB, a step's peak beside weights", fontsize=8)
+    panel.set_ylabel("MB, peak of a step without weights", fontsize=8)
     panel.margins(y=0.12)
     _name(panel, results)
 
 
 def _losses(panel, found: Check) -> None:
     for index, (name, curve) in enumerate(found.losses.items()):
-        dashes = (index * 2, (2, 2 * len(found.losses) - 2))  # equal curves show side by side
+        dashes = (index * 2, (2, 2 * len(found.losses) - 2))  # interleaved, so equal curves show
         panel.plot(range(1, len(curve) + 1), curve, color=COLOR[name], ls=dashes, lw=2, label=name)
     panel.set_title(f"{found.model}, errors ≤ {found.tolerance:.0e}", fontsize=9)
     panel.set_xlabel("step", fontsize=8)

@@ -1,4 +1,4 @@
-"""What training a whole model takes of a machine's memory, by the kernel's own count."""
+"""Memory of a process that trains a whole model, as counted by the operating system."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 from whole_model.trainers import Setting, Trainer, base_model
 
 STATUS = Path("/proc/self/status")
-STEPS = 3  # the optimizer's state comes with the first
+STEPS = 3  # the first one creates the optimizer's state
 
 
 @dataclass(frozen=True)
 class Resident:
-    """Bytes of a process: with the model made and adapted, and the most up to the last step."""
+    """Resident bytes of a process: with the model adapted, and the peak up to the last step."""
 
     built: int
     peak: int
 
 
 def resident(setting: Setting, provider: str) -> Resident | None:
-    """Measured in a process of its own, which makes the model and trains some steps.
+    """Measure in a process of its own, which creates the model and trains some steps.
 
-    Counted is everything that is resident: Python and its packages, weights, what the steps need,
-    what a vendor's GEMM and the heap keep for themselves. None without Linux' ``/proc``.
+    Everything resident counts: Python and its packages, weights, what the steps need, what a
+    vendor's GEMM and the heap keep for themselves. None without Linux's ``/proc``.
     """
     if not STATUS.is_file():
         return None
@@ -35,7 +35,7 @@ def resident(setting: Setting, provider: str) -> Resident | None:
 
 @cache
 def _server() -> ProcessPoolExecutor:
-    """A process that only imports, once for all, and that no model was ever in."""
+    """A process, started once, that has done the imports but has never held a model."""
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
@@ -49,7 +49,7 @@ def _train(setting: Setting, provider: str) -> Resident:
     built = _status("VmRSS")
     for _ in range(STEPS):
         trainer.step()
-    # Not getrusage: across exec, ru_maxrss keeps what the process was before.
+    # Not getrusage: ru_maxrss survives exec, and would include the memory of the parent.
     return Resident(built, _status("VmHWM"))
 
 

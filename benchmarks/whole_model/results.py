@@ -1,4 +1,4 @@
-"""What model_step.py and adapter_latency.py have measured."""
+"""The results of model_step.py and adapter_latency.py."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Result:
     """One provider's step, in one setting.
 
     Attributes:
-        seconds, parts: of a whole step, and of its forward, backward and optimizer.
+        seconds, parts: time of a whole step, and of its forward, backward and optimizer.
         ratio: to PEFT's step on the same batch.
         held_bytes: weights, adapters and the optimizer's state.
-        step_bytes: the most that a step has allocated at once beside them, gradients included; see
+        step_bytes: the peak that a step allocates beyond these, gradients included; see
             :func:`memory.peak_of`.
-        process: on a CPU under Linux, what a process of its own takes; of tiny models, which that
-            would not show, None.
+        process: on a CPU under Linux, the memory of a process of its own. None for tiny models,
+            which Python's own memory would hide.
     """
 
     seconds: Quartiles
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """One depth and length of text; ``extra`` is over the plain model in the same round."""
+    """One depth and text length; ``extra`` is the time beyond the plain model's in that round."""
 
     depth: int
     tokens: int

@@ -1,4 +1,4 @@
-"""A whole model in training, by every provider: the same weights, adapters and batches."""
+"""Train a whole model with every provider: the same weights, adapters and batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fused_lora import apply_lora, lora_layers, patch_peft
 from harness.command import imports
 
 with imports():
-    # transformers looks for a package that it never needs here, and says at import that it failed.
+    # At import, transformers warns about an optional package that is not needed here.
     logging.disable(logging.WARNING)
     import peft
     import transformers
@@ -25,14 +25,14 @@ with imports():
     transformers.utils.logging.set_verbosity_error()
 
 RANK, ALPHA, RATE = 16, 32, 1e-3
-FREQUENT = 64  # token ids in the batches: few, so that there is something to learn in 20 steps
+FREQUENT = 64  # token ids in the batches: few, so that 20 steps can learn something
 SEED = 0
 PARTS = ("forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained; ``tiny`` models have the shape's blocks, few and narrow."""
+    """What is trained; a ``tiny`` model has the same architecture with few, narrow blocks."""
 
     model: str
     dtype: str = "bfloat16"
@@ -42,7 +42,7 @@ class Setting:
 
     @property
     def batch_shape(self) -> tuple[int, int]:
-        """Texts and tokens of a step."""
+        """Texts per step, and tokens per text."""
         return (4, 32) if self.tiny else (4, 128)
 
     @property
@@ -51,7 +51,7 @@ class Setting:
 
 
 def gpt2(tiny: bool) -> transformers.GPT2LMHeadModel:
-    """124 million parameters; without dropout of its own, which would blur the curves."""
+    """124 million parameters, without GPT-2's own dropout, which would blur the curves."""
     sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 512} if tiny else {}
     quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **quiet, use_cache=False))
@@ -86,7 +86,7 @@ MODELS = {"gpt2": gpt2, "smollm2-135m": smollm2}
 def base_model(setting: Setting) -> nn.Module:
     """The model before it is adapted, with random weights in the setting's dtype.
 
-    It is made in that dtype: a wider copy on the way would hide a step's peak of memory.
+    It is created in that dtype: a temporary wider copy would hide a step's memory peak.
     """
     torch.manual_seed(SEED)
     before = torch.get_default_dtype()
@@ -99,12 +99,12 @@ def base_model(setting: Setting) -> nn.Module:
 
 
 def with_peft(model: nn.Module, dropout: float, *, wide: bool, patched: bool = False) -> nn.Module:
-    """Adapted by PEFT; ``wide`` adapters are float32, its default."""
+    """Adapt ``model`` with PEFT; ``wide`` adapters are float32, PEFT's default."""
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear"
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Conv1D's transposed weight, which it sees to
+        warnings.simplefilter("ignore")  # on Conv1D's transposed weight, which PEFT handles
         model = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
     if patched:
         patch_peft(model)
@@ -112,7 +112,7 @@ def with_peft(model: nn.Module, dropout: float, *, wide: bool, patched: bool = F
 
 
 def with_ours(model: nn.Module, dropout: float) -> nn.Module:
-    """Adapted by this library, with its default float32 adapters."""
+    """Adapt ``model`` with this library, with its default float32 adapters."""
     apply_lora(model, rank=RANK, alpha=ALPHA, dropout=dropout)
     return model
 
@@ -126,7 +126,7 @@ PROVIDERS: dict[str, Callable[[nn.Module, float], nn.Module]] = {
 
 
 def providers(dtype: str) -> list[str]:
-    """Those that differ: in float32 PEFT has one kind of adapters."""
+    """The providers that differ: with a float32 base, both of PEFT's are the same."""
     return [name for name in PROVIDERS if dtype == "bfloat16" or name != "peft-bf16"]
 
 
@@ -140,7 +140,7 @@ def adapters(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
 
 @torch.no_grad()
 def draw_adapters(model: nn.Module) -> None:
-    """The same values for every provider, exact in bfloat16; B is not zero, so that A matters."""
+    """Draw the same values for every provider, exact in bfloat16; B is nonzero, so A matters."""
     generator = torch.Generator().manual_seed(SEED)
     for pair in adapters(model):
         for matrix in pair:
@@ -149,20 +149,20 @@ def draw_adapters(model: nn.Module) -> None:
 
 
 def batches(setting: Setting) -> Iterator[Tensor]:
-    """Token ids without end, the same sequence every time."""
+    """An endless stream of token ids, the same for every call."""
     generator = torch.Generator().manual_seed(SEED)
     while True:
         yield torch.randint(FREQUENT, setting.batch_shape, generator=generator).to(setting.device)
 
 
 class Trainer:
-    """One provider's model and optimizer, and the batch that comes next.
+    """One provider's model, its optimizer and its stream of batches.
 
     Args:
-        model: from :func:`base_model`; it is adapted in place.
+        model: from :func:`base_model`; adapted in place.
 
     Attributes:
-        marks: of every step, when each of :data:`PARTS` began and the last one ended.
+        marks: per step, when each of :data:`PARTS` began and when the last one ended.
     """
 
     def __init__(self, model: nn.Module, provider: str, setting: Setting):
@@ -175,7 +175,7 @@ class Trainer:
         self.marks: list[tuple] = []
 
     def step(self) -> Tensor:
-        """Train on the next batch; the loss before, without waiting for the device."""
+        """Train on the next batch; return its loss before the update, without synchronising."""
         ids = next(self.batches)
         began = _mark(self.device)
         loss = self.model(input_ids=ids, labels=ids).loss
@@ -188,7 +188,7 @@ class Trainer:
         return loss.detach()
 
     def part_seconds(self) -> dict[str, list[float]]:
-        """Of every step; call it when the device has been waited for."""
+        """Seconds of each part in every step; synchronise the device before the call."""
         return {
             part: [_between(*marks[i : i + 2]) for marks in self.marks]
             for i, part in enumerate(PARTS)
@@ -202,7 +202,7 @@ class Trainer:
 
 
 def _mark(device: torch.device) -> float | torch.Event:
-    """Now; on a GPU, when the queue gets here."""
+    """The time now; on a GPU, an event in the queue."""
     if device.type == "cpu":
         return time.perf_counter()
     event = torch.Event(device, enable_timing=True)
