@@ -1,9 +1,9 @@
-"""Every address that a kernel touches, seen through Triton's interpreter.
+"""Records and checks every address that a kernel accesses under Triton's interpreter.
 
-``with record() as launches: launcher(...)`` checks each launch as it ends: every lane that is not
-masked off reads and writes inside a tensor argument (at one of its elements, not merely inside its
-span), and every element of a tensor that is written at all is written exactly once. Tensors from
-:func:`guarded` stand between bands that nothing may change.
+``with record() as launches: launcher(...)`` checks each launch when it ends. Every unmasked lane
+must read and write an element of a tensor argument, not merely an address inside its span. Every
+element of a written tensor must be written exactly once. Tensors from :func:`guarded` lie between
+guard bands that no kernel may write.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-GUARD = 64  # elements on either side
+GUARD = 64  # elements on each side
 
 
 class AccessError(AssertionError):
-    """A launch touched what it must not, or left or repeated what it must write once."""
+    """A launch accessed memory outside its arguments, or did not write an output exactly once."""
 
 
 @dataclass
 class Launch:
-    """One launch: bytes by argument name, unique (each address once) and in all."""
+    """One launch: bytes per argument name; reads counted once per address and in total."""
 
     kernel: str
     read_unique: dict[str, int] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class _Recorder:
                 base, shape, strides = arg, arg.shape, arg.stride()
             else:
                 continue
-            if base.data_ptr() not in known:  # flags off pass another argument in its place
+            if base.data_ptr() not in known:  # an omitted one repeats another
                 known.add(base.data_ptr())
                 self.regions.append(_Region(name, base, shape, strides))
 
@@ -104,7 +104,7 @@ class _Recorder:
 
 @contextmanager
 def record():
-    """Record and check every launch of the block; yields the list of :class:`Launch`."""
+    """Record and check every launch in the block; yields a list that gets one Launch for each."""
     recorder = _Recorder()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
@@ -139,7 +139,7 @@ def record():
 
 
 def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """``tensor`` copied between two bands, and the whole buffer; see :func:`assert_guards`."""
+    """A copy of ``tensor`` between two guard bands, and the whole buffer."""
     fill = float("nan") if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max
     buffer = torch.full((tensor.numel() + 2 * GUARD,), fill, dtype=tensor.dtype)
     inner = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
@@ -147,7 +147,7 @@ def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_guards(buffer: Tensor) -> None:
-    """The bands of a buffer from :func:`guarded` are untouched."""
+    """Check that the guard bands of a buffer from :func:`guarded` are unchanged."""
     bands = torch.cat([buffer[:GUARD], buffer[-GUARD:]])
     untouched = (
         bands.isnan() if bands.is_floating_point() else bands == torch.iinfo(bands.dtype).max

@@ -1,7 +1,8 @@
-"""Kernels run under Triton's interpreter on CPU tensors, and fresh memory is NaN.
+"""Test setup: kernels run under Triton's interpreter on the CPU; uninitialised memory is NaN.
 
-A GPU is hidden, so that every test is the same everywhere. ``test_gpu.py`` runs the tests of the
-kernels and of the layer again, compiled, on a GPU that is there: with FUSED_LORA_TEST_DEVICE set.
+GPUs are hidden, so that every test does the same on every machine. If there is a GPU,
+``test_gpu.py`` runs the tests of the kernels and of the layer again, compiled, in a process with
+FUSED_LORA_TEST_DEVICE set.
 """
 
 import contextlib
@@ -17,17 +18,34 @@ if "FUSED_LORA_TEST_DEVICE" not in os.environ:
 import pytest
 import torch
 
-import harness.checkout  # noqa: F401  the package is found where it is not installed
+import harness.checkout  # noqa: F401  finds the package if it is not installed
 
 _cache = tempfile.TemporaryDirectory()
-os.environ["FUSED_LORA_CACHE"] = _cache.name  # what the machine's user has tuned is no test's
+os.environ["FUSED_LORA_CACHE"] = _cache.name  # not the user's own tuning results
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers are the threads
+    torch.set_num_threads(1)  # the workers already use every core
+
+
+_SWEPT = pytest.StashKey[dict[str, list[bool]]]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and -k deselect
+def pytest_collection_modifyitems(config, items):
+    found = config.stash[_SWEPT] = {}
+    for item in items:
+        marks = found.setdefault(f"{item.path.name}::{item.originalname}", [])
+        marks.append(item.get_closest_marker("sweep") is not None)
+
+
+@pytest.fixture
+def swept_cases(request) -> dict[str, list[bool]]:
+    """For each collected test function: whether each of its cases is in the sweep."""
+    return request.config.stash[_SWEPT]
 
 
 @pytest.fixture(autouse=True)
 def _nan_filled_memory():
-    """Reading what nobody wrote shows: ``torch.empty`` is NaN, or the largest integer."""
+    """Reads of unwritten memory show: ``torch.empty`` is filled with NaN or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -36,7 +54,7 @@ def _nan_filled_memory():
 
 @pytest.fixture(autouse=True)
 def _on_the_device():
-    """Tensors are made where ``benchmarks/gpu_acceptance.py`` says, on a GPU that is at hand."""
+    """Create tensors on FUSED_LORA_TEST_DEVICE, which ``benchmarks/gpu_acceptance.py`` sets."""
     device = os.environ.get("FUSED_LORA_TEST_DEVICE")
     with torch.device(device) if device else contextlib.nullcontext():
         yield
@@ -49,7 +67,7 @@ def _seeded():
 
 @pytest.fixture
 def nothing_compiled():
-    """No graphs of other tests, whose number is limited."""
+    """Drop compiled graphs: Dynamo limits their number, and other tests' would count."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -57,7 +75,7 @@ def nothing_compiled():
 
 @pytest.fixture
 def unpatched():
-    """PEFT as it was, whatever the test, or one before it, leaves patched."""
+    """Unpatch PEFT before and after the test, and check that its forward is restored."""
     from peft.tuners.lora import Linear
 
     from fused_lora import unpatch_peft

@@ -1,4 +1,4 @@
-"""A GPU for Triton that is not there: it takes every binary and runs nothing."""
+"""A simulated GPU driver for Triton: it accepts every binary and runs nothing."""
 
 from types import SimpleNamespace
 
@@ -6,11 +6,14 @@ from triton.backends.compiler import GPUTarget
 
 
 class FakeDriver:
-    """What Triton asks of a driver, answered for ``arch`` ("sm_90", "gfx942").
+    """The driver interface that Triton uses.
+
+    Args:
+        arch: "sm_90" or "gfx942", for example.
+        shared_bytes: most shared memory per block.
 
     Attributes:
-        device: the current one.
-        shared_bytes: the shared memory that a block may have.
+        device: index of the current device.
     """
 
     def __init__(self, arch: str, shared_bytes: int = 1 << 30):

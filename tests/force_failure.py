@@ -1,8 +1,8 @@
 """Two training steps under "auto" where Triton cannot run: ``force_failure.py KIND``.
 
-Triton itself raises what is caught: no driver; a driver without a compiler to build it with; a GPU
-that compiles but has no room for the kernels; one that it cannot compile for. Prints the
-warnings and the largest difference to ``impl="torch"`` as JSON. Needs TRITON_INTERPRET to be unset.
+Triton itself raises each error: there is no driver; no C compiler for its launcher; too little
+shared memory for the kernels; or a GPU that it cannot compile for. Prints the warnings and the
+largest difference from ``impl="torch"`` as JSON. Needs TRITON_INTERPRET to be unset.
 """
 
 import json
@@ -24,11 +24,11 @@ from fused_lora.ops import dispatch
 
 
 def no_driver() -> None:
-    """As it is, on a machine without a GPU."""
+    """Nothing to change: a machine without a GPU has no driver."""
 
 
 def no_compiler() -> None:
-    """A GPU and its driver, and nothing to build Triton's launcher with."""
+    """A GPU with its driver, but no C compiler to build Triton's launcher."""
     folder = Path(tempfile.mkdtemp())
     (folder / "libcuda.so.1").touch()
     os.environ |= {"PATH": "", "TRITON_LIBCUDA_PATH": str(folder), "TRITON_CACHE_DIR": str(folder)}
@@ -42,7 +42,7 @@ def no_room() -> None:
 
 
 def too_old() -> None:
-    """A GPU that Triton's assembler does not know."""
+    """A GPU that Triton's assembler does not support."""
     driver.set_active(FakeDriver("sm_35"))
 
 
@@ -55,7 +55,7 @@ def step(impl: str) -> list[torch.Tensor]:
 
 
 def main(kind: str) -> None:
-    """Print what came of it."""
+    """Force the failure ``kind`` and print the outcome."""
     {f.__name__: f for f in (no_driver, no_compiler, no_room, too_old)}[kind]()
     dispatch._may_run_triton = lambda x, weight: True
     dispatch._not_worth_it = dispatch.triton_problem = lambda device: None

@@ -1,8 +1,8 @@
-"""What reaches the driver by repeated launches and by Triton's own: ``launch_cases.py ARCH``.
+"""Compares what repeated launches and Triton's own pass to the driver: ``launch_cases.py ARCH``.
 
-Nothing is compiled: a binary is an object that Triton makes anew for every specialisation. Each
-case is launched plainly, then twice through ``kernels/launch.py``; the second time must give the
-driver the same binary, grid and arguments, and not pass through Triton. Needs TRITON_INTERPRET to
+Nothing is compiled: a binary is an object that Triton creates per specialisation. Each case is
+launched plainly, then twice through ``kernels/launch.py``. The second of these must pass the driver
+the same binary, grid and arguments without running Triton's launch code. Needs TRITON_INTERPRET to
 be unset. Prints the cases that differ, as JSON.
 """
 
@@ -39,7 +39,7 @@ launched: list[tuple] = []  # (binary, grid, stream, metadata, arguments)
 
 
 class Binary(triton.compiler.CompiledKernel):
-    """Stands for a compiled kernel; records its launches."""
+    """A stand-in for a compiled kernel that records its launches."""
 
     recorded = True
 
@@ -57,7 +57,7 @@ class Binary(triton.compiler.CompiledKernel):
 
 
 def described(argument):
-    """An argument as the driver sees it, of whatever object it comes."""
+    """An argument as the driver sees it, whichever Python object holds it."""
     if isinstance(argument, torch.Tensor):
         return "tensor", argument.data_ptr(), argument.dtype
     if isinstance(argument, TensorDescriptor):
@@ -68,7 +68,7 @@ def described(argument):
 
 
 def make_driver(arch: str) -> FakeDriver:
-    """The active driver, for which nothing is compiled."""
+    """Activate a :class:`FakeDriver`, and replace Triton's compiler with :class:`Binary`."""
     made = FakeDriver(arch)
     triton.compiler.compile = lambda src, **options: Binary(src)
     triton.runtime.driver.set_active(made)
@@ -77,7 +77,7 @@ def make_driver(arch: str) -> FakeDriver:
 
 @lru_cache
 def the(kind, *args, **kwargs):
-    """A config, the same object in every case that has it."""
+    """A config, the same object for equal arguments: launches are looked up by its ``id``."""
     return kind(*args, **kwargs)
 
 
@@ -86,12 +86,12 @@ _empty = torch.empty
 
 
 def same_buffer(*shape, **kwargs):
-    """``torch.empty`` with the same memory for the same request."""
+    """``torch.empty``, but equal arguments return the same memory."""
     return _buffers.setdefault((shape, *kwargs.items()), _empty(*shape, **kwargs))
 
 
 def view(rows, columns, dtype=BF16, *, offset=0, pitch=None):
-    """A matrix whose start and row pitch are chosen, in elements."""
+    """A matrix with the given start and row pitch, in elements."""
     pitch = pitch or columns
     flat = torch.zeros(offset + rows * pitch + 64, dtype=dtype)
     return flat[offset : offset + rows * pitch].view(rows, pitch)[:, :columns]
@@ -120,7 +120,7 @@ def add(M=64, N=128, R=16, *, base="in place", dot_dtype=None):
 
 
 def thin(M=64, K=64, R=16, splits=1, *, p=None):
-    """Launches of ``shrink`` and ``rank_grad``, and of their sums."""
+    """Launches of ``shrink`` and ``rank_grad``, and of ``sum_partials`` if they are split."""
     p = view(M, K) if p is None else p
     u, q, o, scale = view(M, R, FP32), view(K, R), view(R, K), torch.ones(())
     shrink_config = the(ShrinkConfig, 4, 2, block_m=16, block_l=32, splits=splits)
@@ -154,7 +154,7 @@ def sums(rows=16, columns=64, factor=1.0, scale=True):
 
 
 def cases(arch: str, folder: str) -> dict[str, object]:
-    """Launches whose neighbours differ in one thing that the binary, or only a value, hangs on."""
+    """Launches by name. Neighbours differ in one property, which changes the binary or a value."""
     made = {
         "gemm": gemm(),
         "p starts off 16 bytes": gemm(tensors={"p": view(64, 64, offset=1)}),
@@ -204,7 +204,7 @@ def cases(arch: str, folder: str) -> dict[str, object]:
             ),
             "single pass with descriptors": single(descriptors=True),
         }
-    else:  # Triton specialises on whether a buffer passes 2 GiB
+    else:  # Triton specialises on whether a buffer is below 2 GiB
         size = 1 << 30  # elements of 2 bytes
         flat = torch.from_file(f"{folder}/big", shared=True, size=size + 64, dtype=BF16)
         made["in a large buffer"] = gemm(tensors={"p": flat[: 64 * 64].view(64, 64)})
@@ -212,14 +212,14 @@ def cases(arch: str, folder: str) -> dict[str, object]:
 
 
 def caught(run) -> list[tuple]:
-    """What reaches the driver during ``run``."""
+    """The launches that reach the driver during ``run``."""
     launched.clear()
     run()
     return list(launched)
 
 
 def plainly(run, caught=caught) -> list[tuple]:
-    """What ``run`` launches by Triton alone."""
+    """The launches of ``run`` through Triton alone."""
     launch.REPEATS = False
     try:
         return caught(run)
@@ -233,11 +233,11 @@ def compare(made: dict[str, object], active: FakeDriver, caught=caught) -> dict[
     Args:
         made: launches by name.
         active: the active driver.
-        caught: gives what reaches it during a launch, each a tuple that starts with the binary.
+        caught: returns the launches that reach the driver, as tuples that start with the binary.
 
     Returns:
-        The number of cases and of binaries, the names of the cases that differ, and of those that
-        passed through Triton again.
+        The number of cases and of binaries, the names of the cases that differ, and of those whose
+        launch was not repeated: it went through Triton again.
     """
     result = {"cases": len(made), "different": [], "not repeated": []}
     binaries, counted, run = set(), [], JITFunction.run
@@ -265,7 +265,7 @@ def compare(made: dict[str, object], active: FakeDriver, caught=caught) -> dict[
 
 
 def main(arch: str) -> None:
-    """Print the names of the cases that differ, and of those that passed through Triton again."""
+    """Print the result of :func:`compare` for all cases, as JSON."""
     active = make_driver(arch)
     launch._BUFFERS_HAVE_SIZES = arch.startswith("gfx")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""When a launch is not repeated, and what repeating keeps; see ``launch_cases.py``.
+"""When launches are not repeated, and what repeating keeps alive; see ``launch_cases.py``.
 
-Prints, as JSON, whether Triton was passed through by name of what was set.
+Prints, as JSON, the launches that went through Triton per setting, and what is kept.
 """
 
 import gc
@@ -17,7 +17,7 @@ from fused_lora.kernels.lora_add import _lora_add
 
 
 def passed_through(run) -> int:
-    """Calls of Triton's own launch during ``run``."""
+    """The number of calls of Triton's own launch during ``run``."""
     count, original = [], JITFunction.run
 
     def counting(self, *args, **kwargs):
@@ -33,7 +33,7 @@ def passed_through(run) -> int:
 
 
 def while_watched() -> dict[str, int]:
-    """Passes of a launch that was made before, while something is set and after."""
+    """Calls of Triton's launch by a repeatable launch: with each setting on, and off again."""
     run, seen = add(), []
 
     def hook(*args, **kwargs):
@@ -73,7 +73,7 @@ def while_watched() -> dict[str, int]:
 
 
 def what_is_kept() -> dict[str, bool]:
-    """Whether tensors of repeated launches are freed, and the tables bounded."""
+    """Whether tensors of repeated launches are freed, and whether the tables stay bounded."""
     p = torch.zeros(64, 64, dtype=torch.bfloat16)
     run = gemm(descriptors=True, tensors={"p": p})
     run()

@@ -1,12 +1,12 @@
-"""What a CUDA driver gets of repeated launches and of Triton's own: ``launch_real.py FOLDER``.
+"""Compares repeated launches and Triton's own in a CUDA driver: ``launch_real.py FOLDER``.
 
-As ``launch_cases.py``, but through Triton's compiler and its launcher in C, over ``stub_cuda.c``,
-which records all that a launch gives the driver, down to the bytes of every parameter. Only ptxas
-is left out: a driver takes PTX as well. Everything built goes to FOLDER, which should be empty.
-Needs gcc, the headers of Python, and TRITON_INTERPRET to be unset.
+Like ``launch_cases.py``, but with Triton's compiler and its launcher in C, on top of
+``stub_cuda.c``. The stub records everything that a launch passes to the driver, down to the bytes
+of every parameter. Only ptxas is left out, since a driver accepts PTX too. Build products go to
+FOLDER, which should be empty. Needs gcc, Python's headers, and TRITON_INTERPRET to be unset.
 
-Prints, as JSON, the cases that differ and, by name of a fault planted in repeated launches, whether
-it was found.
+Prints, as JSON, the cases that differ, and whether each fault planted in repeated launches was
+found.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 STUB = Path(__file__).parent / "stub_cuda.c"
-MOST_LAUNCHES = 16  # of one case; as in the stub
+MOST_LAUNCHES = 16  # per case; the same limit as in stub_cuda.c
 
 
 class Stub:
@@ -36,7 +36,7 @@ class Stub:
         flags = "-O1", "-shared", "-fPIC", f"-Wl,-soname,{path.name}", f"-I{headers}"
         subprocess.run(["gcc", *flags, STUB, "-o", path], check=True)
         ctypes.CDLL(str(path))
-        library = ctypes.CDLL(path.name)  # as Triton finds it, loaded above
+        library = ctypes.CDLL(path.name)  # by name, as Triton opens it: the library loaded above
         room = ctypes.c_char * ctypes.c_size_t.in_dll(library, "launch_bytes").value
         self._launches = (room * MOST_LAUNCHES).in_dll(library, "launches")
         self._count = ctypes.c_int.in_dll(library, "launch_count")
@@ -45,11 +45,11 @@ class Stub:
         self._describe.argtypes = ctypes.c_uint64, ctypes.c_int, ctypes.POINTER(ctypes.c_int)
 
     def describe(self, function: int, sizes: list[int]) -> None:
-        """Say how many bytes each parameter of a function has."""
+        """Tell the stub the size in bytes of each parameter of ``function``."""
         self._describe(function, len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
     def caught(self, run) -> list[tuple]:
-        """What reaches the driver during ``run``: each launch's function, and all of it."""
+        """The launches that reach the driver during ``run``: (function handle, whole record)."""
         self._count.value = 0
         run()
         launches = [launch.raw for launch in self._launches[: self._count.value]]
@@ -57,7 +57,7 @@ class Stub:
 
 
 class StubDriver(FakeDriver):
-    """A GPU that is not there, but for Triton's own launcher and its helpers in C."""
+    """A simulated GPU, driven by Triton's real launcher and its helpers in C."""
 
     def __init__(self, stub: Stub):
         super().__init__("sm_90")
@@ -73,15 +73,15 @@ class StubDriver(FakeDriver):
 
 
 def parameter_sizes(ptx: str) -> list[int]:
-    """Bytes of every parameter of the kernel in ``ptx``."""
+    """The size in bytes of every parameter of the kernel in ``ptx``."""
     (declared,) = re.findall(r"\.entry[^(]*\(([^)]*)\)", ptx)
     sizes = re.findall(r"\.param\b.*?\.[busf](\d+)\b[^,[]*(?:\[(\d+)\])?", declared)
     assert len(sizes) == declared.count(".param")
     return [int(bits) // 8 * int(count or 1) for bits, count in sizes]
 
 
-# Of a gemm by descriptors, whose operands are seven: where an argument of the launcher is, and what
-# is given in its place.
+# Position of an argument of the launcher, and the change planted in it. The positions are those for
+# a gemm with descriptors: its seven operands are arguments 9 to 15.
 FAULTS = {
     "nothing": (0, lambda programs: programs),
     "grid": (0, lambda programs: programs + 1),
@@ -96,7 +96,7 @@ FAULTS = {
 
 
 def with_fault(plan: type, at: int, change) -> type:
-    """Plans that change an argument of the launcher."""
+    """A plan class that applies ``change`` to the launcher's argument number ``at``."""
 
     class Faulty(plan):
         def __init__(self, *args):
@@ -108,11 +108,11 @@ def with_fault(plan: type, at: int, change) -> type:
 
 
 def main(folder: Path) -> None:
-    """Print what differs, and which planted faults do."""
+    """Print the cases that differ, and which planted faults are found."""
     os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_LIBCUDA_PATH": str(folder)}
     CUDABackend.make_cubin = lambda self, ptx, *args: ptx.encode()
     stub = Stub(folder)
-    # Not before: PyTorch's libraries look for libcuda.so.1 as they are loaded, and keep it.
+    # Imports PyTorch, whose libraries load libcuda.so.1 and keep it: the stub must come first.
     from launch_cases import cases, compare, gemm
 
     from fused_lora.kernels import launch

@@ -56,7 +56,7 @@ def tokens(*shape: int, vocabulary: int = 100) -> Tensor:
 
 
 def train_like(model: nn.Module, std: float = 0.2) -> nn.Module:
-    """Random adapters, as after training: they do something."""
+    """Add noise to the adapters, as training would: they then change the output."""
     with torch.no_grad():
         for parameter in lora_parameters(model):
             parameter.add_(torch.randn_like(parameter) * std)
@@ -64,7 +64,7 @@ def train_like(model: nn.Module, std: float = 0.2) -> nn.Module:
 
 
 def snapshot(model: nn.Module) -> tuple:
-    """What an operation that fails must leave alone."""
+    """Everything that a failed operation must leave unchanged."""
     return (
         {name: id(module) for name, module in model.named_modules()},
         {name: (id(p), p.requires_grad) for name, p in model.named_parameters()},
@@ -74,7 +74,7 @@ def snapshot(model: nn.Module) -> tuple:
 
 
 def layer_state(layer: LoRALayer) -> tuple:
-    """What ``state_dict`` does not show."""
+    """The state of a layer that ``state_dict`` omits."""
     aside = {
         name: (a.config, a.scaling, {key: t.tolist() for key, t in a.tensors.items()})
         for name, a in layer.inactive_adapters.items()

@@ -1,4 +1,4 @@
-"""Small models with PEFT's adapters, and what a call of them gives, for the tests of the patch."""
+"""Small models with PEFT's adapters, and their results, for the tests of the patch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support import relative_rms
 
 
 def net(dtype=torch.float32, **config) -> nn.Module:
-    """Two adapted linears, their adapters as after training."""
+    """Two adapted linears with random adapters, as after training."""
     torch.manual_seed(0)
     layers = {"first": nn.Linear(24, 16), "act": nn.Tanh(), "second": nn.Linear(16, 8)}
     model = nn.Sequential()
@@ -48,7 +48,7 @@ def plain_call(module, x):
 
 
 def results(model: nn.Module, call, x: torch.Tensor, hooks: bool = True) -> dict:
-    """Output, every gradient and the hooks that fired; or the error."""
+    """Output, every gradient and the hooks that fired, or the error of one call."""
     fired, handles = [], []
     layer = first(model)
     if hooks:
@@ -70,8 +70,11 @@ def results(model: nn.Module, call, x: torch.Tensor, hooks: bool = True) -> dict
 
 
 def assert_same(got: dict, expected: dict, exact: dict | None, unit: float) -> None:
-    """What is no float is equal. Floats: to rounding; in half precision, where PEFT itself rounds,
-    the error against float64 is at most twice PEFT's plus one unit round-off."""
+    """Tensors agree to rounding, everything else is equal.
+
+    With ``exact``, float64 results, the error of a tensor is at most twice PEFT's plus one unit
+    round-off: in half precision PEFT itself rounds.
+    """
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         if not isinstance(value, torch.Tensor):

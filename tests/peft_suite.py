@@ -1,9 +1,10 @@
-"""PEFT's own tests with every LoRA layer patched. A named command, some eight minutes on two cores:
+"""Run PEFT's own tests with every LoRA layer patched; some eight minutes on two cores:
 
     pip download --no-deps --no-binary :all: peft==0.21.2 && tar xzf peft-0.21.2.tar.gz
     python tests/peft_suite.py peft-0.21.2 [--unpatched] [options of pytest]
 
-Both runs must end alike; without internet one test fails in both, which asks a hub for a file.
+The runs with and without --unpatched must end alike. Offline, one test fails in both: it downloads
+a file.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def pytest_sessionfinish(session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
-    """Add up what pytest-xdist's workers report."""
+    """Add up the counts of pytest-xdist's workers."""
     global _fused_calls
     _fused_calls += getattr(node, "workeroutput", {}).get("fused_calls", 0)
 

@@ -1,6 +1,6 @@
-"""Kernels with a fault each, for the compile report to find; prints what it found as JSON.
+"""Kernels with one fault each, which the compile report must find; prints its findings as JSON.
 
-A script, because nothing compiles in a process whose kernels are interpreted.
+A separate script, because nothing compiles in a process whose kernels are interpreted.
 """
 
 import json
@@ -24,7 +24,8 @@ def gemm(arch: str, *config, dtype="bf16", rank=16) -> Case:
     return Case(arch, "lora_gemm", "dx", dtype, rank, "even", True, GemmConfig(*config))
 
 
-# What is wrong, and a case that has it: warps, stages, descriptors, rows, columns, step
+# Fault, and a case that has it: warps, stages, descriptors, block_m, block_n, block_l, group_m,
+# programs. Cases of one architecture are adjacent: each such group compiles in its own process.
 PLANTED = {
     "clean": gemm("sm_80", 4, 3, False, 64, 64, 32),
     "spills": gemm("sm_80", 4, 3, False, 128, 256, 32),
@@ -32,10 +33,10 @@ PLANTED = {
     "own iteration": gemm("sm_80", 4, 1, False, 64, 64, 32),
     "own iteration, AMD": gemm("gfx942", 4, 1, False, 64, 64, 32),
     "own iteration, descriptors": gemm("sm_90", 4, 1, True, 64, 128, 64, 8, 132),
-    "waits for all, sm_100": gemm("sm_100", 4, 1, True, 64, 128, 64, 8, 148),
     "waits for all": Case(
         "sm_90", "rank_grad", "dA", "bf16", 64, "even", True, RankGradConfig(8, 2, False, 32, 128)
     ),
+    "waits for all, sm_100": gemm("sm_100", 4, 1, True, 64, 128, 64, 8, 148),
     "tensor memory": gemm("sm_100", 8, 2, True, 256, 256, 32, 8, 148),
 }
 

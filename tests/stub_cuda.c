@@ -1,7 +1,7 @@
-/* A CUDA driver that runs nothing and records its launches; see launch_real.py.
+/* A stub of the CUDA driver: it records launches and runs nothing; see launch_real.py.
  *
- * Built as libcuda.so.1, with the cuda.h of Triton. It has the functions that Triton 3.6 to 3.9
- * link, and those that they look up for a launch. */
+ * Built as libcuda.so.1, with Triton's cuda.h. It defines the functions that Triton 3.6 to 3.9 link
+ * against, and those that they look up for a launch. */
 
 #include "cuda.h"
 
@@ -9,17 +9,17 @@
 #include <string.h>
 
 enum {
-  MOST_LAUNCHES = 16, /* of one case; as in launch_real.py */
+  MOST_LAUNCHES = 16, /* per case; same value as in launch_real.py */
   MOST_ATTRIBUTES = 4,
   MOST_PARAMETERS = 64,
   MOST_PARAMETER_BYTES = 4096,
   MOST_TENSOR_DIMENSIONS = 5,
   MOST_THREADS = 1024,
-  SHARED_BYTES = 227 * 1024, /* that a block may have on sm_90 */
-  DRIVER_VERSION = 13020,    /* an older one has Triton change tensor maps after their encoding */
+  SHARED_BYTES = 227 * 1024, /* limit per block on sm_90 */
+  DRIVER_VERSION = 13020,    /* for older drivers Triton changes encoded tensor maps */
 };
 
-/* What a CUfunction points to. Never freed, so no handle stands for two kernels. */
+/* What a CUfunction points to. Never freed, so no handle is reused. */
 struct function {
   int count;
   int bytes[MOST_PARAMETERS];
@@ -30,15 +30,15 @@ struct attribute {
   CUlaunchAttributeValue value;
 };
 
-/* All of a launch. What it does not have is zero, so launches compare as bytes. */
+/* A recorded launch. Unused fields are zero, so launches compare as bytes. */
 struct launch {
   cuuint64_t function, stream;
   cuuint32_t grid[3], block[3], shared_bytes, attribute_count;
   struct attribute attributes[MOST_ATTRIBUTES];
-  unsigned char parameters[MOST_PARAMETER_BYTES]; /* one after another, without padding */
+  unsigned char parameters[MOST_PARAMETER_BYTES]; /* packed, without padding */
 };
 
-/* The arguments of cuTensorMapEncodeTiled, in place of the map that a driver would make of them. */
+/* The arguments of cuTensorMapEncodeTiled, stored in place of a real driver's encoded map. */
 struct tensor_map {
   cuuint64_t address, sizes[MOST_TENSOR_DIMENSIONS], strides[MOST_TENSOR_DIMENSIONS - 1];
   cuuint32_t box[MOST_TENSOR_DIMENSIONS], element_strides[MOST_TENSOR_DIMENSIONS];
@@ -53,7 +53,7 @@ const size_t launch_bytes = sizeof(struct launch);
 int launch_count = 0;
 long launches_ever = 0;
 
-/* Called by launch_real.py, before a launch: cuLaunchKernelEx is told no sizes. */
+/* Called by launch_real.py before a launch: cuLaunchKernelEx does not receive parameter sizes. */
 void describe_parameters(CUfunction handle, int count, const int *bytes) {
   struct function *function = (struct function *)handle;
   function->count = count;
@@ -161,7 +161,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
   return CUDA_SUCCESS;
 }
 
-/* Every address is a device's. */
+/* Treats every address as one of device memory. */
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address) {
   if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER)
     return CUDA_ERROR_INVALID_VALUE;
@@ -179,7 +179,7 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
   return CUDA_SUCCESS;
 }
 
-/* Linked by Triton's module, and not called where a context is current. */
+/* Triton's module links these, but does not call them while a context is current. */
 #define UNUSED(name, ...) \
   CUresult name(__VA_ARGS__) { return CUDA_ERROR_NOT_SUPPORTED; }
 

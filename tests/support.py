@@ -1,8 +1,9 @@
-"""Yardsticks shared by the tests: float64 by the reference, and eager PyTorch in the dtype."""
+"""Shared by the tests: reference results (in float64, in eager PyTorch), comparisons, inputs."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -13,12 +14,20 @@ from fused_lora.ops import reference
 from fused_lora.peft import patch as peft_patch
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+swept = pytest.mark.sweep
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 NAMES = ("y", "dx", "dA", "dB", "dbias")
 
 
+def by_default(kept: list, cases: Iterable) -> list:
+    """``cases`` as test parameters: those in ``kept`` run by default, the rest in the sweep."""
+    cases = list(cases)
+    assert all(case in cases for case in kept), kept
+    return [case if case in kept else pytest.param(case, marks=swept) for case in cases]
+
+
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the error over that of ``expected``; 0/0 is 0, NaN is NaN."""
+    """Root mean square of the error relative to that of ``expected``; 0/0 is 0, NaN is NaN."""
     error = (actual.double() - expected.double()).norm()
     size = expected.double().norm()
     return 0.0 if error == 0 else (error / size).item()
@@ -45,14 +54,14 @@ def textbook(x, weight, lora_A, lora_B, bias, scaling, mask=None):
 
 
 def in_float64(inputs: dict, dy: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """What exact arithmetic gives for these very inputs."""
+    """The reference's results for the same inputs in float64."""
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     mask = None if mask is None else mask.double()
     return run(lambda **kw: reference.lora_linear(**kw, mask=mask), wide, dy.double())
 
 
 def in_eager(inputs: dict, dy: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """What eager PyTorch gives in the inputs' own dtypes."""
+    """The results of eager PyTorch in the inputs' own dtypes."""
     mask = None if mask is None else mask.to(inputs["x"].dtype)
     return run(lambda **kw: textbook(**kw, mask=mask), inputs, dy)
 
@@ -69,17 +78,17 @@ def assert_as_good_as_eager(actual: dict, expected: dict, eager: dict) -> None:
 
 
 def assert_error(name: str, error: float, bound: float, dtype: torch.dtype) -> None:
-    """``error`` is within ``bound``; ``benchmarks/numerics_rows.py`` reads the message."""
+    """``error`` is within ``bound``; ``benchmarks/gpu/numerics_rows.py`` reads the message."""
     assert error <= bound, f"{name}: relative RMS {error:.2e}, bound {bound:.2e}, {dtype}"
 
 
 def pooled(results: list[dict]) -> dict[str, Tensor]:
-    """Results of several draws as one: the error of a handful of numbers is no statistic."""
+    """Stack the results of several draws: the error of a handful of numbers varies too much."""
     return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
 def watch_patch(replace=setattr) -> list[str]:
-    """The names of the patch's fused products, as they will run; ``replace`` is as setattr."""
+    """A list that gets the name of each fused product of the PEFT patch when it runs."""
     calls = []
     for name in ("_fused", "_added"):
         run = getattr(peft_patch, name)
@@ -90,7 +99,7 @@ def watch_patch(replace=setattr) -> list[str]:
 
 
 def kept_bytes(layer: torch.nn.Module, x: Tensor) -> int:
-    """What autograd keeps of a call for backward, parameters apart, each storage once."""
+    """Bytes that autograd keeps of a call for backward, without parameters, each storage once."""
     own = {
         p.untyped_storage().data_ptr() for p in layer.parameters() if type(p) is torch.nn.Parameter
     }
@@ -108,7 +117,7 @@ def kept_bytes(layer: torch.nn.Module, x: Tensor) -> int:
 
 
 def make_inputs(M, K, N, R, dtype, adapter_dtype=None, bias=True, scaling=1.3) -> dict:
-    """Random tensors of one call, scaled so that base and adapter are of one size."""
+    """Random tensors of one call, scaled so that base and adapter terms have similar magnitudes."""
     adapter_dtype = adapter_dtype or dtype
     return {
         "x": torch.randn(M, K).to(dtype),

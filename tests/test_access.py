@@ -1,4 +1,4 @@
-"""Bounds, exactly-once writes and bytes of every kernel, over ragged shapes."""
+"""Every kernel, over ragged shapes: accesses in bounds, each output written once, bytes moved."""
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from fused_lora.kernels.config import (
 )
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
+from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
@@ -57,8 +58,10 @@ def run_both_directions(case, tensors):
         keep_bits = dropout.empty_keep_bits(M, K, x.device)
         strategies.dropout_mask(keep_bits, torch.tensor(7), 50_000, DIGITS)
     bias = torch.randn(weight.shape[0])
-    _, S = strategies.forward(x, weight, A, B, bias, 2.0, keep_bits, 1.3, strategy)
-    strategies.backward(dy, x, weight, A, B, S, 2.0, keep_bits, 1.3, (True, True, True), strategy)
+    scale = torch.tensor(2.0)
+    forward = ForwardOperands(x, weight, A, B, bias, scale, keep_bits, 1.3)
+    _, S = strategies.forward(forward, strategy)
+    strategies.backward(BackwardOperands(dy, x, weight, A, B, S, scale, keep_bits, 1.3), strategy)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -76,7 +79,7 @@ def test_in_bounds_and_written_once(case):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("M", "N", "L", "R"), [(33, 72, 64, 40), (17, 65, 63, 5)])
 def test_tiles_wider_than_the_matrix(M, N, L, R, transposed, masked):
-    """Explicit configs: 256 columns are more words than a row of the narrowest mask has."""
+    """Explicit configs: a tile of 256 columns spans more words than a row of the mask has."""
     p, u, v, z = torch.randn(M, L), torch.randn(M, R), torch.randn(R, N), torch.randn(L, R)
     q = torch.randn(N, L).t() if transposed else torch.randn(L, N)
     o, bias, scale = torch.zeros(M, N), torch.randn(N), torch.tensor(0.5)
@@ -102,7 +105,7 @@ def test_tiles_wider_than_the_matrix(M, N, L, R, transposed, masked):
 
 
 def test_bytes_of_the_split_strategy():
-    """Unique bytes are the compulsory ones: each operand once, each result once."""
+    """The unique bytes are the compulsory ones: each operand and each result once."""
     M, K, N, R = 130, 128, 192, 16
     case = (M, K, N, R, BF16, "split", False)
     tensors, _ = layer(case)
@@ -116,7 +119,7 @@ def test_bytes_of_the_split_strategy():
     assert gemm.read_unique["q_ptr"] == 2 * N * K
     assert gemm.read_unique["u_ptr"] == 4 * M * R
     assert gemm.written == {"o_ptr": 2 * M * N}
-    assert gemm.read_total["p_ptr"] == 3 * gemm.read_unique["p_ptr"]  # once a block of 64 columns
+    assert gemm.read_total["p_ptr"] == 3 * gemm.read_unique["p_ptr"]  # per block of 64 columns
     for launch, length in zip(by_name["_shrink"], (K, N), strict=True):
         assert launch.read_total["p_ptr"] == launch.read_unique["p_ptr"] == 2 * M * length
 

@@ -1,4 +1,4 @@
-"""Named adapters: add, switch in place, delete, combine; and what switching costs in accuracy."""
+"""Named adapters: add, switch in place, delete, combine; and the accuracy lost by switching."""
 
 import copy
 
@@ -64,7 +64,7 @@ def test_optimizers_stay_valid_where_shapes_match(ids):
     set_adapter(model, "second")
     after = [(p, p.data_ptr()) for p in lora_parameters(model)]
     assert all(p is q and at == was for (p, at), (q, was) in zip(after, before, strict=True))
-    assert all(p.grad is None for p in lora_parameters(model))  # the other adapter's
+    assert all(p.grad is None for p in lora_parameters(model))  # not those of the other adapter
     values = model.hidden.lora_B.clone()
     model(ids).sum().backward()
     optimizer.step()
@@ -235,7 +235,7 @@ def test_weighted_sum(combination, rank):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_switching_merged_adapters_by_copy_is_exact_and_by_subtraction_drifts(dtype, capsys):
-    """The tutorials' swap subtracts one update and adds the next; ``merge`` copies the base."""
+    """Tutorials swap by subtracting one update and adding the next; ``merge`` copies the base."""
     swaps, layer = 50, nn.Linear(256, 256, bias=False, dtype=dtype)
     model = nn.Sequential(layer)
     apply_lora(model, rank=8)

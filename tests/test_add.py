@@ -1,4 +1,4 @@
-"""The adapter beside a base that computes itself: numbers, gradients, bytes, errors."""
+"""``fused_lora_add``, the adapter on a given base output: values, gradients, bytes, errors."""
 
 import importlib.util
 
@@ -96,7 +96,7 @@ def test_as_good_as_eager(case, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_layer_is_its_base_and_the_adapter(impl):
-    """Of any rank, strided or empty, with the mask that the whole layer draws."""
+    """For x of any number of dimensions, strided or empty; the mask is the whole layer's too."""
     weight, bias = torch.randn(6, 7), torch.randn(6)
     A, B = torch.randn(3, 7), torch.randn(6, 3)
     for x in (torch.randn(7), torch.randn(2, 5, 7), torch.randn(7, 5).t(), torch.randn(0, 7)):
@@ -125,6 +125,7 @@ def test_a_strided_base_and_gradient(impl):
     ("emulated", "S_bytes"), [((), 2), ((BF16,), 4)], ids=["plain", "emulated"]
 )
 def test_keeps_x_the_thin_product_and_bits(emulated, S_bytes, monkeypatch):
+    """Backward keeps x, S (in float32 if bfloat16 is emulated) and the packed mask, no more."""
     monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset(emulated))
     tensors = make(64, 256, 32, 8, BF16, adapter_dtype=FP32)
     kept = []
@@ -139,7 +140,7 @@ def test_keeps_x_the_thin_product_and_bits(emulated, S_bytes, monkeypatch):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_product_is_in_the_inputs_dtype(impl):
-    """S = 160,000 is beyond float16, the base's dtype; y is not."""
+    """S = 160,000 overflows float16, the base's dtype; y = 160 does not."""
     x, A, B = torch.full((1, 16), 1e4), torch.ones(1, 16), torch.full((16, 1), 1e-3)
     y = fused_lora_add(torch.zeros(1, 16, dtype=FP16), x, A, B, impl=impl)
     assert torch.equal(y, torch.full((1, 16), 160.0, dtype=FP16))
@@ -155,7 +156,7 @@ def test_a_base_in_float64_is_not_for_triton():
 
 @pytest.mark.parametrize("base_dtype", [FP32, BF16])
 def test_autocast(base_dtype):
-    """The branch in autocast's dtype, the sum in the base's."""
+    """The branch is computed in autocast's dtype, the sum in the base's."""
     tensors = make(33, 64, 16, 4, FP32, base_dtype)
     dy = torch.randn(33, 16).to(base_dtype)
 

@@ -57,7 +57,7 @@ def test_gradgradcheck(impl, p, needs):
 
 
 def test_second_derivatives_with_a_frozen_adapter():
-    """A gradient penalty on x works; through dB, which would need x, it says what is missing."""
+    """A gradient penalty on x works; through dB, which needs x, an error names the remedy."""
     inputs = make_inputs(5, 7, 6, 3, FP64)
     x, lora_B = inputs["x"].requires_grad_(), inputs["lora_B"].requires_grad_()
     results = []
@@ -87,7 +87,7 @@ def test_output_may_be_changed_in_place():
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize(("dtype", "rows"), [(FP64, 5), (BF16, 5), (BF16, 40)])
 def test_batched_gradients(dtype, rows, p):
-    """PyTorch's older vmap, behind ``is_grads_batched``, has fewer rules than the other."""
+    """``is_grads_batched`` uses PyTorch's older vmap, with fewer rules than ``torch.func``'s."""
     inputs = make_inputs(rows, 7, 6, 3, dtype, adapter_dtype=torch.promote_types(dtype, FP32))
     leaves = [inputs[name].requires_grad_() for name in ("x", "lora_A", "lora_B")]
     y = fused_lora_linear(**inputs, dropout_p=p, impl="torch")
@@ -100,7 +100,7 @@ def test_batched_gradients(dtype, rows, p):
 
 
 def test_export_leaves_later_calls_right():
-    """Nothing that a tracer made is kept for real calls."""
+    """Tensors created during tracing are not cached for later calls."""
     from fused_lora.ops import constants
 
     layer = FusedLoRALinear(64, 6, rank=4, dropout=0.5, impl="torch")
@@ -124,7 +124,7 @@ def jvp(function, x):
 
 @pytest.mark.parametrize(("transform", "p"), [(vmap, 0.0), (jvp, 0.0), (jvp, 0.5)])
 def test_transforms_leave_later_calls_right(transform, p):
-    """As above, for what torch.func wraps."""
+    """Tensors wrapped by ``torch.func`` are not cached for later calls."""
     from fused_lora.ops import constants
 
     inputs = make_inputs(5, 8, 6, 2, FP32)
@@ -142,7 +142,7 @@ def test_transforms_leave_later_calls_right(transform, p):
 
 
 def saved_bytes(function) -> tuple[int, list[torch.Tensor]]:
-    """Bytes that ``function`` saves for backward, each storage once, and the tensors."""
+    """Bytes that ``function`` saves for backward, counting each storage once, and the tensors."""
     saved = []
 
     def pack(tensor):
@@ -158,7 +158,7 @@ def saved_bytes(function) -> tuple[int, list[torch.Tensor]]:
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_saves_the_input_the_thin_product_and_the_mask_as_bits(impl, p):
-    """bf16, M=1024, K=768, N=3072, R=16: at most x + S + M·K bytes, and far fewer."""
+    """In bf16 at most x + S + the packed mask, which is less than x + S + M·K bytes."""
     if impl == "triton":
         pytest.importorskip("triton")
     M, K, N, R = (1024, 768, 3072, 16) if impl == "torch" else (128, 96, 384, 16)
@@ -169,7 +169,7 @@ def test_saves_the_input_the_thin_product_and_the_mask_as_bits(impl, p):
     total, _ = saved_bytes(lambda: fused_lora_linear(**inputs, dropout_p=p, impl=impl))
     x, S, keep_bits = 2 * M * K, 4 * M * R, M * -(-K // 128) * 16
     assert total - parameters <= x + S + (keep_bits if p else 0)
-    assert total - parameters <= x + S + M * K  # a byte an element, as PEFT's mask alone
+    assert total - parameters <= x + S + M * K  # one byte per element: PEFT's mask alone
 
 
 def test_saves_no_input_for_a_frozen_adapter_and_nothing_without_grad():
@@ -294,7 +294,7 @@ def test_backward_inside_autocast_keeps_the_dtypes():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_autocast_of_every_device_is_seen(device):
-    """``_is_any_autocast_enabled`` does not know them all."""
+    """``_is_any_autocast_enabled`` does not cover every device."""
     if not torch.amp.is_autocast_available(device):
         pytest.skip(f"no autocast on {device} in this build")
     tensor = SimpleNamespace(
@@ -328,7 +328,7 @@ def test_autocast_saves_x_in_the_low_dtype():
 @pytest.mark.parametrize("rank", [1, 2, 16, 17])
 @pytest.mark.parametrize("scaling", [0.7, 0.0, torch.tensor(0.7)], ids=["float", "zero", "tensor"])
 def test_thin_products_of_many_rows(dtype, rank, scaling):
-    """From 128 rows on a CPU they may be taken as transposes."""
+    """From 128 rows on, a CPU may compute them as transposes."""
     inputs = make_inputs(130, 40, 24, rank, dtype, scaling=scaling)
     dy = torch.randn(130, 24).to(dtype)
     got = run(lambda **kw: fused_lora_linear(**kw, impl="torch"), inputs, dy)
@@ -359,7 +359,7 @@ def test_a_tensor_scaling_is_a_float_scaling():
 )
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_saves_exactly_what_its_gradients_need(needs, extra, impl):
-    """Beside the adapter; every shape differs, so a list of shapes tells them apart."""
+    """Apart from the adapter. All shapes differ, so the list of shapes identifies the tensors."""
     inputs = make_inputs(64, 96, 80, 8, FP32)
     for name in needs.split():
         inputs[name].requires_grad_()
@@ -371,6 +371,7 @@ def test_saves_exactly_what_its_gradients_need(needs, extra, impl):
 
 
 def test_a_float32_bias_gets_a_float32_sum_under_autocast():
+    """The gradient of a float32 bias is summed in float32, although dY is in bfloat16."""
     inputs = make_inputs(300, 40, 24, 4, FP32)
     bias, dy = inputs["bias"].requires_grad_(), torch.randn(300, 24).to(BF16)
     with torch.autocast("cpu", dtype=BF16):
@@ -382,7 +383,7 @@ def test_a_float32_bias_gets_a_float32_sum_under_autocast():
 @pytest.mark.parametrize("needs", ["x lora_A lora_B bias", "lora_A lora_B", "x", "x lora_B"])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_gradients_are_the_same_with_a_graph_of_their_own(needs, p):
-    """``create_graph`` computes them by other formulas; gradgradcheck sees only those."""
+    """``create_graph`` uses other formulas, the only ones that gradgradcheck covers."""
     inputs = make_inputs(5, 7, 6, 3, torch.float64)
     leaves = [inputs[name].requires_grad_() for name in needs.split()]
     y = fused_lora_linear(**inputs, dropout_p=p, impl="torch")

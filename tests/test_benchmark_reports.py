@@ -1,4 +1,4 @@
-"""What a benchmark run reports: files, means, comparison, the README's headline, the command."""
+"""What a benchmark run reports: files, means, comparison, targets, the command."""
 
 from __future__ import annotations
 
@@ -7,61 +7,25 @@ import math
 from dataclasses import replace
 
 import pytest
+from benchmark_rows import report_of, result_of
 
-import headline
 import plot
 import targets
 from harness import shapes
 from harness.shapes import Shape
 from harness.timing import Quartiles
 from report import compare, records, table
-from report.records import Report, Result, Row
+from report.records import Report
 
 
 def test_a_mean_is_over_shapes_without_repeats():
     for name, listed in shapes.MEANS.items():
         assert len(set(listed)) == len(listed), name
-    assert set(shapes.HEADLINE) <= set(shapes.MEANS[headline.MEAN]) <= set(shapes.CPU_FULL)
-
-
-def _result(ratio: float, spread: float = 0.01, saved: int = 0) -> Result:
-    quartiles = Quartiles(ratio, ratio - spread, ratio + spread)
-    return Result(Quartiles(ratio / 1e3, ratio / 1e3, ratio / 1e3), quartiles, saved, None)
-
-
-def _report(rows=shapes.CPU_TARGETS, fused: float = 1.25, spread: float = 0.01) -> Report:
-    machine = {
-        "device": "cpu",
-        "device_name": "a processor",
-        "threads": 2,
-        "thread_binding": "true",
-        "versions": {"torch": "2.13.0+cpu"},
-        "commit": {"id": "0123456789ab", "dirty": False},
-        "date": "2026-01-31T00:00:00+00:00",
-    }
-    made = [
-        Row(
-            shape,
-            dtype,
-            0.1,
-            9,
-            {
-                "frozen": _result(1.0),
-                "eager": _result(1.5, saved=4 * shape.M * shape.K),
-                # Twice, and at every other shape four and a half times as slow as 1.25.
-                "peft": _result(2.5 if i % 2 else 5.625),
-                "fused": _result(fused, spread, saved=2 * shape.M * shape.K),
-            },
-            {"loralib": "not installed"},
-        )
-        for dtype in ("bfloat16", "float32")
-        for i, shape in enumerate(rows)
-    ]
-    return Report(machine, made)
+    assert set(shapes.HEADLINE) <= set(shapes.MEANS[targets.MEAN]) <= set(shapes.CPU_FULL)
 
 
 def test_a_report_survives_its_file(tmp_path):
-    report = _report()
+    report = report_of()
     json_path, csv_path = report.save(tmp_path / "cpu-2026-01-31")
     assert records.load(json_path) == report
     lines = csv_path.read_text().splitlines()
@@ -87,19 +51,19 @@ def test_a_file_of_another_kind_is_refused(tmp_path, text, message):
 
 
 def test_means():
-    report = _report()
+    report = report_of()
     slow = math.ceil(len(shapes.CPU_TARGETS) / 2)
     expected = (4.5**slow * 2.0 ** (7 - slow)) ** (1 / 7)
     found = report.mean_speedup("cpu-targets", "bfloat16", 0.1, "fused", "peft")
     assert found == pytest.approx(expected)
     assert report.mean_speedup("cpu-targets", "bfloat16", 0.0, "fused", "peft") is None
     assert report.mean_speedup("cpu-targets", "bfloat16", 0.1, "fused", "loralib") is None
-    part = _report(shapes.CPU_TARGETS[1:])
+    part = report_of(shapes.CPU_TARGETS[1:])
     assert part.mean_speedup("cpu-targets", "bfloat16", 0.1, "fused", "peft") is None
 
 
 def test_table():
-    text = table.render(_report())
+    text = table.render(report_of())
     for line in (
         "measured on a processor (2 threads, OMP_PROC_BIND true), torch 2.13.0+cpu, 2026-01-31,"
         " 0123456789ab",
@@ -117,12 +81,12 @@ def test_table():
 
 def test_pictures_show_the_longest_complete_list(tmp_path):
     other = Shape(8, 8, 8, 2)
-    path, _ = _report((*shapes.CPU_TARGETS, other)).save(tmp_path / "cpu")
+    path, _ = report_of((*shapes.CPU_TARGETS, other)).save(tmp_path / "cpu")
     assert plot.main([str(path)]) == 0
     text = (tmp_path / "cpu-memory.svg").read_text()
     assert all(str(shape) in text for shape in shapes.CPU_TARGETS)
     assert str(other) not in text
-    part, _ = _report((other,)).save(tmp_path / "part")
+    part, _ = report_of((other,)).save(tmp_path / "part")
     assert plot.main([str(part)]) == 0
     assert str(other) in (tmp_path / "part-memory.svg").read_text()
 
@@ -132,7 +96,7 @@ def test_pictures_show_the_longest_complete_list(tmp_path):
     [(1.25, 0.01, "same"), (1.28, 0.01, "slower"), (1.28, 0.03, "same"), (1.20, 0.01, "faster")],
 )
 def test_compare_knows_noise(fused, spread, verdict):
-    old, new = _report(shapes.CPU_QUICK), _report(shapes.CPU_QUICK, fused, spread)
+    old, new = report_of(shapes.CPU_QUICK), report_of(shapes.CPU_QUICK, fused, spread)
     found = compare.changes(old, new)
     verdicts = {c.provider: c.verdict for c in found}
     assert verdicts == {"eager": "same", "peft": "same", "fused": verdict}
@@ -144,7 +108,7 @@ def test_compare_knows_noise(fused, spread, verdict):
 
 
 def test_compare_says_that_the_machine_is_another():
-    old = _report()
+    old = report_of()
     new = replace(old, machine=old.machine | {"threads": 8})
     assert "note: threads was 2 and is 8" in compare.render(old, new)
     for emulated, said in (([], False), (["bfloat16"], True)):
@@ -155,22 +119,22 @@ def test_compare_says_that_the_machine_is_another():
 
 
 def _without_dropout(fused: float, addmm: float, floor: float) -> Report:
-    report = _report(fused=fused)
+    report = report_of(fused=fused)
     for row in report.rows:
-        row.results.update(addmm=_result(addmm), floor=_result(floor))
+        row.results.update(addmm=result_of(addmm), floor=result_of(floor))
     return replace(report, rows=[replace(row, dropout=0.0) for row in report.rows])
 
 
 def test_targets_are_met_and_missed():
     found = list(targets.verdicts([_without_dropout(1.06, 1.05, 1.02)]))
     assert all(verdict.met for verdict in found)
-    # Two dtypes: beside the best peer at 7 shapes, beside the products at 6; of 4 means the 3
-    # without dropout.
+    # Per dtype, 7 shapes against the best peer and 6 against the products; then the 3 means
+    # without dropout, of 4.
     assert len(found) == 2 * (7 + 6) + 3
 
     found = list(targets.verdicts([_without_dropout(1.49, 1.3, 1.42)]))
     missed = [str(verdict) for verdict in found if not verdict.met]
-    assert len(missed) == 2 * (7 + 6) + 2, missed  # and 1.5 / 1.49 over eager
+    assert len(missed) == 2 * (7 + 6) + 2, missed  # 2: the means over eager, 1.5 / 1.49
     for shape, limit in (
         ("512x2048x2048 r16", "1.08 of the frozen layer"),
         ("1024x768x3072 r16", "the bare products' 1.42 + 0.05"),
@@ -192,7 +156,7 @@ def test_a_shape_is_behind_in_two_runs_of_three(tmp_path, capsys):
     assert "gone.json" in capsys.readouterr().err
 
     gpu = replace(runs[0], machine=runs[0].machine | {"device": "cuda"})
-    with_dropout = _report()
+    with_dropout = report_of()
     for nothing in ((gpu,), (runs[0], with_dropout)):
         files = [run.save(tmp_path / f"nothing{i}")[0] for i, run in enumerate(nothing)]
         assert targets.main(list(map(str, files))) == 2
@@ -203,81 +167,15 @@ def test_targets_of_another_provider():
     report = _without_dropout(1.49, 1.05, 1.02)
     for row in report.rows:
         if row.dtype == "bfloat16":
-            row.results["fused-bf16"] = _result(1.06)
+            row.results["fused-bf16"] = result_of(1.06)
     missed = [v for v in targets.verdicts([report], "fused-bf16") if not v.met]
     assert missed
     assert all("float32" in verdict.name for verdict in missed)
 
 
 @pytest.fixture
-def readme(tmp_path):
-    (tmp_path / "results").mkdir()
-    _report().save(tmp_path / "results" / "cpu")
-    path = tmp_path / "README.md"
-    path.write_text("before\n<!-- headline results/cpu.json -->\nold\n<!-- /headline -->\nafter\n")
-    return path
-
-
-def test_headline(readme, capsys):
-    assert headline.main(["--check", str(readme)]) == 1
-    assert "differs from its results" in capsys.readouterr().err
-    assert headline.main([str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith(
-        "before\n<!-- headline results/cpu.json -->\n**Measured** on a processor (2 threads, bound"
-    )
-    assert text.endswith("<!-- /headline -->\nafter\n")
-    assert "| 512, 768, 768, 8 | 1.50 (2.00) | 2.50 (0.00) | **1.25 (1.00)** |" in text
-    assert "3.18 over peft and 1.20 over eager (bfloat16, dropout 0.1)" in text
-    assert headline.main(["--check", str(readme)]) == 0
-
-
-@pytest.mark.parametrize(
-    ("rows", "text", "message"),
-    [
-        (shapes.CPU_TARGETS, "no markers", "expected <!-- headline"),
-        (
-            shapes.CPU_TARGETS,
-            "<!-- headline results/cpu.json -->\n<!-- /headline -->\n<!-- headline b.json -->\n",
-            "got 2 of the first and 1 with the second",
-        ),
-        (shapes.CPU_TARGETS, "<!-- headline gone.json -->\n<!-- /headline -->", "gone.json"),
-        (shapes.CPU_QUICK, None, "expected 960x4096x4096 r64"),
-        (shapes.HEADLINE, None, "expected every shape of cpu-targets"),
-    ],
-    ids=["no markers", "no end", "no file", "no row", "no mean"],
-)
-def test_headline_says_what_is_missing(readme, capsys, rows, text, message):
-    _report(rows).save(readme.parent / "results" / "cpu")
-    before = text or readme.read_text()
-    readme.write_text(before)
-    assert headline.main([str(readme)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert readme.read_text() == before
-
-
-def test_headline_of_a_cpu_that_emulates_is_of_what_it_measured(readme):
-    few = _report(shapes.CPU_QUICK, fused=0.0234)
-    emulating = replace(few, machine=few.machine | {"emulated": ["bfloat16", "float16"]})
-    emulating.save(readme.parent / "results" / "other")
-    mark = "<!-- headline results/other.json -->\n<!-- /headline -->\n"
-    readme.write_text(readme.read_text() + mark)
-    assert headline.main([str(readme)]) == 0
-    first, second = readme.read_text().split("after\n")
-    assert "no instructions" not in first
-    assert "3.18 over peft" in first
-    assert "(2 threads, bound, no instructions for bfloat16, torch 2.13.0)" in second
-    assert "| 512, 768, 768, 8 | 1.50 (2.00) | 2.50 (0.00) | **0.023 (1.00)** |" in second
-    assert "960, 4096" not in second
-    assert "over peft" not in second
-    assert "no instructions for bfloat16 and float16" in table.render(emulating)
-
-
-@pytest.fixture
 def runner(monkeypatch):
-    """benchmarks/run.py; what it asks of OpenMP must not reach this process's children."""
+    """benchmarks/run.py; the OpenMP setting of its import must not reach child processes."""
     monkeypatch.setenv("OMP_PROC_BIND", "false")
     import run
 
@@ -311,7 +209,7 @@ def test_run(runner, tmp_path, capsys):
     assert pictures.keys() == {".png", ".svg"}
     assert pictures[".png"].read_bytes().startswith(b"\x89PNG")
     assert "24x32x40 r4" in pictures[".svg"].read_text()
-    assert len(list(tmp_path.glob("cpu-*"))) == 8  # two files of data, three pictures twice
+    assert len(list(tmp_path.glob("cpu-*"))) == 8  # two data files, three pictures in two formats
     assert runner.main([*options, "--dropout", "0.1", "--compare", str(stem)]) == 0
     assert "against " in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""The benchmarks: providers that agree, rounds that are fair, suites that run."""
+"""The benchmarks: providers agree, rounds are fair, and the suites run."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_gpu_provider_is_left_out_of_a_cpu_run(name):
 
 
 class _Faulty(providers._Eager):
-    """Eager, wrong in one way."""
+    """Eager with one planted fault."""
 
     def __init__(self, problem: Problem, fault: str):
         super().__init__(problem)
@@ -168,4 +168,4 @@ def test_suites_run():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kept for backward" in done.stdout
-    assert "12 passed" in done.stdout
+    assert "14 passed" in done.stdout

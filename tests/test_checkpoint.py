@@ -1,9 +1,10 @@
-"""Adapters on disk: PEFT's format both ways, and what a damaged or hostile pair of files does."""
+"""Adapters on disk: PEFT's format, saved and loaded, and adapters swapped on one base."""
 
 import copy
 import json
 import os
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def adapted(make, arguments, dtype=torch.float32) -> tuple[nn.Module, nn.Module]
 @pytest.fixture
 def quiet():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, on Conv1D, tied and saved embeddings
+        warnings.simplefilter("ignore")  # PEFT warns of Conv1D, tied and saved embeddings
         yield
 
 
@@ -81,7 +82,8 @@ def test_saved_here_loaded_in_peft_and_back(case, dtype, tmp_path, quiet):
     config = json.loads((tmp_path / "ours" / CONFIG).read_text())
     assert config["fan_in_fan_out"] == case.startswith("gpt2")
     files = [load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs")]
-    kept = {key: t for key, t in files[1].items() if "base_layer" not in key}  # embeddings' own
+    # PEFT also saves the base weights of adapted embeddings.
+    kept = {key: t for key, t in files[1].items() if "base_layer" not in key}
     assert files[0].keys() == kept.keys()
     assert all(torch.equal(files[0][key], kept[key]) for key in kept)
     again = copy.deepcopy(base)
@@ -98,6 +100,7 @@ def test_saved_here_loaded_in_peft_and_back(case, dtype, tmp_path, quiet):
 )
 @pytest.mark.parametrize("state", ["plain", "adapted"])
 def test_a_name_that_is_none(state, name, error, hint, tmp_path):
+    """An adapter's name is a string that is not empty; any other leaves the model unchanged."""
     model = Tiny()
     apply_lora(model, target_modules=ALL, rank=2)
     save_adapter(model, tmp_path)
@@ -161,7 +164,7 @@ def test_the_files_are_plain_and_small(tmp_path):
 
 
 def test_one_base_many_adapters(tmp_path, capsys):
-    """The tutorials' promise: adapters of a fraction of the base, swapped on one base."""
+    """Tutorials promise adapters a fraction of the base's size, swapped on one base."""
     base, ids = gpt2(n_embd=256, n_layer=4), tokens()
     outputs = []
     for number in range(3):
@@ -257,7 +260,7 @@ def checkpointed_inside(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     "wrap",
     [
-        torch.compile,
+        pytest.param(partial(torch.compile, backend="eager"), id="compile"),
         nn.DataParallel,
         torch.optim.swa_utils.AveragedModel,
         compiled_inside,
@@ -282,7 +285,9 @@ def test_a_module_in_two_places_warns_of_peft(tmp_path):
     model = nn.ModuleDict({"a": nn.Linear(4, 4)})
     model["b"] = model["a"]
     apply_lora(model)
-    with pytest.warns(UserWarning, match="one module stands at a, b;.*under PEFT at the first"):
+    with pytest.warns(
+        UserWarning, match="one module has the names a, b;.*in PEFT only under the first"
+    ):
         save_adapter(model, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: what a damaged, hostile or foreign pair of files does, and a killed save."""
+"""Adapters on disk: damaged, hostile and foreign files, and saves that fail or are killed."""
 
 import json
 import os
@@ -127,7 +127,7 @@ DAMAGES = {
     "alpha infinite": (edit_config(lora_alpha=1e999), "lora_alpha to be a finite number"),
     "alpha absurd": (edit_config(lora_alpha=10**400), "lora_alpha to be a finite number"),
     "dropout": (edit_config(lora_dropout=1.5), r"dropout in \[0, 1\)"),
-    "slow pattern": (edit_config(rank_pattern={"(a+)+$": 2}), "repeats, none of a group"),
+    "slow pattern": (edit_config(rank_pattern={"(a+)+$": 2}), "repeats, no group repeated"),
     "slow pattern of repeats": (edit_config(alpha_pattern={".*" * 9: 2}), "and 4 groups and"),
     "slow pattern of options": (edit_config(alpha_pattern={"o?u?t?o?u?t?": 2}), "and 4 groups and"),
     "slow pattern of groups": (edit_config(rank_pattern={"(o|.)" * 30: 2}), "and 4 groups and"),
@@ -164,11 +164,12 @@ def test_damage_is_told_and_the_model_unchanged(damage, state, tmp_path):
     "change", [{"lora_alpha": 17}, {"use_rslora": True}, {"alpha_pattern": {"out": 3}}], ids=str
 )
 def test_an_edited_pair_does_not_match(change, tmp_path):
+    """A config whose edit changes what the tensors mean is refused; other edits are not."""
     model = Tiny()
     apply_lora(model, target_modules=ALL, rank=2)
     save_adapter(model, tmp_path)
     edit_config(base_model_name_or_path="x", lora_dropout=0.1, inference_mode=False)(tmp_path)
-    load_adapter(Tiny(), tmp_path)  # what does not concern the tensors may change
+    load_adapter(Tiny(), tmp_path)  # settings that do not affect the tensors may change
     edit_config(**change)(tmp_path)
     with pytest.raises(ValueError, match=r"expected the adapter_config\.json it was saved with"):
         load_adapter(Tiny(), tmp_path)
@@ -202,12 +203,12 @@ def squares(*sizes) -> nn.ModuleDict:
     [
         ({"rank": 4}, "default", ValueError, "in the shape that adapter 'default' has"),
         ({"use_dora": True, "rank": 2}, "default", ValueError, "lora_magnitude_vector of a"),
-        ({"rank": 2}, "default", ValueError, "of every adapted layer, got none for a"),
+        ({"rank": 2}, "default", ValueError, "for every adapted layer, got none for a"),
         (
             {"rank": 2, "target_modules": ["a"]},
             "default",
             ValueError,
-            "adapted layers only, got one of b",
+            "adapted layers only, got adapters for b",
         ),
         ({"init": "pissa", "rank": 2}, "default", ValueError, "init_lora_weights as the model's"),
         ({"init": "pissa", "rank": 2}, "other", ValueError, "PiSSA model has one adapter"),
@@ -225,11 +226,8 @@ def test_an_adapted_model_that_does_not_fit(arguments, name, error, hint, tmp_pa
     assert_unchanged(model, before)
 
 
-# Crashes while saving.
-
-
 def killed_child(task) -> int:
-    """Run ``task`` in a forked child that may be killed; the signal or exit status."""
+    """Run ``task`` in a forked child that may be killed; returns its wait status."""
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -242,7 +240,7 @@ def killed_child(task) -> int:
 
 
 def outcome(folder) -> str:
-    """Which adapter the folder holds, by its fill: "old", "new", or "mismatch"."""
+    """Which adapter the folder holds, by its values: "old", "new", or "mismatch" of its files."""
     model = squares(("a", 8), ("b", 9))
     try:
         load_adapter(model, folder)
@@ -277,7 +275,7 @@ def test_a_save_that_fails_before_writing_keeps_the_old_pair(tmp_path):
     load_adapter(squares(("a", 8), ("b", 9)), tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_several_processes_may_save_at_once(tmp_path):
     models = [filled(1.0, 4), filled(2.0, 6)]
     children = []
@@ -297,7 +295,7 @@ def test_several_processes_may_save_at_once(tmp_path):
     assert outcome(tmp_path) in ("old", "new", "mismatch")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_at_every_step_of_a_save(tmp_path):
     old, new = filled(1.0, 4), filled(2.0, 6)
     seen = []
@@ -326,13 +324,13 @@ def test_killed_at_every_step_of_a_save(tmp_path):
         if status == 0:
             break
         assert status == signal.SIGKILL
-    assert len(seen) == 2 * (2 + 4) + 1  # before and after 2 replaces and 4 flushes, and none
+    assert len(seen) == 2 * (2 + 4) + 1  # before and after 2 replaces and 4 fsyncs; not killed
     assert seen[0] == "old"
     assert seen[-1] == "new"
     assert set(seen) == {"old", "mismatch", "new"}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_in_the_middle_of_a_write(tmp_path):
     resource = pytest.importorskip("resource")
     old, new = filled(1.0, 4), filled(2.0, 6)
@@ -348,7 +346,7 @@ def test_killed_in_the_middle_of_a_write(tmp_path):
 
         assert killed_child(task) & 0x7F == signal.SIGXFSZ
         assert outcome(folder) == "old"
-        save_adapter(new, folder)  # what the killed one left is no hindrance
+        save_adapter(new, folder)  # despite the files that the killed save left
         assert outcome(folder) == "new"
         rest = set(os.listdir(folder)) - {CONFIG, WEIGHTS}
         assert all(name.startswith(".adapter_") and name.endswith(".tmp") for name in rest)

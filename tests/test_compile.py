@@ -1,4 +1,4 @@
-"""The shipped tiles, compiled for GPUs that are not here: they fit, and nothing spills."""
+"""The shipped tiles, compiled for GPUs that need not be present: they fit, and none spills."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from compiled import limits, sweep
 from compiled.cases import DTYPES, PRODUCTS
 from fused_lora.kernels import select_config
 from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, Target, is_valid
+from support import swept
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +29,7 @@ def script(*command) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@swept
 @pytest.mark.parametrize("arch", sweep.SLICE_ARCHS)
 def test_a_slice_of_the_shipped_tiles_compiles_clean(arch, tmp_path):
     rows = tmp_path / "rows.jsonl"
@@ -43,15 +45,18 @@ def test_a_slice_of_the_shipped_tiles_compiles_clean(arch, tmp_path):
 
 
 def test_a_report_continues_from_its_rows(tmp_path):
+    """A second run adds no rows and prints the same, for a kernel with tiles and one without."""
     rows = tmp_path / "rows.jsonl"
-    part = ("--arch", "sm_90", "--kernel", "sum_partials", "--rank", 8, "--dropout", "off")
-    command = (ROOT / "benchmarks" / "compile_report.py", *part, "--jobs", 1, "--json", rows)
+    kernels = ["sum_partials", "rank_grad"]
+    part = ("--arch", "sm_90", "--dtype", "bf16", "--rank", 8, "--dropout", "off", "--kernel")
+    report = ROOT / "benchmarks" / "compile_report.py"
+    command = (report, *part, *kernels, "--jobs", 1, "--json", rows)
     first = script(*command)
     assert first.returncode == 0, first.stderr[-3000:]
     written = rows.read_text()
-    assert len(written.splitlines()) == len(
-        list(sweep.full(["sm_90"], ranks=[8], kernels=["sum_partials"], dropout=[False]))
-    )
+    found = [json.loads(line) for line in written.splitlines()]
+    assert len(found) == len(list(sweep.full(["sm_90"], ["bf16"], [8], kernels, [False])))
+    assert all(row["spill"] == 0 < row["registers"] for row in found)
     again = script(*command)
     assert (again.returncode, again.stdout) == (0, first.stdout)
     assert rows.read_text() == written
@@ -79,8 +84,8 @@ def test_planted_faults_are_found():
         assert words in found[name], (name, found[name])
 
 
-# architecture, registers a thread, shared bytes, warps and columns of tensor memory of a block: by
-# the CUDA occupancy calculator, and for AMD by the arithmetic of the CDNA guides
+# architecture, registers per thread, then per block: shared bytes, warps, tensor memory columns;
+# occupancy, from the CUDA occupancy calculator, for AMD from the arithmetic of the CDNA guides
 OCCUPANCY = [
     ("sm_80", 64, 0, 8, 0, 0.5),
     ("sm_80", 255, 98_304, 8, 0, 8 / 64),
@@ -140,6 +145,7 @@ def test_large_shapes_get_large_tiles(arch, rank):
 @pytest.mark.parametrize("arch", sweep.ARCHS)
 @pytest.mark.parametrize("kernel", [name for name in PRODUCTS if name not in sweep.THIN])
 def test_three_tiles_a_key(arch, kernel):
+    """For every kind of call there are at least three tiles to choose from."""
     for dtype, rank, rows in product(DTYPES, sweep.RANKS, ("even", "narrow")):
         if candidates := sweep.shipped(arch, kernel, dtype, rank, rows):
             tiles = {config.tile(rank) for config in candidates}
@@ -148,7 +154,7 @@ def test_three_tiles_a_key(arch, kernel):
 
 @pytest.mark.parametrize("arch", sweep.ARCHS)
 def test_tiles_that_leave_fewer_slots_idle_are_chosen(arch):
-    """A narrow weight at few rows: the largest tile would leave most SMs without one."""
+    """With a narrow weight and few rows, the largest tile would leave most SMs idle."""
     target = limits.target(arch)
     largest = select_config.gemm_candidates(target, 2, 16, aligned=True)[0]
     for M, N in ((512, 1024), (128, 4096)):

@@ -1,4 +1,4 @@
-"""What the PyTorch path does for a CPU's sake: half precision is widened where it is slow."""
+"""The PyTorch implementation on CPUs: half precision is widened where it is slow."""
 
 import platform
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch._dynamo import compiled_autograd
 
 from fused_lora import fused_lora_add, fused_lora_linear
+from fused_lora.kernels.operands import ForwardOperands
 from fused_lora.ops import cpu_gemm, torch_impl
 from support import UNIT_ROUNDOFF, in_float64, make_inputs, relative_rms, run
 
@@ -17,16 +18,16 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def with_instructions(monkeypatch):
-    """A CPU that multiplies half precision, whatever this one can do."""
+    """A CPU with half-precision instructions, whatever this machine has."""
     monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset())
 
 
 @pytest.fixture
 def without_instructions(monkeypatch):
-    """A CPU where PyTorch's products of half precision are loops; weights come in many blocks."""
+    """A CPU where half-precision products are plain loops; weights are split into many blocks."""
     monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset(HALF))
     for name, size in {"_WEIGHTS": 960, "_OUTPUTS": 256 * 8, "_COLUMNS": 7}.items():
-        monkeypatch.setattr(torch_impl, f"_WIDE{name}", size)
+        monkeypatch.setattr(cpu_gemm, f"_WIDE{name}", size)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -58,10 +59,10 @@ def test_few_rows_are_exact_but_for_the_base(rows, dtype, with_instructions):
     ],
 )
 def test_which_rows_are_few(rows, rank, adapter_dtype, widened, with_instructions):
-    """As measured: where the products grow, what they take outgrows what they take to start."""
+    """Widen only small products, as measured: their overhead costs more than their arithmetic."""
     x, weight = torch.randn(rows, 40).bfloat16(), torch.randn(24, 40).bfloat16()
     A, B = torch.randn(rank, 40, dtype=adapter_dtype), torch.randn(24, rank, dtype=adapter_dtype)
-    y, S = torch_impl.forward(x, weight, A, B, None, 1.0, None, 1.0)
+    y, S = torch_impl.forward(ForwardOperands(x, weight, A, B, None, 1.0))
     assert y.dtype == torch.bfloat16
     assert S.dtype == (torch.float32 if widened else torch.bfloat16)
 
@@ -101,7 +102,7 @@ def test_dropout_in_half_precision_is_the_references(rows, adapter_dtype, dtype,
 def test_without_instructions_every_result_is_rounded_once(
     rows, rank, adapter_dtype, dtype, transposed, without_instructions
 ):
-    """But for a product of few rows with vectors that lie in one piece, which PyTorch takes."""
+    """All but the base product of few rows and contiguous vectors, which is left to PyTorch."""
     inputs = make_inputs(rows, 96, 80, rank, dtype, adapter_dtype=adapter_dtype)
     if transposed:
         inputs["weight"] = inputs["weight"].t().contiguous().t()
@@ -135,7 +136,7 @@ def test_without_instructions_gradients_come_in_batches(rows, without_instructio
 def test_without_instructions_few_rows_are_left_to_dot_products(
     rows, transposed, widened, without_instructions, monkeypatch
 ):
-    """The weight comes in blocks, none larger than the limits and no narrower than the least."""
+    """With more rows, or vectors that are not contiguous, the weight is widened in blocks."""
     weight = torch.randn(80, 96).bfloat16()
     if transposed:
         weight = weight.t().contiguous().t()
@@ -144,17 +145,17 @@ def test_without_instructions_few_rows_are_left_to_dot_products(
     monkeypatch.setattr(torch, "mm", lambda a, b: blocks.append(b.shape) or mm(a, b))
     A, B = torch.randn(4, 96), torch.randn(80, 4)
     x = torch.randn(rows, 96).bfloat16()
-    torch_impl.forward(x, weight, A, B, None, 1.0, None, 1.0)
+    torch_impl.forward(ForwardOperands(x, weight, A, B, None, 1.0))
     found = [columns for inner, columns in blocks if inner == 96 and columns != 4]
     assert found == ([10] * 8 if widened else [])
     blocks.clear()
     x = torch.randn(256, 96).bfloat16()
-    torch_impl.forward(x, weight, A, B, None, 1.0, None, 1.0)
+    torch_impl.forward(ForwardOperands(x, weight, A, B, None, 1.0))
     assert [columns for inner, columns in blocks if inner == 96] == [8] * 10
 
 
 def test_without_instructions_a_subclass_is_multiplied_by_itself(without_instructions):
-    """As a quantised weight, which may have no views and no other dtype."""
+    """A quantised weight, for example, may support neither slices nor casts."""
 
     class Quantised(torch.Tensor):
         @classmethod
@@ -183,6 +184,8 @@ def test_compiled_autograd_follows_the_backward(without_instructions, nothing_co
 
 
 def test_what_a_cpu_emulates_is_pytorchs_answer(monkeypatch):
+    """On x86 with oneDNN, a dtype is emulated if PyTorch reports that oneDNN lacks it."""
+
     def ask(machine, has_mkldnn=True, **supported):
         monkeypatch.setattr(platform, "machine", lambda: machine)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_mkldnn)
@@ -194,5 +197,5 @@ def test_what_a_cpu_emulates_is_pytorchs_answer(monkeypatch):
     assert ask("AMD64", **none) == ask("x86_64", **none) == set(HALF)
     assert ask("x86_64", bf16=True, fp16=False) == {torch.float16}
     assert ask("x86_64", bf16=True, fp16=True) == set()
-    assert ask("x86_64") == set()  # a PyTorch that no longer has the question
+    assert ask("x86_64") == set()  # a PyTorch without these checks
     assert ask("x86_64", has_mkldnn=False, **none) == ask("arm64", **none) == set()  # not measured

@@ -1,4 +1,4 @@
-"""The table of GPUs, and what is made of one that is not in it."""
+"""The table of GPUs, and the properties of a GPU that is not in it."""
 
 from types import SimpleNamespace
 
@@ -34,7 +34,7 @@ def test_peaks_are_those_of_the_data_sheets(name):
 
 
 def properties(name: str, **changes) -> SimpleNamespace:
-    """What torch tells of an L40S, under another name."""
+    """The properties that torch reports for an L40S, under ``name``."""
     told = {
         "name": name,
         "L2_cache_size": 96 << 20,
@@ -53,7 +53,7 @@ def test_a_known_name_has_its_row_and_the_queried_target():
 
 
 def test_names_are_matched_in_full():
-    """A laptop's GPU of the name, or a slice of a large one, is another."""
+    """A laptop's GPU of the same name, or a slice of a large GPU, is a different GPU."""
     target = Target("sm_89", 76, 101_376)
     for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
         assert from_properties(properties(name), target).name == name
@@ -68,7 +68,7 @@ def test_an_unknown_gpu_is_what_it_tells():
 
 
 def test_a_gpu_that_tells_nothing_keeps_the_vendors_gemm():
-    """Even where a known GPU of its architecture would take the fused one."""
+    """Even for a shape where a known GPU of its architecture uses the fused one."""
     silent = properties(
         "unheard of", L2_cache_size=0, clock_rate=0, memory_clock_rate=0, memory_bus_width=0
     )

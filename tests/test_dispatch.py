@@ -1,4 +1,4 @@
-"""Who runs: explicit choices, automatic ones, the fallback, and the strategies."""
+"""What runs a call: explicit choices, automatic ones, the fallback, and the strategies."""
 
 import functools
 import itertools
@@ -43,12 +43,12 @@ def test_auto_on_a_cpu_is_torch():
 def test_explain_of_other_choices():
     layer = FusedLoRALinear(8, 6, rank=2)
     assert explain(layer, impl="reference").impl == "reference"
-    assert explain(layer, impl="torch").reason == "asked for"
+    assert explain(layer, impl="torch").reason == "requested"
     layer.merge()
     assert "merged" in str(explain(layer))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here")
 def test_triton_that_cannot_run_says_why():
     """Without the interpreter, on a machine without a GPU: an error, not "0 active drivers"."""
     script = (
@@ -94,16 +94,16 @@ def test_triton_explains_its_strategies():
 
 
 class BrokenKernels:
-    """Stands for kernels that fail to compile or launch, in one direction or in all."""
+    """A stand-in for ``strategies`` whose ``broken`` functions fail like broken kernels."""
 
     def __init__(self, strategies, broken):
-        self.ops, self.broken, self.calls = strategies, broken, []
+        self.strategies, self.broken, self.calls = strategies, broken, []
 
     def __getattr__(self, name):
         self.calls.append(name)
         if name in self.broken:
             raise RuntimeError("out of resource: shared memory\nlong details")
-        return getattr(self.ops, name)
+        return getattr(self.strategies, name)
 
 
 @pytest.mark.parametrize("broken", [("forward",), ("backward",), ("dropout_mask",)])
@@ -118,7 +118,7 @@ def test_auto_falls_back_with_one_warning(broken, monkeypatch):
 
     def with_broken_kernels(self, *args):
         original(self, *args)
-        self.ops = kernels
+        self.strategies = kernels
 
     monkeypatch.setattr(dispatch.TritonRunner, "__init__", with_broken_kernels)
     with warnings.catch_warnings(record=True) as caught:
@@ -158,6 +158,8 @@ def test_an_explicit_choice_does_not_fall_back(monkeypatch):
 
 
 def test_subclasses_take_aten_operators():
+    """A weight of a tensor subclass runs PyTorch's own operators."""
+
     class Subclass(torch.Tensor):
         pass
 
@@ -168,7 +170,7 @@ def test_subclasses_take_aten_operators():
 
 
 SHAPE = {"M": 16_384, "N": 4096, "L": 4096, "rank": 16}
-# GPU, item size, changes, strategy
+# GPU, item size, changes to SHAPE, strategy
 STRATEGIES = [
     ("h100", 2, {"L": 2048}, "split"),
     ("h100", 2, {}, "addmm"),
@@ -176,14 +178,14 @@ STRATEGIES = [
     ("h100", 4, {"L": 2048}, "addmm"),
     ("h100", 2, {"L": 2048, "aligned": False}, "addmm"),
     ("h100", 2, {"L": 2048, "M": 8192}, "addmm"),  # 64 MiB of output, partly in 50 MiB of L2
-    ("h100", 2, {"L": 2048, "M": 4300, "N": 10_000}, "addmm"),  # tiles that fill 84 % of it
+    ("h100", 2, {"L": 2048, "M": 4300, "N": 10_000}, "addmm"),  # tiles fill 90 % of the GPU
     ("b200", 2, {"L": 1024, "M": 65_536}, "addmm"),
     ("rtx5090", 2, {"L": 1024, "M": 65_536}, "addmm"),
     ("mi300x", 2, {"L": 1024, "M": 65_536}, "addmm"),
     ("h100", 2, {"M": 16, "N": 16_384}, "single_pass"),
     ("h100", 2, {"M": 16, "N": 16_384, "masked": "operand"}, "addmm"),
     ("h100", 2, {"M": 16, "N": 16_384, "rank": 128}, "addmm"),
-    # The host is slower than the device: what launches less is chosen, by far or not at all.
+    # The host is the bottleneck: a strategy is selected if it saves enough host time.
     ("h100", 2, {"M": 512, "N": 1024, "L": 1024}, "addmm"),
     ("h100", 2, {"M": 512, "N": 1024, "L": 1024, "repeated": False}, "torch"),
     ("h100", 2, {"M": 512, "N": 1024, "L": 1024, "repeated": False, "with_torch": False}, "addmm"),
@@ -218,6 +220,7 @@ def test_explain_tells_the_modelled_gain(monkeypatch):
 
 @needs_triton
 def test_a_decision_is_taken_once_a_shape(monkeypatch):
+    """The strategy is selected once per shape and direction, then cached."""
     asked = []
     monkeypatch.setattr(cost, "choose_strategy", lambda *a, **k: asked.append(a) or ("split", ""))
     x, weight, B = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6, 2)
@@ -228,7 +231,7 @@ def test_a_decision_is_taken_once_a_shape(monkeypatch):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """``auto`` takes the kernels, interpreted."""
+    """``auto`` selects the kernels, which are interpreted."""
     monkeypatch.setattr(dispatch, "_may_run_triton", lambda x, weight: True)
     monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
     dispatch.clear_decisions()
@@ -256,11 +259,11 @@ def test_a_failure_is_remembered_for_its_dtype_alone(pretended):
 
     forward, ran = strategies.forward, []
 
-    def fail_in_half(x, *args):
-        ran.append(x.dtype)
-        if x.dtype == FP16:
+    def fail_in_half(operands, strategy):
+        ran.append(operands.x.dtype)
+        if operands.x.dtype == FP16:
             raise RuntimeError("no")
-        return forward(x, *args)
+        return forward(operands, strategy)
 
     pretended.setattr(strategies, "forward", fail_in_half)
     with pytest.warns(UserWarning, match="Triton failed"):
@@ -277,7 +280,7 @@ def test_explain_knows_the_state_of_a_layer():
 
 @needs_triton
 def test_explain_leaves_dropout_out_in_eval_mode():
-    """In training with few rows, dropped operands forbid the single pass; in eval they do not."""
+    """With few rows, dropout of x rules out the single pass in training, but not in eval mode."""
     layer = FusedLoRALinear(80, 72, rank=2, dropout=0.5, impl="triton")
     assert explain(layer, tokens=8).forward == "split"
     assert explain(layer.eval(), tokens=8).forward == "single_pass"
@@ -288,6 +291,7 @@ def test_explain_leaves_dropout_out_in_eval_mode():
 
 @needs_triton
 def test_the_alignment_of_x_reaches_the_choice(monkeypatch):
+    """Whether the rows of x start on 16 bytes is passed to the choice of a strategy."""
     asked = []
 
     def record(*args, aligned, **kwargs):
@@ -319,12 +323,12 @@ def test_a_single_pass_needs_columns_for_half_the_gpu():
 
 
 def results_of(inputs: dict, dy: torch.Tensor, p: float, impl: str) -> dict:
-    """Output and gradients of one call; the mask is that of one seed in every dtype."""
+    """Output and gradients of one call; the seed, and so the mask, is the same in every dtype."""
     torch.manual_seed(0)
     return run(lambda **kw: fused_lora_linear(**kw, dropout_p=p, impl=impl), inputs, dy)
 
 
-# forward, backward, and who runs a call without dropout
+# strategy of forward, of backward, and the implementation of a call without dropout
 DIRECTIONS = [
     ("torch", "split", "triton"),
     ("addmm", "torch", "triton"),
@@ -336,7 +340,7 @@ DIRECTIONS = [
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("case", DIRECTIONS, ids=str)
 def test_either_direction_may_be_pytorchs(case, p, pretended):
-    """What one direction saves, the other reads, whoever runs it; and the mask is the same."""
+    """Either implementation can read what the other saved, and both use the same mask."""
     forward, backward, impl = case
     chosen = {"forward": forward, "backward": backward}
     pretended.setattr(
@@ -358,15 +362,15 @@ def test_a_choice_on_a_gpu_says_that_nothing_was_measured(pretended):
     pytest.importorskip("triton")
     pretended.setattr(devices, "device_of", lambda device: KNOWN["h100"])
     pretended.setattr(dispatch, "triton_problem", lambda device: None)
-    pretended.setattr(dispatch.tuned, "lookup", lambda call, device: None)
+    pretended.setattr(dispatch.tuning_cache, "lookup", lambda call, device: None)
     gpu = torch.device("cuda", 0)
     reason = dispatch.decide("auto", gpu, BF16, 8192, 4096, 4096, 16, False).reason
-    assert "modelled, nothing was measured for this shape" in reason
+    assert "modelled, not measured for this shape" in reason
     assert "python -m fused_lora.tune" in reason
 
 
 def test_untuned_on_an_h100_the_vendors_gemm_and_an_added_pass_run_nearly_every_shape():
-    """What the README and docs/tuning.md say."""
+    """docs/usage.md and docs/tuning.md state this; the counts are those of docs/usage.md."""
     from harness.shapes import GPU_FULL
 
     counts = {}

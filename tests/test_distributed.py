@@ -13,22 +13,27 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from support import swept
+
 TESTS = Path(__file__).parent
 CHECKS = TESTS / "distributed"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 
-def launch(folder: Path, processes: int, module: str, checks: list[str] | None = None) -> None:
-    """Run checks of a module, by default every one, in ``folder``."""
-    if checks is None:
-        body = ast.parse((CHECKS / f"{module}.py").read_text()).body
-        names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
-        checks = [name for name in names if name.startswith("check_")]
+def every_check(module: str) -> list[str]:
+    """The names ``module.check_...`` of all checks of a module."""
+    body = ast.parse((CHECKS / f"{module}.py").read_text()).body
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    return [f"{module}.{name}" for name in names if name.startswith("check_")]
+
+
+def launch(folder: Path, processes: int, checks: list[str]) -> None:
+    """Run checks, each ``module.function``, in ``folder``."""
     assert checks
     start = (*TORCHRUN, str(processes)) if processes > 1 else ()
     launched = subprocess.Popen(
-        [sys.executable, *start, CHECKS / "worker.py", module, *checks],
+        [sys.executable, *start, CHECKS / "worker.py", *checks],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -46,26 +51,49 @@ def launch(folder: Path, processes: int, module: str, checks: list[str] | None =
     assert [line.removeprefix("passed ") for line in lines if line.startswith("passed ")] == checks
 
 
+# At least one check per module of distributed/, with two exceptions: "trainers" has its own launch
+# below, and "tensor_slow" is slow.
+SOME_CHECKS = [
+    "training.check_ddp",
+    "training.check_fsdp2",
+    "fsdp1.check_training",
+    "sharding.check_merge",
+    "saving.check_saving",
+    "saving.save_state",
+    "saving.load_state",
+    "tensor_products.check_own_styles",
+    "tensor_products.check_collectives",
+    "tensor_models.check_life_cycle",
+]
+
+
+def test_some_checks_of_each_module(tmp_path):
+    modules = {path.stem for path in CHECKS.glob("*.py") if "def check_" in path.read_text()}
+    some = {check.partition(".")[0] for check in SOME_CHECKS}
+    assert some == modules - {"trainers", "tensor_slow"}
+    launch(tmp_path, 2, SOME_CHECKS)
+
+
 @pytest.mark.parametrize(
     ("module", "processes"),
     [
-        ("training", 2),
-        ("training", 4),
-        ("sharding", 2),
-        ("fsdp1", 2),
-        ("saving", 4),
+        pytest.param("training", 2, marks=swept),
+        pytest.param("training", 4, marks=swept),
+        pytest.param("sharding", 2, marks=swept),
+        pytest.param("fsdp1", 2, marks=swept),
+        pytest.param("saving", 4, marks=swept),
         ("trainers", 1),
-        ("trainers", 2),
-        ("tensor_products", 4),
-        ("tensor_models", 4),
-        ("tensor_slow", 2),
+        pytest.param("trainers", 2, marks=swept),
+        pytest.param("tensor_products", 4, marks=swept),
+        pytest.param("tensor_models", 4, marks=swept),
+        pytest.param("tensor_slow", 2, marks=swept),
     ],
 )
 def test_every_check(module, processes, tmp_path):
     if module == "trainers":
         pytest.importorskip("accelerate")
         pytest.importorskip("transformers")
-    launch(tmp_path, processes, module)
+    launch(tmp_path, processes, every_check(module))
 
 
 def test_the_wire_model_counts_real_shapes(monkeypatch):
@@ -73,13 +101,14 @@ def test_the_wire_model_counts_real_shapes(monkeypatch):
     monkeypatch.syspath_prepend(str(TESTS.parent / "benchmarks"))
     wire = importlib.import_module("wire")
     base, adapters = wire.count(wire.SHAPES["8B"])
-    assert base == 8_030_261_248  # the published checkpoint's
+    assert base == 8_030_261_248  # parameters of the published checkpoint
     square, grouped, mlp = 4096 + 4096, 4096 + 1024, 4096 + 14336
     assert adapters == 32 * 16 * (2 * square + 2 * grouped + 3 * mlp)
 
 
+@swept
 def test_resharding(tmp_path):
-    """What two processes save, four and one load, by PyTorch's distributed checkpoints."""
-    launch(tmp_path, 2, "saving", ["save_state"])
-    launch(tmp_path, 4, "saving", ["load_state"])
-    launch(tmp_path, 1, "saving", ["load_state"])
+    """A distributed checkpoint saved by two processes is loaded by four, and by one."""
+    launch(tmp_path, 2, ["saving.save_state"])
+    launch(tmp_path, 4, ["saving.load_state"])
+    launch(tmp_path, 1, ["saving.load_state"])

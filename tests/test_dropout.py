@@ -1,4 +1,4 @@
-"""The mask: one for forward and backward, the right rate, unbiased, drawn from the generator."""
+"""The mask: the same in forward and backward, right rate, unbiased, drawn from the generator."""
 
 import importlib.util
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def identity_layer(n: int):
-    """W = 0 and A = B = 1, so that y shows the mask and each gradient shows its own."""
+    """W = 0 and A = B = I, so that y and each gradient show the mask that they used."""
     return {
         "weight": torch.zeros(n, n),
         "lora_A": torch.eye(n, requires_grad=True),
@@ -35,7 +35,7 @@ def test_forward_and_both_gradients_use_one_mask(impl):
     mask = y.detach()
     keep = dropout.KEEP_ALL / dropout.keep_count(0.3)
     assert mask.unique().tolist() == [0.0, pytest.approx(keep, rel=1e-6)]
-    # With dY = 1 the gradients sum the mask; with dY = identity rows, dA is the mask itself.
+    # With dY = I, dA is the mask itself and dx its diagonal.
     dx, dA = torch.autograd.grad(y, (x, tensors["lora_A"]), torch.eye(n))
     torch.testing.assert_close(dx, torch.diag(mask.diagonal()))
     torch.testing.assert_close(dA, mask)
@@ -65,7 +65,7 @@ def test_changes_from_call_to_call_and_repeats_under_a_seed(impl):
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.5, 0.9])
 def test_keep_rate(p):
-    """Each count within five standard deviations of a binomial's, overall, by row, by column."""
+    """Kept entries overall, per column and per row are within five deviations of a binomial."""
     rows, columns = 512, 2048
     keep = dropout.keep_count(p)
     assert keep / dropout.KEEP_ALL == pytest.approx(1 - p, abs=2.0**-17)
@@ -105,7 +105,7 @@ def test_bits_are_independent_of_their_neighbours_and_of_the_next_seed():
 @needs_numpy
 @pytest.mark.parametrize("keep", [1, 2, 3, 1 << 15, dropout.keep_count(0.1), dropout.KEEP_ALL - 1])
 def test_numpy_makes_the_same_bits(keep, monkeypatch):
-    """In one block and in several, of whole lanes and of parts, of nothing, of any sign of seed."""
+    """For one block and several, whole and partial words, empty masks, seeds of either sign."""
     shapes = [(0, 8), (3, 0), (1, 1), (1, 768), (16, 64), (33, 65), (700, 1000)]
     for value in (0, 1, 2**63 - 2, -1):
         seed = torch.tensor(value)
@@ -132,6 +132,7 @@ def test_numpy_expands_to_the_same_matrix(dtype, monkeypatch):
 
 @needs_numpy
 def test_numpy_makes_small_masks_and_those_of_few_threads(monkeypatch):
+    """NumPy computes small masks, and large ones if there are at most two threads."""
     made = []
     real = dropout._make_keep_bits_by_numpy
     monkeypatch.setattr(
@@ -144,7 +145,7 @@ def test_numpy_makes_small_masks_and_those_of_few_threads(monkeypatch):
         dropout.make_keep_bits(seed, rows, 768, keep)
         assert len(made) == expected
     made.clear()
-    with torch.autocast("cpu"):  # anything that may look at operators is given PyTorch's
+    with torch.autocast("cpu"):  # observed: PyTorch's operators are used
         dropout.make_keep_bits(seed, 1, 768, keep)
     assert not made
 
@@ -194,7 +195,7 @@ def test_mask_shapes(shape):
 @needs_triton
 @pytest.mark.parametrize("M", [17, 70])  # backward in a single pass, or split
 def test_triton_with_dropout_is_the_reference(M):
-    """With few rows forward is split and backward a single pass: one mask, one factor."""
+    """With few rows forward is split and backward a single pass, with the same mask and factor."""
     inputs, dy = make_inputs(M, 80, 72, 8, FP32), torch.randn(M, 72)
     decision = explain(
         inputs["x"], inputs["weight"], inputs["lora_A"], dropout_p=0.3, impl="triton"

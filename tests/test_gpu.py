@@ -1,4 +1,4 @@
-"""The tests of the kernels and of the layer on a GPU, compiled; skipped where there is none."""
+"""Runs the tests of the kernels and of the layer on a GPU, compiled; skipped without one."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def visible_gpus() -> dict[str, str]:
     return environment if hidden == "all" else environment | {"CUDA_VISIBLE_DEVICES": hidden}
 
 
-@pytest.mark.skipif("FUSED_LORA_TEST_DEVICE" in os.environ, reason="runs there already")
+@pytest.mark.skipif("FUSED_LORA_TEST_DEVICE" in os.environ, reason="runs on that device already")
 def test_the_kernels_and_the_layer_on_the_gpu(tmp_path):
     command = [sys.executable, SCRIPT, "--only", "preflight", "numerics", "--budget", SECONDS]
     done = subprocess.run(
@@ -38,7 +38,7 @@ def test_the_kernels_and_the_layer_on_the_gpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif("FUSED_LORA_TEST_DEVICE" in os.environ, reason="a GPU is asked for")
+@pytest.mark.skipif("FUSED_LORA_TEST_DEVICE" in os.environ, reason="FUSED_LORA_TEST_DEVICE is set")
 def test_a_gpu_is_hidden_from_all_other_tests():
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert not torch.cuda.is_available()
@@ -46,6 +46,7 @@ def test_a_gpu_is_hidden_from_all_other_tests():
 
 @pytest.mark.parametrize("hidden", ["all", "", "1,2"])
 def test_the_gpus_that_were_visible_are_so_again(hidden, monkeypatch):
+    """A child process sees the GPUs that were visible before conftest hid them."""
     monkeypatch.setenv("FUSED_LORA_HIDDEN_GPUS", hidden)
     visible = visible_gpus()
     assert visible.get("CUDA_VISIBLE_DEVICES", "all") == hidden

@@ -1,4 +1,4 @@
-"""How adapters start: PEFT's distributions, PiSSA's split; and DoRA, against PEFT and its paper."""
+"""Initialisation as in PEFT, PiSSA's split of the weight, and DoRA against PEFT and its paper."""
 
 import copy
 import math
@@ -60,7 +60,7 @@ def test_pissa_is_pefts(dtype):
     ).base_model.model[0]
     ours = FusedLoRALinear.from_linear(linear, rank=4, alpha=6, init="pissa")
     product = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
-    # PEFT rounds its factors to the base's dtype before it widens them.
+    # PEFT rounds its factors to the base's dtype before it upcasts them.
     assert relative_rms(ours.lora_B @ ours.lora_A, product) <= 4 * UNIT_ROUNDOFF[dtype]
     torch.testing.assert_close(ours.weight, theirs.base_layer.weight, rtol=1e-2, atol=1e-5)
     sigma = torch.linalg.svdvals(linear.weight.float())
@@ -84,7 +84,7 @@ def test_pissa_never_edits_the_weight_it_came_from():
         layer.enabled = True
     train_like(model)
     on = model(x)
-    model[0].merge()  # of weights of their own: the tie does not matter
+    model[0].merge()  # each layer has a weight of its own now, so the tie does not matter
     model[1].merge()
     torch.testing.assert_close(model(x), on, rtol=1e-4, atol=1e-4)
     model[0].unmerge()
@@ -109,7 +109,7 @@ def test_pissa_states_moves_and_copies():
             call()
     with pytest.raises(RuntimeError, match="together for a PiSSA layer"):
         layer.load_state_dict(nn.Linear(16, 12).state_dict())
-    layer.load_state_dict(copy.deepcopy(layer).state_dict())  # its own: the base stays known
+    layer.load_state_dict(copy.deepcopy(layer).state_dict())  # its own state: the base stays known
     with pytest.raises(RuntimeError, match="got meta, where the weight it was made from"):
         copy.deepcopy(layer).to("meta")
     with pytest.raises(ValueError, match="a weight with values for init='pissa'"):
@@ -130,7 +130,7 @@ def test_gpt2_takes_pissa_in_its_transposed_weights():
 
 
 def dora_in_float64(x, layer):
-    """The paper's equation 5, the norm a constant."""
+    """Equation 5 of the paper, with the norm treated as a constant."""
     W, A, B = (t.double() for t in (layer.weight, layer.lora_A, layer.lora_B))
     V = W + layer.scaling * B @ A
     norm = V.detach().norm(dim=1, keepdim=True)
@@ -273,7 +273,7 @@ def test_dora_of_an_adapter_that_undoes_the_weight(dtype):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_computed_weight_is_computed_once_a_call(use_dora):
-    """One with a state or a random number in it would be another in the norm and the product."""
+    """A stateful or random parametrization would otherwise differ between norm and product."""
 
     class Counted(nn.Module):
         calls = 0

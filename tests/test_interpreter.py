@@ -1,4 +1,4 @@
-"""``TRITON_INTERPRET=1`` in a user's process: right numbers in every dtype, without conftest."""
+"""``TRITON_INTERPRET=1`` in a user's process: correct results in every dtype, without conftest."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 print("right")
 """
 
-# Somebody else's kernel in the same process: Triton's own faults are mended for it as well.
+# A kernel of another library in the same process: our repairs of the interpreter apply to it too.
 KERNEL = """
 import torch
 import fused_lora.kernels.common

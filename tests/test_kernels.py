@@ -22,6 +22,7 @@ from fused_lora.kernels.config import (
 )
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
+from fused_lora.kernels.operands import ForwardOperands
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
@@ -43,7 +44,7 @@ def random_keep_bits(rows, columns):
 
 
 def check(actual, expected, dtype):
-    """Two roundings to ``dtype`` (an operand cast for its dot, the result), the sum in fp32."""
+    """Bound: two roundings to ``dtype`` (an operand cast for its dot, the result), float32 sums."""
     bound = 2 * UNIT_ROUNDOFF[dtype] + 4 * UNIT_ROUNDOFF[FP32]
     assert_error("result", relative_rms(actual, expected), bound, dtype)
 
@@ -176,7 +177,7 @@ ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx9
 
 
 def shipped(candidates, ranks):
-    """One config of each shape that a table holds, of any GPU, with a rank it is for."""
+    """One config for each tile shape in the tables of all GPUs, with a rank that it serves."""
     found = {}
     for arch, (itemsize, aligned), rank in itertools.product(
         ARCHS, [(2, True), (2, False), (4, True), (4, False)], ranks
@@ -304,27 +305,28 @@ def test_partial_sums_are_rounded_once():
 
 
 def test_what_a_descriptor_can_address():
-    flat = torch.zeros(16 * 64 + 16, dtype=BF16)  # PyTorch's storages start on 64 bytes
+    flat = torch.zeros(16 * 64 + 16, dtype=BF16)  # PyTorch aligns storages to 64 bytes
     aligned = flat[: 16 * 64].view(16, 64)
     assert strategies._describable(aligned)
     assert strategies._describable(aligned.t())
-    assert strategies._describable(aligned[:, :60])  # rows still start on 16 bytes
-    assert not strategies._describable(flat[1 : 1 + 16 * 64].view(16, 64))  # its start does not
-    assert not strategies._describable(flat[: 16 * 60].view(16, 60))
-    assert not strategies._describable(aligned[:1].expand(16, 64))  # rows on top of each other
+    assert strategies._describable(aligned[:, :60])  # rows are still 16-byte aligned
+    assert not strategies._describable(flat[1 : 1 + 16 * 64].view(16, 64))  # starts at 2 bytes
+    assert not strategies._describable(flat[: 16 * 60].view(16, 60))  # a pitch of 120 bytes
+    assert not strategies._describable(aligned[:1].expand(16, 64))  # all rows overlap
     assert not strategies._describable(aligned[:, ::2])
 
 
 @pytest.mark.parametrize("how", ["split", "single_pass", "addmm"])
 def test_the_thin_product_is_kept_in_float32(how):
     inputs = make_inputs(17, 40, 24, 5, BF16)
-    y, S = strategies.forward(**inputs, keep_bits=None, inv_keep=1.0, strategy=how)
+    inputs["scaling"] = torch.tensor(inputs["scaling"])
+    y, S = strategies.forward(ForwardOperands(**inputs), how)
     assert (y.dtype, S.dtype, S.shape) == (BF16, FP32, (17, 5))
-    assert S.stride(0) * 4 % 16 == 0  # rows start on a vector
+    assert S.stride(0) * 4 % 16 == 0  # rows start on 16-byte vectors
 
 
 def test_rows_two_to_the_31_elements_apart(tmp_path):
-    """A sparse file stands for a view whose rows lie far apart: 16 rows are 2³¹ elements."""
+    """Offsets beyond 2³¹ do not overflow: the rows of a sparse file are 2²⁷ elements apart."""
     M, pitch = 17, 2**27
     flat = torch.from_file(str(tmp_path / "sparse"), shared=True, size=M * pitch, dtype=BF16)
     far = flat.view(M, pitch)[:, :32]

@@ -1,4 +1,4 @@
-"""Layers that are no plain Linear: Conv1D, Conv2d, Embedding, and what reads a weight itself."""
+"""Layers other than nn.Linear: Conv1D, Conv2d, Embedding; modules that read weights directly."""
 
 import copy
 import warnings
@@ -33,7 +33,7 @@ def test_conv1d_keeps_its_transposed_weight():
     torch.testing.assert_close(model(ids).logits, plain(ids).logits)
     assert "nf=96, nx=32, rank=8" in repr(layer)
     assert set(plain.state_dict()) <= set(model.state_dict())
-    model.load_state_dict(plain.state_dict())  # a plain model's state fits, strictly
+    model.load_state_dict(plain.state_dict())  # a plain model's state loads strictly
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
@@ -63,7 +63,7 @@ def test_conv1d_gradients(impl):
 
 def test_multihead_attention_is_refused_with_the_reason():
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    with pytest.raises(ValueError, match="reads its weights past forward"):
+    with pytest.raises(ValueError, match="reads its weights without calling it"):
         apply_lora(model, target_modules=["out_proj"])
     with pytest.warns(UserWarning, match=r"self_attn\.out_proj \(nn\.MultiheadAttention"):
         assert apply_lora(model) == ["linear1", "linear2"]
@@ -86,7 +86,7 @@ def test_the_encoders_fast_path_sees_the_adapters(grad):
         with disable_lora(base):
             off = base(x, src_key_padding_mask=mask)
         on = model(x, src_key_padding_mask=mask)
-    # The same model, its adapters merged into plain layers, on the fast path and off it.
+    # The same model with its adapters merged into plain layers, which may use the fast path.
     unload_lora(model)
     assert model.use_nested_tensor
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -162,4 +162,4 @@ def test_embedding_keeps_its_options():
     layer(torch.tensor([1, 1, 2, 3])).sum().backward()
     by_token = layer.lora_A.grad.t()
     assert not by_token[2].any()
-    torch.testing.assert_close(by_token[1], by_token[3])  # twice there, halved by its frequency
+    torch.testing.assert_close(by_token[1], by_token[3])  # token 1 occurs twice: halved

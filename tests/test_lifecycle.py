@@ -1,4 +1,4 @@
-"""Whole models: switch adapters off, merge them, take them off."""
+"""Whole models: disabling, merging, unmerging and unloading adapters."""
 
 import copy
 
@@ -57,12 +57,12 @@ def test_merge_unmerge_and_unload():
     assert unload_lora(off, merge=False) is off
     assert torch.equal(off(ids), plain(ids))
     assert off.state_dict().keys() == plain.state_dict().keys()
-    model.hidden.merge()  # one already, the rest by unloading
+    model.hidden.merge()  # already merged; unload_lora merges the others
     unload_lora(model)
     torch.testing.assert_close(model(ids), on, rtol=1e-4, atol=1e-4)
     assert repr(model) == repr(plain)
     apply_lora(model, target_modules=ALL)
-    merge_lora(model)  # the weights are nobody's
+    merge_lora(model)  # no earlier layer still claims the weights
 
 
 def test_unload_of_a_final_merge():
@@ -98,7 +98,7 @@ def test_a_tied_weight_is_not_merged():
 
 
 def one_storage() -> nn.Module:
-    """What ``load_state_dict(torch.load(...), assign=True)`` makes of tied weights."""
+    """Tied weights after ``load_state_dict(torch.load(...), assign=True)``: one shared storage."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = nn.Parameter(model[0].weight.detach())
     return model
@@ -129,7 +129,7 @@ def test_parameters_that_share_memory_are_tied(make):
     model[0].merge()
     with pytest.raises(RuntimeError, match="another layer has merged into"):
         model[1].merge()
-    if model[0].weight is model[1].weight:  # copied apart, they are apart
+    if model[0].weight is model[1].weight:  # only this tie survives a deep copy
         twin = copy.deepcopy(model)
         with pytest.raises(RuntimeError, match="another layer has merged into"):
             twin[1].merge()
@@ -145,7 +145,7 @@ def test_neighbours_in_one_storage_are_not_tied():
     unmerge_lora(model)
     unload_lora(model)
     apply_lora(model)
-    merge_lora(model)  # the weights are nobody's
+    merge_lora(model)  # no earlier layer still claims the weights
 
 
 @pytest.mark.parametrize("keep_base", [True, False])

@@ -14,7 +14,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 
 def trained(**kwargs) -> FusedLoRALinear:
-    """A layer whose adapter does something."""
+    """A layer whose adapter changes the output: B is not zero."""
     layer = FusedLoRALinear(40, 24, rank=4, **kwargs)
     nn.init.normal_(layer.lora_B)
     return layer
@@ -299,7 +299,7 @@ def test_deepcopy_pickle_and_save(merged):
 def test_meta_construction_and_to_empty():
     layer = FusedLoRALinear(40, 24, rank=4, alpha=8, device="meta")
     layer.to_empty(device="cpu")
-    assert layer.lora_A.isfinite().all()  # a plain state leaves it as it is
+    assert layer.lora_A.isfinite().all()  # loading a plain layer's state would not set it
     assert not layer.lora_B.any()
     layer.reset_parameters()
     x = torch.randn(5, 40)
@@ -359,7 +359,7 @@ def test_merge_rounds_once_from_float32(dtype):
 
 
 def test_a_computed_weight_that_requires_grad_is_taken_as_frozen():
-    """As a view of a sharded parameter does, whatever the parameter says."""
+    """A view of a sharded parameter can require a gradient although the parameter does not."""
     layer = FusedLoRALinear(8, 6, rank=2)
     computed = layer.weight.detach() * torch.ones((), requires_grad=True)
     del layer._parameters["weight"]

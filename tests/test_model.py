@@ -1,4 +1,4 @@
-"""Whole models: what gets an adapter, what trains, what merging and unloading leave."""
+"""Whole models: which modules get adapters, what trains, what merging and unloading restore."""
 
 import pytest
 import torch
@@ -54,9 +54,9 @@ def test_targets(arguments, expected):
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
-        (["c_atn"], "near names: c_attn"),
+        (["c_atn"], "similar names: c_attn"),
         ("c_attn", "no name matches in full"),
-        (["zzz"], "names there are: c_attn, c_fc, c_proj"),
+        (["zzz"], "available names: c_attn, c_fc, c_proj"),
         ("*", "regular expression"),
     ],
 )
@@ -143,7 +143,7 @@ def test_every_kind_starts_as_the_plain_model_and_trains_alone():
 def test_names_that_match_nothing_are_told(arguments, hint):
     with pytest.warns(UserWarning, match=hint):
         apply_lora(stack(), **arguments)
-    with pytest.warns(UserWarning, match="'q_porj', which names no module; near it: q_proj"):
+    with pytest.warns(UserWarning, match="'q_porj', which names no module; similar: q_proj"):
         apply_lora(llama(), target_modules=["v_proj", "q_porj"])
 
 

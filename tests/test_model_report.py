@@ -1,4 +1,4 @@
-"""The command that prints the model: what it says of itself, its selection, its errors."""
+"""The command that prints the traffic model: its labels, its selection and its errors."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_every_figure_is_called_modelled(capsys):
 
 
 def test_rows_outside_of_validity_are_marked(capsys):
-    """M=8192: x is 64, 80 and 128 MiB, and the H100's 50 MiB of L2 ask for 75."""
+    """M=8192: x is 64, 80 and 128 MiB; the model needs 75 (1.5 times the H100's 50 MiB L2)."""
     model_report.main(SMALL)
     rows = capsys.readouterr().out.splitlines()[-3:]
     assert ["*" in row for row in rows] == [True, False, False]

@@ -1,4 +1,4 @@
-"""Who looks on: checkpoints, counters, transforms, exporters, tracers and captured graphs."""
+"""Observed calls: checkpoints, counters, transforms, exporters, tracers and captured graphs."""
 
 import copy
 import os
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora.ops import constants
-from support import needs_triton
+from support import by_default, needs_triton
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -33,7 +33,7 @@ def save_products(context, operator, *args, **kwargs):
 
 @pytest.mark.parametrize("impl", ["auto", pytest.param("triton", marks=needs_triton)])
 def test_selective_checkpointing(impl):
-    """It keeps products that it sees, and gives them back to the forward that is repeated."""
+    """It saves the products that it sees and returns them to the recomputed forward."""
     layer = trained_layer(dropout=0.5, impl=impl)
     x = torch.randn(5, 40, requires_grad=True)
     contexts = partial(create_selective_checkpoint_contexts, save_products)
@@ -47,7 +47,7 @@ def test_selective_checkpointing(impl):
 
 
 def test_flops_are_counted():
-    """All but the two products that are added in place, which PyTorch's counter does not know."""
+    """All but the two products accumulated in place, which PyTorch's counter does not support."""
     layer, x = trained_layer(), torch.randn(2, 5, 40, requires_grad=True)
     products = 2 * 40 * 24 + 2 * 4 * (40 + 24)  # y and dx; S and dA, G and dB
     with FlopCounterMode(display=False) as counter:
@@ -75,12 +75,12 @@ def jacobian(layer, x):
 @pytest.mark.parametrize("transform", [tangent, dual, gradient, jacobian])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_transforms(transform, compiled):
-    """Of ``torch.func`` and forward mode: the formula's own derivatives, in float64."""
+    """``torch.func`` transforms and forward mode differentiate the formula exactly, in float64."""
     layer, x = trained_layer(dtype=torch.float64), torch.randn(5, 40, dtype=torch.float64)
     plain = copy.deepcopy(layer)
     plain.merge()
     run = partial(transform, layer)
-    if compiled and transform is not dual:  # whose level Dynamo does not enter
+    if compiled and transform is not dual:  # Dynamo does not trace its level
         run = torch.compile(run, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(x), transform(plain, x))
     layer.impl = "triton"
@@ -88,7 +88,9 @@ def test_transforms(transform, compiled):
         transform(layer, x)
 
 
-@pytest.mark.parametrize("case", ["eval", "training", "scaled", "merged", "dora"])
+@pytest.mark.parametrize(
+    "case", by_default(["training", "scaled"], ["eval", "training", "scaled", "merged", "dora"])
+)
 def test_export_leaves_plain_operators(case, tmp_path):
     """The artefact loads and runs where this package cannot be imported."""
     layer = trained_layer(dropout=0.0 if case == "eval" else 0.3, use_dora=case == "dora")
@@ -105,7 +107,7 @@ def test_export_leaves_plain_operators(case, tmp_path):
     assert not [name for name in used if "fused_lora" in name]
     assert ("aten.dropout.default" in used) == (case == "training")
     scale = [n for n in program.graph.nodes if "scaling" in n.name]
-    assert not [n for n in scale if n.users], "the scale is a constant"
+    assert not [n for n in scale if n.users], "expected a constant scale"
     torch.export.save(program, tmp_path / "layer.pt2")
     wide = torch.randn(7, 5, 40)
     torch.save({"x": wide, "y": layer.eval()(wide)}, tmp_path / "data.pt")
@@ -123,7 +125,7 @@ def test_export_leaves_plain_operators(case, tmp_path):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_jit_trace(grad, tmp_path):
-    """The artefact is PyTorch's operators: it loads without the package, drops anew, and trains."""
+    """The artefact has PyTorch's operators only: it draws a new mask per call, and it trains."""
     layer, x = trained_layer(dropout=0.5), torch.randn(5, 40)
     with torch.set_grad_enabled(grad):
         torch.jit.save(torch.jit.trace(layer.eval(), (torch.randn(3, 40),)), tmp_path / "eval.pt")
@@ -140,7 +142,7 @@ def test_jit_trace(grad, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("impl", ["auto", "triton", "torch"])
 def test_cuda_graphs(impl):
-    """Captured once and replayed: new inputs, new masks, and the scale that holds at the replay."""
+    """Captured once and replayed: every replay draws a new mask and reads the current scale."""
     layer = trained_layer(1024, 512, dropout=0.5, impl=impl, device="cuda", dtype=BF16)
     x = torch.randn(256, 1024, device="cuda", dtype=BF16)
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -164,7 +166,7 @@ def test_cuda_graphs(impl):
 
 
 def test_a_constant_of_a_captured_graph_is_not_kept(monkeypatch):
-    """It has no value before the graph is replayed. The GPU is pretended."""
+    """It has no value before the first replay, so it is not cached. The GPU is faked."""
 
     class OnGpu(torch.Tensor):
         is_cuda = True

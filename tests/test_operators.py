@@ -1,4 +1,4 @@
-"""The registered operators: PyTorch's own checks of schema, autograd, fakes and dynamic shapes."""
+"""Registered operators: PyTorch's checks of schema, autograd, fake tensors and dynamic shapes."""
 
 import importlib.util
 import itertools
@@ -10,7 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_lora import fused_lora_linear
 from fused_lora.ops import cpu_gemm, custom_ops, dropout
-from support import UNIT_ROUNDOFF, make_inputs, relative_rms
+from fused_lora.ops.operands import Operands
+from support import UNIT_ROUNDOFF, by_default, make_inputs, relative_rms
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 has_triton = importlib.util.find_spec("triton") is not None
@@ -77,7 +78,7 @@ def arguments(shape, dtype, adapter_dtype, grads, layout, bias, p, impl, base):
     M, N = x.shape[:-1].numel(), shape[2]
     keep = dropout.keep_count(p)
     seed = torch.tensor(7) if p else None
-    beside = torch.randn(*x.shape[:-1], N) if base else None  # float32, whatever x is
+    beside = torch.randn(*x.shape[:-1], N) if base else None  # float32 for every dtype of x
     weight = None if base else inputs["weight"]
     tensors = {"x": x, **{name: inputs[name] for name in ("lora_A", "lora_B", "bias")}}
     for name in grads:
@@ -97,8 +98,10 @@ def test_opcheck(name):
     check_both_ways(case)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64])
-@pytest.mark.parametrize("layout", ["contiguous", "three dimensions", "transposed"])
+@pytest.mark.parametrize("dtype", by_default([BF16], [BF16, FP16, FP32, FP64]))
+@pytest.mark.parametrize(
+    "layout", by_default(["contiguous"], ["contiguous", "three dimensions", "transposed"])
+)
 def test_opcheck_of_every_combination(dtype, layout):
     for grads, bias, p, rows in itertools.product(
         ((), PLAIN["grads"]), (True, False), (0.0, 0.3), (0, 3)
@@ -108,7 +111,7 @@ def test_opcheck_of_every_combination(dtype, layout):
 
 
 def check_both_ways(case):
-    """PyTorch's checks of the operator and of the one of its backward."""
+    """Run ``opcheck`` on the operator and on its backward operator."""
     forward, M = arguments(**case)
     torch.library.opcheck(torch.ops.fused_lora.lora_linear.default, forward)
 
@@ -127,7 +130,7 @@ def check_both_ways(case):
 
 @pytest.mark.parametrize("name", [n for n in CASES if "base" not in n and CASES[n].get("grads", 1)])
 def test_operators_compute_what_eager_does(name):
-    """The very same numbers and dtypes, with gradients by the registered formula."""
+    """Bit-identical results and dtypes; the gradients come from the registered formula."""
     case = PLAIN | CASES[name]
     if case["impl"] == "triton" and not has_triton:
         pytest.skip("needs Triton")
@@ -141,7 +144,7 @@ def test_operators_compute_what_eager_does(name):
         eager = fused_lora_linear(
             x, weight, A, B, bias, scaling=float(scaling), impl=case["impl"], **seed
         )
-    for y in (eager, custom_ops.lora_linear(*args)):
+    for y in (eager, custom_ops.lora_linear(Operands(*args))):
         dy = torch.ones_like(y)
         outcomes.append((y, *torch.autograd.grad(y, leaves, dy)))
     for registered, expected in zip(*outcomes, strict=True):
@@ -155,7 +158,8 @@ def test_double_backward():
 
     def layer(x, A, B, bias):
         seed = torch.tensor(3)
-        return custom_ops.lora_linear(x, inputs["weight"], A, B, bias, 1.3, seed, 40_000, "auto")
+        operands = Operands(x, inputs["weight"], A, B, bias, 1.3, seed, 40_000)
+        return custom_ops.lora_linear(operands)
 
     assert torch.autograd.gradcheck(layer, leaves)
     assert torch.autograd.gradgradcheck(layer, leaves)
@@ -164,7 +168,7 @@ def test_double_backward():
 @pytest.mark.parametrize("emulated", [(), (BF16,)], ids=["plain", "emulated"])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_a_traced_graph_holds_for_any_number_of_rows(dtype, emulated, monkeypatch):
-    """What is best for few rows, or many, may not become a condition of the graph."""
+    """Optimisations for few or many rows must not become guards of the graph."""
     monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset(emulated))
     inputs = make_inputs(5, 40, 24, 4, dtype, adapter_dtype=FP32, scaling=2.0)
     *tensors, scaling = inputs.values()
@@ -173,7 +177,7 @@ def test_a_traced_graph_holds_for_any_number_of_rows(dtype, emulated, monkeypatc
     assert not graph.shape_env.guards
     for rows in (17, 200):
         args = torch.randn(rows, 40).to(dtype), *tensors[1:]
-        if dtype in emulated:  # S, the base and the sum are rounded in the graph alone
+        if dtype in emulated:  # only the graph rounds S, the base and the sum
             assert relative_rms(graph(*args), call(*args)) <= 3 * UNIT_ROUNDOFF[dtype]
         else:
             torch.testing.assert_close(graph(*args), call(*args))

@@ -188,11 +188,11 @@ CASES = {  # how to build, how to call, and why PEFT's forward is kept (None: fu
         plain_call,
         None,
     ),
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 
 
 BESIDE = {  # fused beside the first layer's base, which runs its own forward for this reason
-    "trainable base": "a base weight that trains",
+    "trainable base": "a trainable base weight",
     "subclass of Linear": "class OtherLinear",
     "computed base": "class ParametrizedLinear",
     "replaced forward": "as accelerate does",
@@ -241,14 +241,14 @@ class Column(nn.Linear):
 
 
 def test_a_base_whose_output_is_no_linear_layers(monkeypatch):
-    """PEFT lets it broadcast, and so does the patch."""
+    """PEFT broadcasts such an output, and so does the patch."""
     calls = watch_patch(monkeypatch.setattr)
     model, x = net(), torch.randn(5, 24)
     first(model).base_layer.__class__ = Column
     expected = results(model, plain_call, x)
     patch_peft(model)
     got = results(model, plain_call, x)
-    assert calls == ["_fused"]  # of the second layer
+    assert calls == ["_fused"]  # the call of the second layer
     assert_same(got, expected, None, UNIT_ROUNDOFF[torch.float32])
 
 

@@ -1,4 +1,4 @@
-"""PEFT's own layer, same weights: the output and every gradient."""
+"""Against PEFT's own layer with the same weights: the output and every gradient."""
 
 import copy
 import warnings
@@ -17,7 +17,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def pair(dtype, *, rank=8, alpha=16, dropout=0.0, rslora=False, bias=True, impl="torch"):
-    """A PEFT layer (adapters as PEFT makes them by default) and ours with its tensors."""
+    """A PEFT layer with PEFT's default adapter dtype, and ours with the same values."""
     model = nn.Sequential(nn.Linear(40, 24, bias=bias)).to(dtype)
     config = peft.LoraConfig(
         target_modules=["0"], r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora
@@ -79,7 +79,7 @@ def test_scaling_merge_and_disabled(rslora):
 
 
 def test_dropout_falls_where_pefts_does():
-    """On the adapter's way only, kept entries divided by 1-p: with one mask, one result."""
+    """Dropout acts on the adapter branch only and divides by 1-p: equal masks, equal results."""
     theirs, (A, B), ours, _ = pair(FP32, dropout=0.4)
     x = torch.randn(17, 40)
     torch.manual_seed(8)
@@ -109,12 +109,12 @@ def test_dropout_falls_where_pefts_does():
 
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_twenty_training_steps_of_a_whole_model(make):
-    """Losses and adapters stay PEFT's to float32's rounding, which Adam's division amplifies."""
+    """Losses and adapters equal PEFT's up to float32 rounding, which Adam's division amplifies."""
     base = make()
     ours = copy.deepcopy(base).train()
     apply_lora(ours, rank=4, alpha=8)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, on Conv1D
+        warnings.simplefilter("ignore")  # PEFT warns about Conv1D
         config = peft.LoraConfig(target_modules="all-linear", r=4, lora_alpha=8)
         theirs = peft.get_peft_model(copy.deepcopy(base), config).train()
     inner = dict(theirs.base_model.model.named_modules())

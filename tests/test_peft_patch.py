@@ -43,7 +43,7 @@ def test_dropout_drops_on_the_adapters_way_alone():
 
 
 def test_a_patched_model_on_the_meta_device_gives_shapes():
-    """Autocast's state cannot be queried for a device that has none."""
+    """PyTorch raises on a query of autocast for a device without it, such as meta."""
     model = net().to("meta")
     report = patch_peft(model)
     y = model(torch.empty(5, 24, device="meta"))

@@ -1,4 +1,4 @@
-"""The patch on quantised bases: their own product, and the adapter fused beside it."""
+"""The patch on quantised bases: the base runs its own product, the adapter is fused beside it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def adapted(how: str, dtype, cast=True, **config) -> nn.Module:
         setattr(model, flag, True)
     options = {"r": 4, "target_modules": ["0", "2"]} | config
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchao's merge needs more than the layer
+        warnings.simplefilter("ignore")  # torchao: PEFT cannot merge a bare layer
         model = peft.get_peft_model(model, peft.LoraConfig(**options), autocast_adapter_dtype=cast)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -72,7 +72,7 @@ def adapted(how: str, dtype, cast=True, **config) -> nn.Module:
 
 
 def exact(model: nn.Module, x: torch.Tensor) -> dict:
-    """In float64, the first layer's weight as it is after quantisation."""
+    """Results in float64, with the first layer's dequantised weight."""
     wide = copy.deepcopy(model)
     layer = wide.base_model.model[0]
     linear = nn.Linear(128, 64, bias=False)
@@ -131,7 +131,7 @@ def test_autocast(how):
 
 @pytest.mark.parametrize("how", QUANTIZED)
 def test_less_is_kept_for_backward(how):
-    """With PEFT's defaults: float32 adapters on a half-precision model, and with dropout."""
+    """With PEFT's default float32 adapters on a half-precision model, and with dropout."""
     model = adapted(how, BF16, lora_dropout=0.1).train()
     x = torch.randn(256, 128, dtype=BF16, requires_grad=True)
     expected = kept_bytes(model, x)
@@ -163,7 +163,7 @@ def test_merging_and_disabling_stay_pefts(how):
         if patched:
             patch_peft(model)
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of rounding
+            warnings.simplefilter("ignore")  # PEFT warns about rounding
             with model.disable_adapter():
                 disabled = model(x)
             model.merge_adapter()
@@ -176,7 +176,7 @@ def test_merging_and_disabling_stay_pefts(how):
 
 
 def test_qlora_trains_alike(tmp_path):
-    """As QLoRA is done: transformers quantises at loading, PEFT prepares, checkpointing is on."""
+    """The usual QLoRA steps: quantise while loading, then prepare by PEFT, with checkpointing."""
     pytest.importorskip("bitsandbytes")
     transformers = pytest.importorskip("transformers")
     llama().save_pretrained(tmp_path)

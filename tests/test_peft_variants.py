@@ -1,4 +1,4 @@
-"""The patch on PEFT's models that route, gate or place adapters, and in others' training loops."""
+"""The patch on PEFT models that route, gate or place adapters, and in third-party trainers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def outcome(model: nn.Module, **inputs) -> dict:
 
 
 def assert_unchanged(model: nn.Module, **inputs):
-    """To the bit: PEFT's own forward runs."""
+    """PEFT's own forward runs, so logits and gradients are bit-identical."""
     expected = outcome(model, **inputs)
     report = patch_peft(model)
     got = outcome(model, **inputs)
@@ -112,7 +112,7 @@ def test_xlora(tmp_path, calls):
 
 
 def test_zero_3(calls):
-    """DeepSpeed marks a partitioned parameter by ``ds_id``; a hook on the module gathers it."""
+    """DeepSpeed marks a partitioned parameter with ``ds_id``; a hook on the module gathers it."""
     config = peft.LoraConfig(r=4, target_modules="all-linear")
     model = noisy(peft.get_peft_model(llama(), config))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -149,7 +149,7 @@ def test_peft_classes_with_their_own_forward_keep_it(kind):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_by_transformers(reentrant, calls):
-    """One mask for the forward and its repetition, so the gradients are those without it."""
+    """The recomputed forward has the same mask, so gradients equal those without checkpointing."""
     config = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3)
     model = noisy(peft.get_peft_model(llama(), config)).train()
     model.enable_input_require_grads()
@@ -159,7 +159,7 @@ def test_checkpointing_by_transformers(reentrant, calls):
     once = len(calls)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     got = outcome(model, input_ids=ids)
-    assert len(calls) == 3 * once  # forward, and again for backward
+    assert len(calls) == 3 * once  # one more forward, recomputed in backward
     torch.testing.assert_close(got, expected)
 
 
@@ -192,7 +192,7 @@ def test_sft_by_trl(tmp_path):
 
 
 def small_tokenizer():
-    """Of the words of the test, made here: no download."""
+    """A tokenizer for this file's words, built here to avoid a download."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 

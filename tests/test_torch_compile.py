@@ -1,4 +1,4 @@
-"""torch.compile: whole graphs, few of them, and the masks of eager mode."""
+"""torch.compile: no graph breaks, few recompilations, and the masks of eager mode."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from fused_lora import (
     patch_peft,
     unmerge_lora,
 )
-from support import needs_triton
+from support import by_default, needs_triton
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -48,7 +48,7 @@ LAYERS = [
 
 @pytest.mark.parametrize(("backend", "dtype", "p", "impl"), LAYERS)
 def test_a_layer_is_one_graph_with_eagers_numbers(backend, dtype, p, impl):
-    """The same operator runs, so the bits are the same, the mask's included."""
+    """The same operator runs, so results are bit-identical and masks equal."""
     layer = trained_layer(dropout=p, impl=impl, dtype=dtype)
     x = torch.randn(2, 17, 40, dtype=dtype, requires_grad=True)
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
@@ -60,7 +60,7 @@ def test_a_layer_is_one_graph_with_eagers_numbers(backend, dtype, p, impl):
 @pytest.mark.parametrize("backward", [True, False], ids=["backward too", "forward only"])
 @pytest.mark.parametrize("forward", [True, False], ids=["inside", "outside"])
 def test_under_autocast(forward, backward):
-    """A graph is made of one state of autocast; its backward may run in another."""
+    """A graph is traced in one autocast state; its backward may run in another."""
     layer, x = trained_layer(dropout=0.3), torch.randn(5, 40, requires_grad=True)
     trained_tensors = (x, layer.lora_A, layer.lora_B)
     outcomes = []
@@ -111,7 +111,9 @@ def train_like_peft(model):
     return model
 
 
-@pytest.mark.parametrize("make", [every_kind, dora, peft_llama])
+@pytest.mark.parametrize(
+    "make", by_default([every_kind, peft_llama], [every_kind, dora, peft_llama])
+)
 def test_whole_models_are_one_graph(make):
     model, ids = make()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -198,7 +200,7 @@ def test_a_new_scale_is_no_new_graph(make):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_backward_has_the_scale_of_its_forward(backend):
-    """As where a reference pass with the adapter off comes between the two."""
+    """As in preference training: a reference pass with scale 0 comes between the two."""
     layer, x = trained_layer(), torch.randn(5, 40, requires_grad=True)
 
     def preference(module):
@@ -215,7 +217,7 @@ def test_backward_has_the_scale_of_its_forward(backend):
 
 
 def test_new_scales_of_a_patched_layer_are_one_more_graph():
-    """PEFT keeps floats in a dict: the first change makes the number symbolic."""
+    """PEFT keeps the scale as a float in a dict: its first change makes it symbolic."""
     model, ids = peft_llama()
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
@@ -255,7 +257,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_mask(backend, mode):
-    """With identities for A and B and no weight the mask is visible in y, dx and dA."""
+    """With A = B = I and a zero weight the mask is visible in y, dx and dA."""
     K, drop = 32, 0.5
 
     def layer(x, A, B):
@@ -283,7 +285,7 @@ def test_one_mask(backend, mode):
 
 
 def test_imported_anew():
-    """As by a reloading shell: the operators of the second import replace the first's."""
+    """As in a reloading shell: a second import replaces the operators of the first."""
     script = (
         "import sys, torch\n"
         "for _ in range(2):\n"

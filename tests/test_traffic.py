@@ -1,4 +1,4 @@
-"""The traffic model: against published hardware counters, and against what kernels do touch."""
+"""The traffic model against published hardware counters and against recorded memory accesses."""
 
 from dataclasses import replace
 
@@ -7,12 +7,13 @@ import torch
 
 from fused_lora.kernels import select_config
 from fused_lora.kernels.config import DIGITS
+from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.ops import dropout
 from fused_lora.strategy import traffic
 from fused_lora.strategy.devices import INTERPRETER, KNOWN
 from fused_lora.strategy.traffic import Product
 from modelled import peer_traffic
-from support import make_inputs
+from support import by_default, make_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H100 = KNOWN["h100"]
@@ -20,8 +21,8 @@ TOKENS, RANK = 8192, 16
 WIDTHS = (4096, 5120, 8192)
 
 # DRAM GiB of one forward and backward on an H100, M=8192, r=16, dropout 0.1, K=N: hardware
-# counters, published with LoRAFusion. Those of its own kernels fitted
-# traffic.TRITON_TRAFFIC; only the three of eager test the model.
+# counters, published with LoRAFusion. traffic.TRITON_TRAFFIC was fitted to the readings of its own
+# kernels, so only the three eager readings test the model.
 READINGS = [
     ("eager", 4096, 2.008),
     ("eager", 5120, 2.771),
@@ -57,7 +58,7 @@ PASSES = [("eager", 21, 16), ("chained", 15, 8), ("lorafusion", 6, 4)]
 
 @pytest.mark.parametrize("case", PASSES, ids=lambda case: case[0])
 def test_passes_of_the_peers(case):
-    """At a rank of nothing beside the width, thin traffic is a whole number of passes."""
+    """With a rank far below the width, thin traffic is a whole number of passes over x."""
     name, dropped, undropped = case
     one_pass = TOKENS * 2**16 * 2
     for masked, passes in (("operand", dropped), (None, undropped)):
@@ -68,7 +69,7 @@ def test_passes_of_the_peers(case):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("gpu", ["a100", "h100", "h200", "b200", "rtx4090", "mi300x"])
 def test_thin_traffic_is_under_its_target(gpu, width):
-    """Masks, partial sums, S and G in fp32 and the adapters included; these in fp32 too."""
+    """Including masks, partial sums, float32 S and G, and adapters in half precision or float32."""
     device, case = KNOWN[gpu], square(width)
     eager = thin(peer_traffic.eager(device, case))
     lorafusion = thin(peer_traffic.lorafusion(device, case))
@@ -80,7 +81,7 @@ def test_thin_traffic_is_under_its_target(gpu, width):
 
 @pytest.mark.parametrize("case", [(1, 1), (100, 9000), (9000, 100), (8192, 1024), (40_000, 777)])
 def test_a_panel_is_read_at_least_once(case):
-    """Narrow, short and tiny products too; when all tiles run at once, exactly once."""
+    """Also for narrow, short and tiny products; exactly once if all tiles run concurrently."""
     for sms in (4, 108, 304):
         for reads in traffic.panel_reads(*case, traffic.VENDOR_TILE, sms):
             assert reads >= 1 - 1e-12
@@ -88,7 +89,7 @@ def test_a_panel_is_read_at_least_once(case):
 
 
 def test_epilogue_operands_are_not_the_products_own():
-    """The bare product's traffic times one constant; what the epilogue reads is thin."""
+    """GEMM bytes are the bare product's times a constant; epilogue reads count as thin bytes."""
     case = Product(8192, 4096, 14_336, 16, masked="output", bias=True)
     fused = traffic.lora_gemm(H100, case)
     bare = traffic.vendor_gemm("mm", H100.target.sms, case.M, case.L, case.N)
@@ -122,7 +123,7 @@ RECORDED = [
 
 
 def recorded(case) -> list[tuple[str, dict, dict]]:
-    """Name, unique bytes read and bytes written of every kernel of a forward and backward."""
+    """Each kernel's name, unique bytes read and bytes written, in one forward and backward."""
     from access_recorder import record
 
     from fused_lora.kernels import strategies
@@ -130,15 +131,15 @@ def recorded(case) -> list[tuple[str, dict, dict]]:
     M, K, N, R, dtype, adapter_dtype, strategy, dropped = case
     inputs = make_inputs(M, K, N, R, dtype, adapter_dtype)
     x, weight, A, B, bias = (inputs[n] for n in ("x", "weight", "lora_A", "lora_B", "bias"))
-    dy, keep_bits = torch.randn(M, N).to(dtype), None
+    dy, keep_bits, scale = torch.randn(M, N).to(dtype), None, torch.tensor(2.0)
     with record() as launches:
         if dropped:
             keep_bits = dropout.empty_keep_bits(M, K, x.device)
             strategies.dropout_mask(keep_bits, torch.tensor(7), 50_000, DIGITS)
-        _, S = strategies.forward(x, weight, A, B, bias, 2.0, keep_bits, 1.3, strategy)
-        strategies.backward(
-            dy, x, weight, A, B, S, 2.0, keep_bits, 1.3, (True, True, True), strategy
-        )
+        forward = ForwardOperands(x, weight, A, B, bias, scale, keep_bits, 1.3)
+        _, S = strategies.forward(forward, strategy)
+        backward = BackwardOperands(dy, x, weight, A, B, S, scale, keep_bits, 1.3)
+        strategies.backward(backward, strategy)
 
     def operands(sizes):
         return {name.removesuffix("_ptr"): size for name, size in sizes.items()}
@@ -149,7 +150,9 @@ def recorded(case) -> list[tuple[str, dict, dict]]:
     ]
 
 
-@pytest.mark.parametrize("case", RECORDED, ids=str)
+@pytest.mark.parametrize(
+    "case", by_default([case for case in RECORDED if case[0] != 600], RECORDED), ids=str
+)
 def test_compulsory_bytes_are_the_recorded_ones(case):
     """Kernel by kernel and operand by operand, masks and partial sums included."""
     pytest.importorskip("triton")
@@ -160,7 +163,7 @@ def test_compulsory_bytes_are_the_recorded_ones(case):
     modelled = [
         (kernel.name, kernel.reads, kernel.writes)
         for kernel in traffic.layer(INTERPRETER, product, strategy, strategy)
-        if kernel.name not in ("mm", "cast", "copy")  # PyTorch's: nothing records them
+        if kernel.name not in ("mm", "cast", "copy")  # PyTorch's kernels are not recorded
     ]
     assert recorded(case) == modelled
 

@@ -1,4 +1,4 @@
-"""Tuning, on interpreted kernels with a clock that the tests set."""
+"""Tuning with interpreted kernels and a fake clock."""
 
 import contextlib
 import functools
@@ -36,7 +36,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 class Clock:
-    """Times by strategy: the device's, with a share of the rounds that it wins; the host's."""
+    """Fake times per strategy: device times that win a given share of rounds, and host times."""
 
     def __init__(self, host=None, **won):
         self.host, self.won, self.asked = host or {}, won, []
@@ -77,7 +77,7 @@ def test_the_winner_runs_from_then_on():
 
 
 def test_the_hosts_time_decides_where_it_is_the_longer():
-    """Of a device that takes 2 to 21 s either way: the host takes 30 for the modelled choice."""
+    """The device needs 2 to 21 s for each strategy; the host needs 30 s for the modelled one."""
     clock = Clock(host={"split": 30.0, "addmm": 25.0, "torch": 1.0})
     entries = tune([SMALL], "cpu", timer=clock)
     assert {entry.strategy for entry in entries.values()} == {"torch"}
@@ -94,7 +94,7 @@ def test_the_hosts_time_decides_where_it_is_the_longer():
 
 
 def test_a_slow_host_wins_no_round_by_chance():
-    """Where the host is the slower for all, a median alone would decide every round alike."""
+    """If the host is slower for all, one host time for all rounds would let chance win them all."""
 
     class Noisy(Clock):
         def __call__(self, calls):
@@ -109,11 +109,11 @@ def test_a_slow_host_wins_no_round_by_chance():
         clock = Noisy()
         clock.seed = seed
         kept += [entry.strategy for entry in tune([SMALL], "cpu", timer=clock).values()]
-    assert kept.count("split") >= 22  # the modelled one, of 24
+    assert kept.count("split") >= 22  # of 24 choices nearly all stay with the model
 
 
 def test_entries_are_stored_layer_by_layer(monkeypatch):
-    """What was measured before an error is not lost."""
+    """Entries measured before an error are kept."""
     broken, directions = SMALL._replace(M=81), tune_module._directions
 
     def fail_for_the_second(layer, device):
@@ -128,7 +128,7 @@ def test_entries_are_stored_layer_by_layer(monkeypatch):
 
 
 def test_a_device_that_is_not_the_current_one_is_made_so(monkeypatch):
-    """Triton launches on the current device; here on a GPU that is not there."""
+    """Triton launches on the current device, so the given one is made current (a fake GPU here)."""
     entered, ran = [], []
 
     @contextlib.contextmanager
@@ -141,10 +141,10 @@ def test_a_device_that_is_not_the_current_one_is_made_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(tune_module, "_checked_device", lambda device: other)
     monkeypatch.setattr(tune_module, "_directions", lambda layer, device: ran.append(list(entered)))
-    with pytest.raises(TypeError):  # nothing to go on with
+    with pytest.raises(TypeError):  # the fake returns no directions
         tune([SMALL], other, timer=Clock())
     assert ran == [[other]]
-    assert entered == [other]  # the fake context was left by an error
+    assert entered == [other]  # the error skipped the fake context's exit
 
 
 def test_candidates_are_those_that_can_run():
@@ -155,7 +155,7 @@ def test_candidates_are_those_that_can_run():
     assert clock.asked == [thick, every, thick, thick]
 
 
-# how a candidate goes wrong, and what is said of it
+# how a candidate fails, and what is reported
 WRONG = [
     ("raises", "RuntimeError: no"),
     ("errs", "relative RMS error"),
@@ -169,7 +169,7 @@ def test_a_wrong_candidate_is_not_timed(case, monkeypatch):
     forward = strategies.forward
 
     def broken(*args):
-        if args[-2] != "split":
+        if args[-1] != "split":
             return forward(*args)
         if how == "raises":
             raise RuntimeError("no\ndetails")
@@ -234,7 +234,7 @@ def test_shapes_by_size_and_by_model():
             parse(text, 1, 1)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_the_command_without_a_gpu_says_so(capsys):
     assert main(["64x64x64x8"]) == 2
     assert "expected a GPU" in capsys.readouterr().err
@@ -258,7 +258,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch, capsys):
     assert "FUSED_LORA_CACHE names another folder" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_the_command_is_a_module():
     command = [sys.executable, "-m", "fused_lora.tune", "llama3-8b"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
@@ -283,7 +283,7 @@ class FakeEvent:
 
 
 class FakeGraph:
-    """A CUDA graph; ``being_captured`` stands for the stream that records."""
+    """A fake CUDA graph: it takes the calls during capture from the log and logs their replay."""
 
     being_captured: ClassVar[list] = []
 
@@ -300,7 +300,7 @@ class FakeGraph:
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """The log of what reaches a device that is not there."""
+    """The log of operations on a fake device."""
     log, empty = FakeEvent.log, torch.empty
     log.clear()
 
@@ -327,7 +327,7 @@ def test_the_device_is_timed_in_interleaved_rounds_of_replays(fake_gpu):
     """The cache is overwritten before each replay, and only the replay is timed."""
     calls = {name: functools.partial(fake_gpu.append, name) for name in ("split", "addmm")}
     times = timing.device_seconds(calls, device=torch.device("cpu"), rounds=4)
-    assert times == {"split": [2e-3] * 4, "addmm": [2e-3] * 4}  # two ticks: itself and its start
+    assert times == {"split": [2e-3] * 4, "addmm": [2e-3] * 4}  # two ticks: start event, replay
     warm_up, rounds = fake_gpu[:6], fake_gpu[6:-1]
     assert set(warm_up) == {"split", "addmm"}
     assert fake_gpu[-1] == "wait"

@@ -1,4 +1,4 @@
-"""The file of tuned entries: where it is, what it takes, and what dispatch makes of it."""
+"""The tuning cache: its location, what it accepts, and how dispatch uses it."""
 
 import json
 import multiprocessing
@@ -90,7 +90,7 @@ def test_an_entry_holds_for_its_key_alone(case):
 
 
 def test_a_strategy_that_cannot_run_the_call_is_not_taken():
-    """A file may name one for any key."""
+    """A file can name any strategy for any key."""
     entry = Entry("single_pass", {"single_pass": 1.0}, {"single_pass": 1.0})
     few, many = Call("forward", FP32, 64, 64, 48, 4, False), CALL
     tuning_cache.store({few: entry, many: entry}, CPU)
@@ -149,7 +149,7 @@ def test_a_damaged_file_is_ignored_with_one_warning(case):
     assert len(said) == 1
     assert str(tuning_cache.cache_path()) in said[0]
     assert len(said[0]) < 400
-    tuning_cache.store({CALL: ENTRY}, CPU)  # written anew
+    tuning_cache.store({CALL: ENTRY}, CPU)  # replaces the damaged file
     assert tuning_cache.lookup(CALL, CPU) == ENTRY
 
 
@@ -203,9 +203,12 @@ def test_dispatch_asks_the_tuned_entry_before_the_model():
     dispatch.clear_decisions()
     decision = explain(layer, tokens=1000)
     assert (decision.forward, decision.backward) == ("addmm", "split")
-    assert f"tuned entry {CALL.key!r}: addmm of split 12.5 µs (host 6.0), addmm" in decision.reason
+    assert (
+        f"tuned entry {CALL.key!r}: addmm chosen from split 12.5 µs (host 6.0), addmm"
+        in decision.reason
+    )
     explicit = explain(layer, tokens=1000, impl="triton:split")
-    assert (explicit.forward, explicit.reason) == ("split", "asked for")
+    assert (explicit.forward, explicit.reason) == ("split", "requested")
 
 
 def test_the_file_is_read_once(monkeypatch):
@@ -218,7 +221,7 @@ def test_the_file_is_read_once(monkeypatch):
 
 
 def test_the_kernels_asked_for_run_the_best_of_theirs_where_pytorch_won():
-    """``impl="triton"`` promises the kernels; ``impl="auto"`` takes whatever was faster."""
+    """``impl="triton"`` always runs kernels; ``impl="auto"`` runs whatever was fastest."""
     entry = Entry(
         "torch",
         {"torch": 5.0, "split": 9.0, "addmm": 8.0},
@@ -227,8 +230,8 @@ def test_the_kernels_asked_for_run_the_best_of_theirs_where_pytorch_won():
     tuning_cache.store({CALL: entry}, CPU)
     assert entry.best(CALL.strategies) == "torch"
     decision = explain(FusedLoRALinear(64, 48, rank=4, impl="triton"), tokens=1000)
-    assert decision.forward == "split"  # 9 µs: addmm's host takes 10
-    assert "; split is the fastest of the kernels'" in decision.reason
+    assert decision.forward == "split"  # 9 µs; addmm needs 10 µs on the host
+    assert "; split is the fastest kernel strategy" in decision.reason
     assert entry.best({"single_pass"}) is None
 
 
@@ -237,7 +240,7 @@ def test_a_strategy_asked_for_is_the_one_that_runs(strategy, monkeypatch):
     from fused_lora.kernels import strategies
 
     ran, forward, backward = [], strategies.forward, strategies.backward
-    monkeypatch.setattr(strategies, "forward", lambda *a: ran.append(a[-2]) or forward(*a))
+    monkeypatch.setattr(strategies, "forward", lambda *a: ran.append(a[-1]) or forward(*a))
     monkeypatch.setattr(strategies, "backward", lambda *a: ran.append(a[-1]) or backward(*a))
     inputs = make_inputs(5, 64, 48, 4, FP32)
     inputs["x"].requires_grad_()

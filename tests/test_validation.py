@@ -1,4 +1,4 @@
-"""Bad input: a ValueError or TypeError that names what was expected and what came."""
+"""Bad input: a ValueError or TypeError that names what was expected and what was passed."""
 
 import pytest
 import torch
@@ -59,8 +59,8 @@ def test_bad_calls(changes, error, message):
         fused_lora_linear(**tensors(**changes))
 
 
-def test_what_is_usual_needs_no_closer_look():
-    """What the quick look of a call accepts, and that it leaves the rest to the thorough one."""
+def test_plain_tensors_need_no_further_checks():
+    """The fast check accepts the common cases and leaves the others to the full check."""
     good = tensors(scaling=2.0)
     parameters = {
         name: torch.nn.Parameter(t, requires_grad=name != "weight") if name != "scaling" else t
@@ -126,6 +126,9 @@ def test_explain_checks_its_arguments():
         explain(x, weight, lora_A, impl="bogus")
     with pytest.raises(ValueError, match=r"lora_A of shape \(rank, 8\), got \(2, 7\)"):
         explain(x, weight, torch.randn(2, 7))
+    for odd in (torch.randn(8), torch.randn(1, 6, 8)):
+        with pytest.raises(ValueError, match=r"expected weight \(out, in\) and lora_A"):
+            explain(x, odd, lora_A)
     with pytest.raises(ValueError, match="tokens >= 0"):
         explain(FusedLoRALinear(8, 6), tokens=-1)
     with pytest.raises(ValueError, match=r"got 7\.0"):

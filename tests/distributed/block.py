@@ -1,4 +1,4 @@
-"""A small tensor-parallel model, and what one process gives for it."""
+"""A small tensor-parallel model, and the results of one process to compare it with."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCH, TOKENS, FEATURES, HIDDEN = 4, 8, 12, 16
 
 
 class Block(nn.Module):
-    """linear → activation → linear, adapted, of a rank that no number of processes divides."""
+    """linear → activation → linear with adapters; the processes do not divide the rank evenly."""
 
     def __init__(self, hidden: int = HIDDEN, rank: int = 3, dtype=None, **arguments):
         super().__init__()
@@ -66,13 +66,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(size: int) -> slice:
-    """This rank's part of a dimension that is sharded."""
+    """This rank's part of a sharded dimension."""
     part = size // dist.get_world_size()
     return slice(part * dist.get_rank(), part * (dist.get_rank() + 1))
 
 
 def step(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """The output and every gradient, whole; a gradient must lie as its parameter does."""
+    """The output and every gradient, gathered; a gradient must have its parameter's placements."""
     x = x.detach().requires_grad_()
     y = model(x)
     y.backward(dy)
@@ -87,7 +87,7 @@ def step(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 
 def assert_replicas_equal(name: str, tensor: Tensor) -> None:
-    """A replicated tensor is the same on every rank, to the bit."""
+    """A replicated tensor is bit-identical on every rank."""
     if isinstance(tensor, DTensor) and all(p.is_replicate() for p in tensor.placements):
         mine = tensor.to_local().contiguous()
         copies = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -96,7 +96,7 @@ def assert_replicas_equal(name: str, tensor: Tensor) -> None:
 
 
 def yardsticks(model: Block, x: Tensor, dy: Tensor) -> tuple[dict, dict]:
-    """One process in float64, and one in the model's dtype by the plain formula."""
+    """Results of the plain formula in one process: in float64, and in the model's dtype."""
     wide, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
     for layer in (wide.up, wide.down, eager.up, eager.down):
         layer.impl = "reference"
@@ -108,7 +108,7 @@ def assert_matches(model: Block, shards: nn.Module, x: Tensor, dy: Tensor) -> No
 
 
 def run_sharded(function: Callable, inputs: dict, places: dict, dy: Tensor) -> dict[str, Tensor]:
-    """Output and gradients, whole, of a function of DTensors; as ``support.run``."""
+    """Gathered output and gradients of a function of DTensors, named as by ``support.run``."""
     on = mesh()
     tensors = {name: distribute_tensor(t, on, [places[name]]) for name, t in inputs.items()}
     keys = {"x": "dx", "lora_A": "dA", "lora_B": "dB", "bias": "dbias"}
@@ -132,14 +132,14 @@ def sent(function: Callable[[], object]) -> tuple[object, Counter]:
 
 @contextmanager
 def watched_operands() -> Iterator[set[type]]:
-    """The types of tensor that the products get, as they run."""
+    """Collect the tensor types that reach the products."""
     seen = set()
     original = torch_impl.forward, torch_impl.backward
 
     def watch(product):
-        def watched(*args, **kwargs):
-            seen.update(type(a) for a in args if isinstance(a, Tensor))
-            return product(*args, **kwargs)
+        def watched(operands):
+            seen.update(type(a) for a in operands if isinstance(a, Tensor))
+            return product(operands)
 
         return watched
 

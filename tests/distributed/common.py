@@ -1,4 +1,4 @@
-"""Training on one global batch, split over the processes or not, and the yardstick for it."""
+"""Training on the same global batches in one process and in several, and the error bound."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ROWS = 16  # of a global batch
 
 
 def network() -> nn.Sequential:
-    """Linears at two depths, wide enough that rounding errors are many."""
+    """Linear layers at two depths, wide enough for a sample of rounding errors."""
     inner = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 5))
     return nn.Sequential(nn.Linear(24, 32), nn.GELU(), inner)
 
 
 def adapted(dtype: torch.dtype = torch.float32, **arguments) -> nn.Sequential:
-    """A network whose adapters do something, the same in every process."""
+    """A network with non-zero adapters, the same in every process."""
     torch.manual_seed(1)
     model = network().to(dtype)
     apply_lora(model, **{"rank": 3, **arguments})
@@ -34,12 +34,12 @@ def adapted(dtype: torch.dtype = torch.float32, **arguments) -> nn.Sequential:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor gathered."""
+    """The tensor itself, gathered if it is a DTensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def batches(split: bool) -> list[tuple[Tensor, Tensor]]:
-    """Inputs, exact in bfloat16, and classes that can be learned; of all rows or this process's."""
+    """Inputs exact in bfloat16, with learnable classes: all rows, or those of this process."""
     draw = torch.Generator().manual_seed(2)
     teacher = torch.randn(24, 5, generator=draw)
     found = []
@@ -60,7 +60,7 @@ def loss_of(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
 
 
 def backward(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
-    """Gradients of the mean loss, and the loss."""
+    """Backpropagate the mean loss; returns the loss."""
     loss = loss_of(model, x, classes)
     loss.backward()
     return loss.detach()
@@ -72,7 +72,7 @@ def train(
     max_norm: float | None = None,
     split: bool = False,
 ) -> Tensor:
-    """AdamW on the adapters; the loss of every step over the global batch."""
+    """Train the adapters with AdamW; returns the loss of every step over the global batch."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for x, classes in batches(split):
@@ -90,7 +90,7 @@ def train(
 
 
 def adapters_of(model: nn.Module) -> Tensor:
-    """All numbers of the active adapters."""
+    """The active adapters' parameters as one vector."""
     return torch.cat([whole(p.detach()).flatten() for p in lora_parameters(model)])
 
 
@@ -101,9 +101,9 @@ def assert_trains_alike(
     max_norm: float | None = None,
     gathered: Callable = nullcontext,
 ) -> None:
-    """20 steps split over the processes err at most twice as much as in one, plus a round-off.
+    """20 steps split over processes err at most twice as much as in one, plus a unit round-off.
 
-    The error is that of the losses, and of what the adapters become, against float64.
+    Errors are those of the losses and of the trained adapters, against float64.
     """
     unit = UNIT_ROUNDOFF[next(start.parameters()).dtype]
     exact, single = copy.deepcopy(start).double(), copy.deepcopy(start)
@@ -118,4 +118,4 @@ def assert_trains_alike(
     ):
         error, bound = relative_rms(got, true), 2 * relative_rms(one, true) + unit
         assert error <= bound, f"{name}: relative RMS {error:.2e}, bound {bound:.2e}"
-    assert expected[-5:].mean() < 0.7 * expected[:5].mean()  # the steps do something
+    assert expected[-5:].mean() < 0.7 * expected[:5].mean()  # it learns

@@ -1,4 +1,4 @@
-"""FSDP1: right with ``use_orig_params`` in one dtype, else refused."""
+"""FSDP1: correct with ``use_orig_params`` and a single dtype, refused otherwise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ X = torch.linspace(-1, 1, 96).view(4, 24)
 
 
 def sharded(model: nn.Sequential, use_orig_params: bool = True) -> FullyShardedDataParallel:
-    """In two flat parameters, each of frozen weights and adapters."""
+    """Shard into two flat parameters, each with frozen weights and adapters."""
     wrap = partial(
         FullyShardedDataParallel, use_orig_params=use_orig_params, device_id=torch.device("cpu")
     )
@@ -47,7 +47,7 @@ def check_training_in_bfloat16():
 
 
 def check_what_torch_refuses():
-    """Its own messages; ``adapter_dtype`` and ``use_orig_params=True`` are the cures."""
+    """PyTorch's own errors; ``adapter_dtype`` and ``use_orig_params=True`` avoid them."""
     with pytest.raises(ValueError, match="tensors with uniform dtype but got"):
         sharded(adapted(BF16))
     with pytest.raises(ValueError, match="requires_grad` when `use_orig_params=False`"):
@@ -55,7 +55,7 @@ def check_what_torch_refuses():
 
 
 def check_adapters_in_a_flat_parameter_are_refused():
-    """Which torch makes where everything frozen is left out of it."""
+    """PyTorch accepts this wrapping because the frozen parameters are left out."""
     start = adapted()
     frozen = [p for p in start.parameters() if not p.requires_grad]
     cpu = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Adapters saved from shards: PEFT's files, whole, for other models and other world sizes."""
+"""Saving from shards: complete PEFT files, and checkpoints for other world sizes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def two_adapters(**arguments) -> nn.Sequential:
-    """One, "default", that is active, and "second" aside."""
+    """A model with the active adapter "default" and the inactive "second"."""
     model = adapted(**arguments)
     add_adapter(model, "second", rank=3, use_dora=arguments.get("use_dora", False))
     set_adapter(model, "second")
@@ -41,7 +41,7 @@ def two_adapters(**arguments) -> nn.Sequential:
 
 
 def saved_as(model: nn.Module, folder: str, expected: nn.Module) -> None:
-    """The files of ``folder`` are written, and hold the active adapter of ``expected``."""
+    """Save to ``folder``; the files must hold the active adapter of ``expected``."""
     save_adapter(model, folder, expected[0].adapter_name)
     loaded = network()
     load_adapter(loaded, folder)
@@ -49,7 +49,7 @@ def saved_as(model: nn.Module, folder: str, expected: nn.Module) -> None:
 
 
 def check_saving():
-    """Both adapters: gathered after a forward, as shards, and whole as they were put aside."""
+    """Save gathered adapters (after a forward), sharded ones, and inactive, unsharded ones."""
     for arguments in ({}, {"use_dora": True}):
         model = two_adapters(**arguments)
         second = copy.deepcopy(model)
@@ -130,7 +130,7 @@ def trainer(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """What trains, and the moments: no frozen weight among it."""
+    """The trainable parameters and AdamW's moments, without the frozen weights."""
     return {
         "model": get_model_state_dict(model, options=TRAINED),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=TRAINED),
@@ -158,7 +158,7 @@ def save_state():
 
 
 def load_state():
-    """In another number of processes, into other adapters: bit for bit."""
+    """A state loaded at another world size, into other adapters, is bit-identical."""
     model, optimizer = trainer(seed=6)
     state = state_of(model, optimizer)
     checkpoint.load(state, checkpoint_id="state")

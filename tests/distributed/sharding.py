@@ -1,4 +1,4 @@
-"""Sharded models in two processes: merging, switching and the patch, right or refused."""
+"""Sharded models in two processes: merging, switching and the patch, correct or refused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def merge(arguments: dict, keep_base: bool):
     x = torch.randn(4, 8)
     with torch.no_grad():
         on = sharded(x)
-        assert not hasattr(sharded[0].weight, "full_tensor")  # gathered, and thrown away later
+        assert not hasattr(sharded[0].weight, "full_tensor")  # gathered: a temporary copy
         assert hasattr(sharded[2][0].weight, "full_tensor")
         for model in (whole, sharded):
             merge_lora(model, keep_base)
@@ -89,7 +89,7 @@ def check_switching():
     with torch.no_grad():
         for name in ("second", "default"):
             for model in (sharded, whole):
-                model(x)  # which leaves the outermost layer gathered
+                model(x)  # leaves the outermost layer gathered
                 assert set_adapter(model, name) == []
             torch.testing.assert_close(sharded(x), whole(x))
     whole(x).sum().backward()
@@ -189,9 +189,9 @@ def check_patched_fsdp1_of_parts():
 
 
 def patched_fsdp1(wrap_parts: bool):
-    """The whole model in one flat parameter, or PEFT's policy: each trainable part by itself.
+    """The model in one flat parameter, or one per trainable part as in PEFT's wrapping policy.
 
-    Either way PEFT's own forward: the parameters are views of the flat one, or in other modules.
+    PEFT's own forward runs: the parameters are views of the flat one, or belong to wrappers.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
@@ -227,7 +227,7 @@ def patched_fsdp1(wrap_parts: bool):
 
 
 def check_patched_tensor_parallel():
-    """Beside parallel bases; one whose output is still on its way is added to as PEFT does."""
+    """Beside parallel bases; PEFT itself adds to an output that is still being communicated."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import (

@@ -1,4 +1,4 @@
-"""Checks of what is done with a tensor-parallel model."""
+"""Checks of operations on a tensor-parallel model: training, life cycle, states, refusals."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check_training():
 
 
 def grid(copies: int = 2) -> DeviceMesh:
-    """Tensor parallelism in each of ``copies``."""
+    """A mesh for ``copies`` of the model, each of them tensor-parallel."""
     sizes = copies, dist.get_world_size() // copies
     return init_device_mesh("cpu", sizes, mesh_dim_names=("data", "tensor"))
 
@@ -105,7 +105,7 @@ def check_life_cycle():
 
 
 def check_life_cycle_with_fsdp():
-    """Sizes that no number of processes divides too, and shards without an element."""
+    """Including sizes that the processes do not divide evenly, and empty shards."""
     both = grid()
     for styles, hidden in ((OWN, 16), (STOCK, 16), (OWN, 14), (STOCK, 14), (OWN, 2)):
         assert_lives(
@@ -148,7 +148,7 @@ def assert_lives(model: Block, shard: Callable[[Block], nn.Module]) -> None:
 
 
 def check_state():
-    """A whole state from shards, and shards from a whole state, on every rank."""
+    """A full state dict from shards, and shards loaded from a full one, on every rank."""
     options = StateDictOptions(full_state_dict=True)
     x, _ = data()
     for styles in (OWN, STOCK):
@@ -160,7 +160,7 @@ def check_state():
 
 
 def check_saving():
-    """PEFT's files from shards; one process loads them."""
+    """PEFT's files saved from shards load into an unsharded model."""
     x, _ = data()
     for styles in (OWN, STOCK):
         model = Block()
@@ -173,7 +173,7 @@ def check_saving():
 
 
 def check_initialisation():
-    """From the meta device, and again: one draw for all ranks, whatever their generators."""
+    """From the meta device and on reset: all ranks get one draw, though generators differ."""
     torch.manual_seed(dist.get_rank())
     for init in ("default", "orthogonal"):
         with torch.device("meta"):
@@ -191,7 +191,7 @@ def check_initialisation():
 
 
 def check_other_layers():
-    """The layers without a kernel run in DTensor's own operators; by rows of plain ones too."""
+    """Layers without a kernel run DTensor's operators; our styles also split plain layers."""
     model = Tiny()
     apply_lora(model, rank=3, target_modules=["table", "out"], include_head=True)
     train_like(model)

@@ -77,7 +77,7 @@ def check_implementations():
 
 
 def check_uneven_shards():
-    """Features that the number of processes does not divide: between layers, DTensors only."""
+    """Sizes not divisible by the number of processes: only DTensors may pass between layers."""
     model = Block(hidden=HIDDEN - 1)
     for styles in (OWN, STOCK):
         assert_matches(model, parallel(model, styles, {"use_local_output": False}), *data())
@@ -86,7 +86,7 @@ def check_uneven_shards():
 
 
 def check_empty_shards():
-    """More processes than features: the last one has nothing to compute."""
+    """More processes than features: only the first one has anything to compute."""
     model = Block(hidden=1, impl="triton")
     shards = parallel(model, OWN, {"use_local_output": False})
     assert_matches(model, shards, *data())
@@ -94,14 +94,14 @@ def check_empty_shards():
 
 
 def check_collectives():
-    """What each direction sends: the base and its adapter have one reduction between them."""
+    """The collectives of each direction: the base and its adapter share one reduction."""
     every, part = slice(None), part_of(TOKENS)
     by_tokens = {"up": {"input_layouts": Shard(1)}, "down": {"output_layouts": Shard(1)}}
     both = {GATHER: 1, SCATTER: 1}
     # Backward reduces the gradients of x (scattered by tokens), up.lora_A and down.lora_B.
     assert_sends(parallel(Block()), every, {REDUCE: 1}, {REDUCE: 3})
     assert_sends(parallel(Block(), **by_tokens), part, both, {**both, REDUCE: 2})
-    # A replicated x has one seed, gathered.
+    # A replicated x needs one seed on all ranks, hence the gather.
     assert_sends(parallel(Block(dropout=0.5)), every, {REDUCE: 1, GATHER: 1}, {REDUCE: 3})
 
 
@@ -115,7 +115,7 @@ def assert_sends(shards: Block, part: slice, forward: dict, backward: dict) -> N
 
 
 def check_shared_input():
-    """Layers that share an input, as q, k and v do: their gradients of it are reduced together."""
+    """Layers with a shared input, such as q, k and v: its gradient is reduced once for all."""
     x, _ = data(torch.float64)
     models = [Block().double() for _ in range(3)]
     one = x.clone().requires_grad_()
@@ -130,7 +130,7 @@ def check_shared_input():
 
 
 def check_sequence_parallel():
-    """Activations sharded by tokens outside; the products get plain tensors that have arrived."""
+    """Activations are sharded by tokens outside; products get plain tensors, fully communicated."""
     (x, dy), part = data(), part_of(TOKENS)
     model = Block()
     shards = parallel(model, OWN, {"input_layouts": Shard(1)}, {"output_layouts": Shard(1)})
@@ -143,7 +143,7 @@ def check_sequence_parallel():
 
 
 def check_whole_layer_between():
-    """Its x and dY are still on their way when it is called; its products get them arrived."""
+    """It is called while x and dY are being communicated; its products get the complete ones."""
     one = nn.Sequential(Block(), FusedLoRALinear(FEATURES, FEATURES), Block()).double()
     many = copy.deepcopy(one)
     many[0] = parallel(one[0], down={"output_layouts": Shard(1)})
@@ -154,12 +154,12 @@ def check_whole_layer_between():
             m(x).backward(dy)
     assert seen <= {Tensor, nn.Parameter}, seen
     for own, expected in zip(lora_parameters(many[1]), lora_parameters(one[1]), strict=True):
-        dist.all_reduce(own.grad)  # of this rank's tokens
+        dist.all_reduce(own.grad)  # each rank has its own tokens' share
         torch.testing.assert_close(own.grad, expected.grad)
 
 
 def check_placements():
-    """The function, wherever its operands lie."""
+    """``fused_lora_linear`` with operands in every placement."""
     inputs = make_inputs(TOKENS, FEATURES, HIDDEN, 3, torch.float32)
     inputs["scaling"] = torch.tensor(inputs["scaling"])
     dy = torch.randn(TOKENS, HIDDEN)
@@ -172,7 +172,7 @@ def check_placements():
 
 
 def check_beside_a_base():
-    """The function that adds to a base's output, as a parallel base leaves it."""
+    """``fused_lora_add`` to a base's output in every placement of a parallel base."""
     names, sizes = ("base", "x", "lora_A", "lora_B"), ((8, 16), (8, 12), (3, 12), (16, 3))
     inputs = {n: torch.randn(*s).double() for n, s in zip(names, sizes, strict=True)}
     leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
@@ -195,7 +195,7 @@ def check_beside_a_base():
 
 
 def check_dropout():
-    """One mask of a replicated x, though generators differ; of shards, masks of their own."""
+    """A replicated x has one mask although generators differ; each shard has its own mask."""
     rows, p, size = 128, 0.25, dist.get_world_size()
     drop = partial(fused_lora_linear, dropout_p=p)
     eye = torch.eye(FEATURES)
@@ -216,7 +216,7 @@ def check_dropout():
         (Replicate(), Shard(0)),
     ):
         places = dict.fromkeys(seen, Replicate()) | {"weight": weight, "x": x}
-        # Alike where masks must differ, and different where they must not.
+        # Equal seeds where the masks must differ, different seeds where they must be equal.
         seed = 1 if x.is_shard() else 1 + dist.get_rank()
         torch.manual_seed(seed)
         first, second = (run_sharded(drop, seen, places, dy)["y"] for _ in range(2))
@@ -236,7 +236,7 @@ def check_dropout():
 
 
 def assert_share(flags: Tensor, p: float) -> None:
-    """As many True as independent draws give, within five standard deviations."""
+    """The share of True is that of independent draws, within five standard deviations."""
     deviation = (p * (1 - p) / flags.numel()) ** 0.5
     assert abs(flags.double().mean().item() - p) < 5 * deviation
 

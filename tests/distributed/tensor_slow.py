@@ -26,7 +26,7 @@ def check_compiled():
 
 
 def check_llama():
-    """Attention and MLP of a language model, each between one column- and one row-wise cut."""
+    """Attention and MLP of a language model: column-wise inputs, row-wise outputs."""
     model = llama(num_hidden_layers=1)
     apply_lora(model, rank=3)
     train_like(model.double())

@@ -1,4 +1,4 @@
-"""accelerate and transformers' Trainer, unchanged: the losses of a loop written by hand."""
+"""accelerate and transformers' Trainer, unmodified, have the losses of a hand-written loop."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def assert_saved(model: nn.Module, folder: str) -> None:
 
 
 def check_accelerate():
-    """Two micro-batches a step, clipped."""
+    """Two micro-batches per step, with clipped gradients."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = start()
     rows = ROWS // accelerator.num_processes // 2
@@ -104,7 +104,7 @@ def logged(trainer: Trainer) -> Tensor:
 
 
 def check_trainer():
-    """Trained, the best checkpoint loaded, resumed from the first one, and saved."""
+    """Train, load the best checkpoint, resume from the first one, and save."""
     whole = trainer()
     whole.train()
     expected = torch.tensor(losses_by_hand(start(), passes=2))

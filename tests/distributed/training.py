@@ -1,4 +1,4 @@
-"""DDP and FSDP2 train as one process does; accumulation, clipping, checkpointing."""
+"""DDP and FSDP2 train like one process, with accumulation, clipping and checkpointing."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CLIPPED = 0.05  # below every gradient's norm
 
 
 def sharded(model: nn.Sequential, **arguments) -> nn.Module:
-    """In two groups, each of frozen weights and adapters."""
+    """Shard in two groups, each with frozen weights and adapters."""
     fully_shard(model[2], **arguments)
     return fully_shard(model, **arguments)
 
 
 def in_two(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
-    """Two micro-batches, of which the second alone communicates."""
+    """Two micro-batches; only the second one communicates."""
     first, second = zip(x.chunk(2), classes.chunk(2), strict=True)
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
@@ -65,7 +65,7 @@ def check_fsdp2_mixed_precision():
 
 
 def check_fsdp2_bfloat16_reduction():
-    """Beside one process whose gradients are as the policy makes them, bfloat16."""
+    """Without ``reduce_dtype`` FSDP2 reduces gradients in ``param_dtype``, here bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=BF16)
     assert_trains_alike(partial(sharded, mp_policy=policy), adapted(BF16))
 
@@ -76,7 +76,7 @@ def check_hsdp():
 
 
 class Reductions(TorchDispatchMode):
-    """The bytes handed to every reduce-scatter."""
+    """Records the bytes passed to every reduce-scatter."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +89,7 @@ class Reductions(TorchDispatchMode):
 
 
 def check_fsdp2_reduces_adapters_alone():
-    """In float32, every factor's rows filled up to equal shares; nothing of frozen weights."""
+    """Only adapter gradients are reduced: in float32, with rows padded to equal shares."""
     model, processes = sharded(adapted(BF16)), dist.get_world_size()
     with Reductions() as reductions:
         backward(model, *batches(split=True)[0])
@@ -99,7 +99,7 @@ def check_fsdp2_reduces_adapters_alone():
 
 
 def check_checkpointing():
-    """Recomputed layers drop what they dropped: the very gradients, in other memory."""
+    """Recomputed layers use the same dropout masks, so gradients are bit-identical."""
     for wrap in (DistributedDataParallel, sharded):
         kept = gradients(wrap, lambda layer: layer, seed=3)
         recomputed = gradients(wrap, checkpoint_wrapper, seed=3)
@@ -111,7 +111,7 @@ def check_checkpointing():
 
 
 def gradients(wrap: Callable, wrap_layer: Callable, seed: int) -> list[Tensor]:
-    """Of the adapters, after one step with dropout, other masks in every process."""
+    """Adapter gradients of one step with dropout; each process draws its own masks."""
     model = adapted(dropout=0.3)
     model[0], model[2] = wrap_layer(model[0]), wrap_layer(model[2])
     model = wrap(model)

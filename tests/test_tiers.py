@@ -1,0 +1,53 @@
+"""The two tiers of the suite: what runs by default, and what carries the marker ``sweep``."""
+
+from pathlib import Path
+
+import pytest
+
+from support import by_default
+
+ROOT = Path(__file__).parents[1]
+
+# Test functions with no case in the default run: why, and which default test covers for each.
+SWEPT_WHOLE = {
+    "test_compile.py::test_a_slice_of_the_shipped_tiles_compiles_clean": (
+        "a minute per GPU; test_a_report_continues_from_its_rows compiles the tiles of one kernel"
+    ),
+    "test_distributed.py::test_resharding": (
+        "seven processes; test_some_checks_of_each_module loads the same state in as many processes"
+    ),
+    "test_examples.py::test_adapters": (
+        "trains four kinds of adapter; test_peft_one_liner trains the same pretrained model"
+    ),
+    "test_examples.py::test_distributed": (
+        "two processes each; test_some_checks_of_each_module trains under DDP and FSDP as well"
+    ),
+    "test_examples.py::test_sms_spam": (
+        "builds GPT-2; test_a_gpt2_checkpoint_is_split_and_used builds a small one"
+    ),
+    "test_launch.py::test_the_real_launcher_gets_the_same_bytes": (
+        "needs gcc; test_the_driver_gets_the_same_binary_and_arguments compares the same launches"
+    ),
+}
+
+
+def test_every_test_function_has_a_case_that_runs_by_default(swept_cases):
+    collected = {name.partition("::")[0] for name in swept_cases}
+    if absent := {path.name for path in ROOT.glob("tests/test_*.py")} - collected:
+        pytest.skip(f"needs all test files collected (pytest without arguments), missing {absent}")
+    assert {name for name, swept in swept_cases.items() if all(swept)} == SWEPT_WHOLE.keys()
+
+
+def test_the_sweep_is_left_out_by_default_and_runs_in_ci(pytestconfig):
+    options = pytestconfig.getini("addopts")
+    assert options[options.index("-m") + 1] == "not sweep"
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines if "pytest" in line and "-m sweep" in line]
+
+
+def test_a_case_that_is_to_run_by_default_must_be_there():
+    one, two = by_default(["b"], ["a", "b"])
+    assert [mark.name for mark in one.marks] == ["sweep"]
+    assert two == "b"
+    with pytest.raises(AssertionError):
+        by_default(["c"], ["a", "b"])
