@@ -25,9 +25,9 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def is_aligned(*offsets: int) -> bool:
-    """Whether all of these numbers of bytes (strides, addresses) are multiples of a vector."""
-    return all(offset % VECTOR_BYTES == 0 for offset in offsets)
+def is_aligned(first: int, second: int = 0) -> bool:
+    """Whether both numbers of bytes (strides, addresses) are multiples of a vector."""
+    return (first | second) % VECTOR_BYTES == 0
 
 
 def single_pass_applies(M: int, rank: int, masked: str | None) -> bool:

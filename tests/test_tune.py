@@ -285,8 +285,6 @@ class FakeEvent:
 class FakeGraph:
     """A fake CUDA graph: it takes the calls during capture from the log and logs their replay."""
 
-    being_captured: ClassVar[list] = []
-
     @contextlib.contextmanager
     def capture(self):
         before = len(FakeEvent.log)
