@@ -104,12 +104,13 @@ def _headline(paths: list[Path], links: list[str]) -> list[str]:
         f"* **One line on PEFT, whole models: {times} of PEFT's time per step, {memory} of its peak"
         f" memory** ([table]({_text(links[0])})).",
         f"* One layer, mean of {len(MEANS[MEAN])} shapes, {dtype}, dropout {dropout:g}:"
-        f" **{dropped['peft']:.2f} times as fast as PEFT**, {dropped['eager']:.2f} times the eager"
-        f" formula; without dropout {plain['peft']:.2f} and {plain['eager']:.2f}"
+        f" **{dropped['peft']:.2f} times as fast as PEFT**, {dropped['eager']:.2f} times as fast as"
+        f" the eager formula; without dropout {plain['peft']:.2f} and {plain['eager']:.2f}"
         f" ([table]({_text(links[1])})).",
-        f"* Kept for backward there: **{kept[OURS]} times `x`**; by PEFT, {kept['peft']}.",
-        f"* Where it loses: with {least} to {most} tokens, up to {_slowdown(worst):.2f} times the"
-        f" fastest peer's time ({worst.dtype}, dropout {worst.dropout:g}).",
+        f"* Kept for backward, same setting: **{kept[OURS]} times the bytes of `x`**; PEFT keeps"
+        f" {kept['peft']}.",
+        f"* Where it loses: with {least} to {most} tokens it takes up to {_slowdown(worst):.2f}"
+        f" times the fastest peer's time ({worst.dtype}, dropout {worst.dropout:g}).",
     ]
 
 

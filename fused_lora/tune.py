@@ -67,7 +67,7 @@ def tune(
     report: Callable[[str], object] = lambda line: None,
     graphs: bool = False,
 ) -> dict[Call, Entry]:
-    """Time every strategy of every layer, and store the best in :func:`.tuning_cache.cache_path`.
+    """Time every strategy of every layer, and store the best (:mod:`.strategy.tuning_cache`).
 
     Each candidate is checked first: its relative RMS error may be at most twice eager PyTorch's in
     the same dtype, plus one unit round-off. It replaces the strategy that would run without tuning
@@ -76,8 +76,8 @@ def tune(
 
     Args:
         device: a GPU that the kernels run on; it need not be the current one.
-        timer: maps callables by name to their :class:`.timing.Times`, one value per round; by
-            default :func:`.timing.call_times`.
+        timer: maps callables by name to their :class:`.strategy.timing.Times`, one value per
+            round; by default :func:`.strategy.timing.call_times`.
         report: called with one line of text per direction.
         graphs: choose for replays of CUDA graphs, by device time only.
 

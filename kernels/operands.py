@@ -62,6 +62,6 @@ class BackwardOperands(NamedTuple):
     needs: tuple[bool, bool, bool] = (True, True, True)
 
 
-# From a tuple of all fields, in C: 0.1 µs, where the generated __new__ takes 0.4.
+# From a tuple of all fields. In C, in half the time of the generated __new__.
 pack_forward = partial(tuple.__new__, ForwardOperands)
 pack_backward = partial(tuple.__new__, BackwardOperands)

@@ -19,7 +19,7 @@ from fused_lora import (
     patch_peft,
     unmerge_lora,
 )
-from support import by_default, needs_triton
+from support import by_default, make_inputs, needs_triton
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -72,6 +72,38 @@ def test_under_autocast(forward, backward):
         with torch.autocast("cpu", BF16, enabled=backward):
             outcomes.append((y, *torch.autograd.grad(y.float().sum(), trained_tensors)))
     torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("name", "p"), [("x", 0.0), ("weight", 0.0), ("weight", 0.3), ("base", 0.0), ("base", 0.3)]
+)
+def test_subclasses_have_eagers_gradients(name, backend, p, nothing_compiled):
+    """A quantised weight is one; PyTorch 2.11 compiled their gradients to zero."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    inputs = make_inputs(5, 8, 6, 2, torch.float32)
+    inputs["base"] = torch.randn(5, 6)
+    inputs[name] = TwoTensor(inputs[name], inputs[name].clone())
+    x, weight, A, B, bias, base = (
+        inputs[n] for n in ("x", "weight", "lora_A", "lora_B", "bias", "base")
+    )
+    leaves = [A.requires_grad_(), B.requires_grad_()]
+
+    def call():
+        if name == "base":
+            return fused_lora_add(base, x, A, B, dropout_p=p)
+        return fused_lora_linear(x, weight, A, B, bias, dropout_p=p)
+
+    def gradients(function):
+        torch.manual_seed(1)
+        found = torch.autograd.grad(function().sum(), leaves)
+        return [g.a if isinstance(g, TwoTensor) else g for g in found]
+
+    compiled = gradients(torch.compile(call, backend=backend, fullgraph=True))
+    for actual, expected in zip(compiled, gradients(call), strict=True):
+        assert expected.abs().sum() > 0
+        torch.testing.assert_close(actual, expected)
 
 
 def test_the_graph_has_the_registered_operator():

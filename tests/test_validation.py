@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_lora import FusedLoRALinear, explain, fused_lora_linear
+from fused_lora import FusedLoRALinear, explain, fused_lora_add, fused_lora_linear
 from fused_lora.ops.validation import check_tensors
 from support import make_inputs
 
@@ -138,6 +138,21 @@ def test_explain_checks_its_arguments():
 def test_a_layer_refuses_what_is_no_tensor():
     with pytest.raises(TypeError, match="x to be a Tensor, got list"):
         FusedLoRALinear(8, 6)([1.0])
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "base"])
+def test_what_has_a_device_need_not_be_a_tensor(name):
+    """NumPy's arrays have one, and so have many modules."""
+    inputs = make_inputs(5, 8, 6, 2, FP32) | {"base": torch.randn(5, 6)}
+    inputs[name] = inputs[name].numpy()
+    x, weight, A, B, base = (inputs[n] for n in ("x", "weight", "lora_A", "lora_B", "base"))
+    expected = pytest.raises(TypeError, match=f"expected {name} to be a Tensor, got ndarray")
+    if name != "base":
+        with expected:
+            fused_lora_linear(x, weight, A, B)
+    if name != "weight":
+        with expected:
+            fused_lora_add(base, x, A, B)
 
 
 @pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "bias", "scaling"])

@@ -207,22 +207,20 @@ class MergeableLayer(AdapterLayer):
 
     def _state_problem(self, state: dict[str, Tensor], prefix: str) -> str | None:
         """Why these tensors cannot be loaded, by parameter name, or None."""
-        own = {"weight": self.weight, **self.adapter_parameters()}
-        keys = ", ".join(prefix + name for name in own)
+        parameters = self.adapter_parameters()
+        keys = ", ".join(prefix + name for name in ("weight", *parameters))
         if state.keys() == {"weight"} and (self._original_weight is not None or self.use_dora):
             kind = "DoRA" if self.use_dora else "PiSSA"
             return (
                 f"expected {keys} together for a {kind} layer, whose adapter belongs to its weight,"
                 f" got {prefix}weight alone; load a plain state before adapting"
             )
-        final = self.merged and self._base_weight is None
-        if (
-            state
-            and final
-            and {n: t.shape for n, t in state.items()} != {n: p.shape for n, p in own.items()}
-        ):
-            return (
-                f"expected the whole state of {prefix[:-1] or 'the layer'}, merged with"
-                f" keep_base=False, got {keys} only in part or in other shapes"
-            )
-        return None
+        if not state or not self.merged or self._base_weight is not None:
+            return None
+        own = {"weight": self.weight, **parameters}
+        if {n: t.shape for n, t in state.items()} == {n: p.shape for n, p in own.items()}:
+            return None
+        return (
+            f"expected the whole state of {prefix[:-1] or 'the layer'}, merged with"
+            f" keep_base=False, got {keys} only in part or in other shapes"
+        )

@@ -15,7 +15,7 @@ from ..distributed.sharding import ready
 from ..kernels.operands import pack_backward, pack_forward
 from . import dispatch, dropout, reference
 from .modes import autocasts
-from .operands import Operands
+from .operands import Operands, pack
 
 
 def lora_linear(operands: Operands) -> Tensor:
@@ -61,7 +61,7 @@ def save(ctx, operands: Operands, S: Tensor, keep_bits: Tensor | None, scaling, 
 
     Args:
         scaling: the scale that backward reads; a tensor must keep its value until then.
-        runner: an object whose ``backward`` takes :class:`BackwardOperands`.
+        runner: an object whose ``backward`` takes ``kernels.operands.BackwardOperands``.
     """
     x, weight, lora_A, lora_B, bias, _, _, keep_count, *_ = operands
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
@@ -116,9 +116,10 @@ def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *operands):  # apply() has unpacked the Operands; their order is the same
+    def forward(ctx, *args):
+        operands = pack(args)
         y, S, keep_bits, runner = forward(operands)
-        _, _, _, _, _, scaling, *_ = operands
+        scaling = operands.scaling
         if isinstance(scaling, Tensor):  # it may be written in place before backward
             scaling = scaling.clone()
         save(ctx, operands, S, keep_bits, scaling, runner)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.operands import BackwardOperands
-from . import autograd, dispatch, dropout
-from .modes import without_autocast
+from . import autograd, dispatch, dropout, reference
+from .modes import is_compiling, without_autocast
 from .operands import Operands
 from .torch_impl import as_dtype
 
@@ -28,6 +28,7 @@ from .torch_impl import as_dtype
 if hasattr(torch.ops.fused_lora, "_library"):
     torch.ops.fused_lora._library._destroy()
 _library = torch.ops.fused_lora._library = torch.library.Library("fused_lora", "FRAGMENT")
+# Names in a schema are public: ``keep`` is keep_count, and ``words`` keep_bits.
 _library.define(
     "lora_linear(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor? bias,"
     " Tensor scaling, Tensor? seed, int keep, str impl, Tensor? base)"
@@ -51,6 +52,9 @@ def lora_linear(operands: Operands) -> Tensor:
         if impl.startswith("triton"):
             kinds = ", ".join(sorted({type(t).__name__ for t in tensors if t is not None}))
             raise ValueError(f"impl={impl!r} cannot run here: expected plain tensors, got {kinds}")
+        if is_compiling():
+            # In PyTorch 2.11, Dynamo returns zero gradients of a Function that writes in place.
+            return reference.forward(operands)
         return autograd.lora_linear(operands._replace(impl="torch"))
     if not isinstance(scaling, Tensor):
         # A product, in which a compiler can keep the number symbolic; scalar_tensor would fix it.

@@ -47,5 +47,5 @@ class Operands(NamedTuple):
         return pack((x, weight, lora_A, lora_B, bias, scaling, seed, count, impl, base))
 
 
-# From a tuple of all fields, in C: 0.1 µs, where the generated __new__ takes 0.4.
+# From a tuple of all fields. In C, in half the time of the generated __new__.
 pack = partial(tuple.__new__, Operands)

@@ -139,7 +139,7 @@ def check_base(
         TypeError: not a tensor, or a dtype that cannot be used.
         ValueError: shapes or devices that do not fit.
     """
-    _check_kinds(x, (("base", base), ("x", x), ("lora_A", lora_A), ("lora_B", lora_B)))
+    _check_kinds(x, (("x", x), ("base", base), ("lora_A", lora_A), ("lora_B", lora_B)))
     if lora_A.dim() != 2 or lora_B.dim() != 2:
         shapes = f"{_shape(lora_A)} and {_shape(lora_B)}"
         raise ValueError(f"expected lora_A (rank, in) and lora_B (out, rank), got {shapes}")
@@ -155,7 +155,7 @@ def check_base(
 def _check_kinds(x: Tensor, tensors: tuple[tuple[str, Tensor], ...]) -> None:
     """Check that each is a floating-point tensor on x's device."""
     device = getattr(x, "device", None)
-    on_cpu = device is not None and x.is_cpu  # comparing devices costs more than is_cpu
+    on_cpu = isinstance(x, Tensor) and x.is_cpu  # comparing devices costs more than is_cpu
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
             kind = "a Tensor or None" if name == "bias" else "a Tensor"
