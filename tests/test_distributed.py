@@ -82,7 +82,7 @@ def test_some_checks_of_each_module(tmp_path):
         pytest.param("sharding", 2, marks=swept),
         pytest.param("fsdp1", 2, marks=swept),
         pytest.param("saving", 4, marks=swept),
-        ("trainers", 1),
+        pytest.param("trainers", 1, marks=swept),
         pytest.param("trainers", 2, marks=swept),
         pytest.param("tensor_products", 4, marks=swept),
         pytest.param("tensor_models", 4, marks=swept),

@@ -13,6 +13,10 @@ SWEPT_WHOLE = {
     "test_compile.py::test_a_slice_of_the_shipped_tiles_compiles_clean": (
         "a minute per GPU; test_a_report_continues_from_its_rows compiles the tiles of one kernel"
     ),
+    "test_distributed.py::test_every_check": (
+        "two or four processes for each module; test_some_checks_of_each_module runs some of each,"
+        " and test_the_trainer_runs a Trainer"
+    ),
     "test_distributed.py::test_resharding": (
         "seven processes; test_some_checks_of_each_module loads the same state in as many processes"
     ),
