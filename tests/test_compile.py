@@ -62,6 +62,7 @@ def test_a_report_continues_from_its_rows(tmp_path):
     assert rows.read_text() == written
 
 
+@swept
 def test_planted_faults_are_found():
     done = script(ROOT / "tests" / "planted_kernels.py")
     assert done.returncode == 0, done.stderr[-3000:]

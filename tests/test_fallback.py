@@ -38,7 +38,7 @@ FAILURES = [
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU driver is present")
-@pytest.mark.parametrize("case", by_default(FAILURES[:3], FAILURES), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", by_default(FAILURES[:2], FAILURES), ids=lambda case: case[0])
 def test_training_goes_on(case):
     kind, cause, cure = case
     result = json.loads(run(SCRIPT, kind))
@@ -58,9 +58,7 @@ UNUSABLE = [
 ]
 
 
-@pytest.mark.parametrize(
-    "case", by_default([UNUSABLE[0], UNUSABLE[-1]], UNUSABLE), ids=lambda case: case[0]
-)
+@pytest.mark.parametrize("case", by_default(UNUSABLE[:1], UNUSABLE), ids=lambda case: case[0])
 def test_an_unusable_triton_is_a_reason_and_not_an_error(case, tmp_path):
     """A Triton that lacks what the kernels import may be installed for another library."""
     _, content, expected = case

@@ -73,6 +73,7 @@ def test_nothing_is_kept_alive_and_tables_are_bounded(limits):
     assert limits["kept"] == {"freed": True, "plans bounded": True, "addresses bounded": True}
 
 
+@swept
 def test_the_benchmark_of_host_time_prints_both_tables():
     script = HERE.parent / "benchmarks" / "launch_overhead.py"
     done = subprocess.run(

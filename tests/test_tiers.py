@@ -13,6 +13,9 @@ SWEPT_WHOLE = {
     "test_compile.py::test_a_slice_of_the_shipped_tiles_compiles_clean": (
         "a minute per GPU; test_a_report_continues_from_its_rows compiles the tiles of one kernel"
     ),
+    "test_compile.py::test_planted_faults_are_found": (
+        "ten kernels for four GPUs; test_a_report_continues_from_its_rows compiles those of one"
+    ),
     "test_distributed.py::test_every_check": (
         "two or four processes for each module; test_some_checks_of_each_module runs some of each,"
         " and test_the_trainer_runs a Trainer"
@@ -28,6 +31,9 @@ SWEPT_WHOLE = {
     ),
     "test_examples.py::test_sms_spam": (
         "builds GPT-2; test_a_gpt2_checkpoint_is_split_and_used builds a small one"
+    ),
+    "test_launch.py::test_the_benchmark_of_host_time_prints_both_tables": (
+        "a benchmark of seconds; test_suites_run runs the other benchmarks of host time"
     ),
     "test_launch.py::test_the_real_launcher_gets_the_same_bytes": (
         "needs gcc; test_the_driver_gets_the_same_binary_and_arguments compares the same launches"
