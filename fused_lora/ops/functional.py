@@ -111,7 +111,7 @@ def _route(operands: Operands, dropout_p: float, is_plain: bool = False) -> Tens
     x, weight = operands.x, operands.weight
     if autocasts(x) and x.dtype != torch.float64:
         device = x.device.type
-        operands = operands._replace(x=x.to(torch.get_autocast_dtype(device)))
+        operands = pack((x.to(torch.get_autocast_dtype(device)), *operands[1:]))
         with torch.autocast(device, enabled=False):
             return _select(operands, dropout_p)
     if weight is not None:
@@ -126,12 +126,11 @@ def _select(operands: Operands, dropout_p: float) -> Tensor:
     if dropout_p:
         operands = operands.with_dropout(dropout_p)
     join = None
-    frozen = operands.weight if operands.base is None else operands.base
-    if is_shard(operands.x, operands.lora_A, frozen):
+    x, weight, lora_A, _, _, _, _, _, impl, base = operands
+    if is_shard(x, lora_A, weight if base is None else base):
         from ..distributed.dtensor import local_operands  # imports torch.distributed
 
         operands, join = local_operands(operands)
-    impl = operands.impl
     if is_transformed():
         if impl.startswith("triton"):
             raise ValueError(
