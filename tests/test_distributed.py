@@ -74,19 +74,20 @@ def test_some_checks_of_each_module(tmp_path):
     launch(tmp_path, 2, SOME_CHECKS)
 
 
+@swept
 @pytest.mark.parametrize(
     ("module", "processes"),
     [
-        pytest.param("training", 2, marks=swept),
-        pytest.param("training", 4, marks=swept),
-        pytest.param("sharding", 2, marks=swept),
-        pytest.param("fsdp1", 2, marks=swept),
-        pytest.param("saving", 4, marks=swept),
-        pytest.param("trainers", 1, marks=swept),
-        pytest.param("trainers", 2, marks=swept),
-        pytest.param("tensor_products", 4, marks=swept),
-        pytest.param("tensor_models", 4, marks=swept),
-        pytest.param("tensor_slow", 2, marks=swept),
+        ("training", 2),
+        ("training", 4),
+        ("sharding", 2),
+        ("fsdp1", 2),
+        ("saving", 4),
+        ("trainers", 1),
+        ("trainers", 2),
+        ("tensor_products", 4),
+        ("tensor_models", 4),
+        ("tensor_slow", 2),
     ],
 )
 def test_every_check(module, processes, tmp_path):

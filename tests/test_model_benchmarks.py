@@ -18,7 +18,7 @@ import model_step
 from harness.timing import Quartiles
 from layer import memory
 from layer.problem import WrongResultError
-from whole_model import loss_curves, process_memory, trainers
+from whole_model import loss_curves, process_memory, step_picture, trainers
 from whole_model.trainers import Setting, Trainer
 
 MODELS = pytest.mark.parametrize("model", trainers.MODELS)
@@ -255,6 +255,11 @@ def test_wrong_options_are_one_line(script, options, message, capsys):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_the_readmes_picture_names_the_setting_of_the_benchmark():
+    assert step_picture.RANK == trainers.RANK
+    assert Setting("gpt2").batch_shape == step_picture.BATCH
 
 
 @pytest.mark.parametrize("script", [model_step, adapter_latency])

@@ -19,6 +19,7 @@ WIDTH, HEIGHT, DPI = 8.3, 3.7, 190  # inches: about twice the width of a README'
 BAR = 0.36
 SHADES = 64  # palette size: few colours, and anti-aliased text
 OURS = "peft-patched"
+RANK, BATCH = 16, (4, 128)  # of model_step.py, whose files do not name them
 BARS = {BASE: "PEFT", OURS: "PEFT + patch_peft"}
 
 
@@ -75,8 +76,9 @@ def _figure(machine: dict, settings: list[Setting], theme: Theme) -> Figure:
     times.set_yticks(range(len(settings)), [s.label.replace(", ", "\n") for s in settings])
     times.invert_yaxis()
     figure.suptitle(
-        f"One training step, {settings[0].dtype}, LoRA of rank 16 on every linear layer,"
-        f" 4 x 128 tokens\nmeasured on {where(machine)}; thin lines: the middle half of the rounds",
+        f"One training step, {settings[0].dtype}, LoRA of rank {RANK} on every linear layer,"
+        f" {BATCH[0]} x {BATCH[1]} tokens\n"
+        f"measured on {where(machine)}; thin lines: the middle half of the rounds",
         fontsize=10,
         color=theme.text,
     )
