@@ -109,7 +109,10 @@ def seconds_of(layer: steps.Layer) -> float:
     total = 0.0
     for direction, inner, columns in (("forward", K, N), ("backward", N, K)):
         call = tuning_cache.Call(direction, dtype, M, K, N, R, p > 0)
-        case = traffic.Product(M, inner, columns, R, dtype.itemsize, masked=call.masked)
+        case = traffic.Product(
+            M, inner, columns, R, dtype.itemsize,
+            masked=call.masked, backward=direction == "backward",
+        )  # fmt: skip
         for name in call.strategies:
             kernels = traffic.product(H100, name, case)
             if direction == "backward":

@@ -187,7 +187,10 @@ def _sum_partials(
 
 
 def sum_partials(
-    out: torch.Tensor, partials: torch.Tensor, factor: float, scale: torch.Tensor | None = None
+    out: torch.Tensor,
+    partials: torch.Tensor,
+    factor: float = 1.0,
+    scale: torch.Tensor | None = None,
 ) -> None:
     """``out[m, n] = scale · factor · Σ_i partials[i, m, n]``, summed in the order of ``i``.
 

@@ -1,10 +1,10 @@
 """The low-rank product added to a given base.
 
-    O = base + D(U V) + bias        U (M,R)   V (R,N)   O and base (M,N)
+    O = base + s · D(U V) + bias        U (M,R)   V (R,N)   O and base (M,N)
 
-Used in place after the vendor's GEMM: in forward with U = S, V = Bᵀ, in backward with U = G, V = A
-and the keep bits. Used out of place if something else computes the frozen product. The kernel is
-bound by memory bandwidth: one pass over O.
+Used in place after the vendor's GEMM: in forward with U = S, V = Bᵀ, in backward with U = G, V = A,
+the keep bits and no s. Used out of place if something else computes the frozen product. The kernel
+is bound by memory bandwidth: one pass over O.
 """
 
 import torch
@@ -25,6 +25,7 @@ def _lora_add(
     v_ptr,
     keep_bits_ptr,
     bias_ptr,
+    scale_ptr,
     inv_keep,
     M,
     N,
@@ -39,6 +40,7 @@ def _lora_add(
     HAS_BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     ALIGN_O: tl.constexpr,
     ALIGN_BASE: tl.constexpr,
     ALIGN_U: tl.constexpr,
@@ -66,6 +68,8 @@ def _lora_add(
         acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
         DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
     )  # fmt: skip
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr).to(tl.float32)
     if HAS_DROPOUT:
         keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
         acc = tl.where(keep != 0, acc * inv_keep, 0.0)
@@ -85,6 +89,7 @@ def lora_add(
     o: torch.Tensor,
     u: torch.Tensor,
     v: torch.Tensor,
+    scale: torch.Tensor | None,
     config: AddConfig,
     *,
     base: torch.Tensor | None = None,
@@ -94,20 +99,20 @@ def lora_add(
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
 ) -> None:
-    """Write ``o = base + D(u v) + bias``; other arguments as in :func:`.lora_gemm.lora_gemm`.
+    """Write ``o = base + scale · D(u v) + bias``; the rest as in :func:`.lora_gemm.lora_gemm`.
 
     Args:
         o: ``(M, N)``, inner stride 1, any floating dtype.
         base: ``(M, N)``, inner stride 1, any floating dtype; may be ``o`` itself; None for zeros.
         dot_dtype: the dtype that ``u`` and ``v`` are cast to; o's dtype by default.
     """
-    tensors = o, base, u, v, keep_bits, bias
+    tensors = o, base, u, v, keep_bits, bias, scale
     flags = dot_dtype or o.dtype, input_precision
     launch(_lora_add, _arguments, config, tensors, (float(inv_keep),), *flags)
 
 
 def _arguments(
-    config, o, base, u, v, keep_bits, bias, dot_dtype: torch.dtype, input_precision: str
+    config, o, base, u, v, keep_bits, bias, scale, dot_dtype: torch.dtype, input_precision: str
 ) -> Arguments:
     (M, N), R = o.shape, u.shape[1]
     block_r, chunks = config.rank_blocks(R)
@@ -120,6 +125,7 @@ def _arguments(
             v,
             u if keep_bits is None else keep_bits,
             u if bias is None else bias,
+            u if scale is None else scale,
         ),
         numbers=(
             M,
@@ -136,6 +142,7 @@ def _arguments(
             "HAS_BASE": base is not None,
             "HAS_BIAS": bias is not None,
             "HAS_DROPOUT": keep_bits is not None,
+            "HAS_SCALE": scale is not None,
             "ALIGN_O": in_vectors(o),
             "ALIGN_BASE": base is not None and in_vectors(base),
             "ALIGN_U": in_vectors(u, 4),

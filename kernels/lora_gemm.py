@@ -1,9 +1,10 @@
 """The frozen product, with the low-rank product fused into it.
 
-    O = P Q + D(U V) + bias        P (M,L)   Q (L,N)   U (M,R)   V (R,N)   O (M,N)
+    O = P Q + s · D(U V) + bias        P (M,L)   Q (L,N)   U (M,R)   V (R,N)   O (M,N)
 
 Forward: ``y`` from P = x, Q = Wᵀ, U = S, V = Bᵀ. Backward: ``dx`` from P = dY, Q = W, U = G, V = A
-and the keep bits. U V is the epilogue, or with keep bits the prologue, of the loop over L.
+and the keep bits, without s. U V is the prologue of the loop over L, since scale and mask act on
+U V only.
 """
 
 import torch
@@ -34,6 +35,7 @@ def _gemm_tile(
     v_ptr,
     keep_bits_ptr,
     bias_ptr,
+    scale_ptr,
     inv_keep,
     M,
     N,
@@ -50,6 +52,7 @@ def _gemm_tile(
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     EVEN_L: tl.constexpr,
     USE_DESC: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
@@ -72,12 +75,14 @@ def _gemm_tile(
     rows = offs_m[:, None] < M
     cols = offs_n[None, :] < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # The scale and the mask apply to U V only: it comes before the accumulator holds anything else.
+    acc = add_low_rank(
+        acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
+        DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
+    )  # fmt: skip
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr).to(tl.float32)
     if HAS_DROPOUT:
-        # The mask applies to U V only, so it comes before the accumulator holds anything else.
-        acc = add_low_rank(
-            acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
-            DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
-        )  # fmt: skip
         keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
         acc = tl.where(keep != 0, acc * inv_keep, 0.0)
     if USE_DESC:
@@ -113,11 +118,6 @@ def _gemm_tile(
                 q_ptrs += BLOCK_L
             else:
                 q_ptrs += advance(BLOCK_L, stride_ql)
-    if not HAS_DROPOUT:
-        acc = add_low_rank(
-            acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
-            DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
-        )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if USE_DESC:
@@ -137,6 +137,7 @@ def _lora_gemm(
     v_ptr,
     keep_bits_ptr,
     bias_ptr,
+    scale_ptr,
     inv_keep,
     M,
     N,
@@ -153,6 +154,7 @@ def _lora_gemm(
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     EVEN_L: tl.constexpr,
     ALIGN_O: tl.constexpr,
     ALIGN_P: tl.constexpr,
@@ -188,19 +190,19 @@ def _lora_gemm(
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _gemm_tile(
-                tile, o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, keep_bits_ptr, bias_ptr, inv_keep,
-                M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
-                stride_vn, stride_keep_m, DTYPE, HAS_BIAS, HAS_DROPOUT, EVEN_L, USE_DESC,
-                Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS, GROUP_M,
-                ALIGN_U, ALIGN_V, V_TRANSPOSED,
+                tile, o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, keep_bits_ptr, bias_ptr, scale_ptr,
+                inv_keep, M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um,
+                stride_vr, stride_vn, stride_keep_m, DTYPE, HAS_BIAS, HAS_DROPOUT, HAS_SCALE,
+                EVEN_L, USE_DESC, Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R,
+                CHUNKS, GROUP_M, ALIGN_U, ALIGN_V, V_TRANSPOSED,
             )  # fmt: skip
     else:
         _gemm_tile(
-            tl.program_id(0), o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, keep_bits_ptr, bias_ptr, inv_keep,
-            M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
-            stride_vn, stride_keep_m, DTYPE, HAS_BIAS, HAS_DROPOUT, EVEN_L, USE_DESC,
+            tl.program_id(0), o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, keep_bits_ptr, bias_ptr, scale_ptr,
+            inv_keep, M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
+            stride_vn, stride_keep_m, DTYPE, HAS_BIAS, HAS_DROPOUT, HAS_SCALE, EVEN_L, USE_DESC,
             Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS, GROUP_M,
-                ALIGN_U, ALIGN_V, V_TRANSPOSED,
+            ALIGN_U, ALIGN_V, V_TRANSPOSED,
         )  # fmt: skip
 
 
@@ -210,6 +212,7 @@ def lora_gemm(
     q: torch.Tensor,
     u: torch.Tensor,
     v: torch.Tensor,
+    scale: torch.Tensor | None,
     config: GemmConfig,
     *,
     bias: torch.Tensor | None = None,
@@ -217,7 +220,7 @@ def lora_gemm(
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
 ) -> None:
-    """Write ``o = p q + D(u v) + bias``.
+    """Write ``o = p q + scale · D(u v) + bias``.
 
     Args:
         o: ``(M, N)`` in p's dtype, inner stride 1.
@@ -225,16 +228,17 @@ def lora_gemm(
         q: ``(L, N)`` in p's dtype, one of its strides 1.
         u: ``(M, R)`` fp32 or p's dtype, inner stride 1.
         v: ``(R, N)``, any strides and floating dtype; cast to p's.
+        scale: 0-d tensor, read on the device, or None for 1.
         bias: ``(N,)``, contiguous, any floating dtype, or None.
         keep_bits: packed mask of ``u v``, int32 ``(M, words)``, or None.
         inv_keep: factor of the kept entries of ``u v``.
         input_precision: of fp32 products, "ieee" or "tf32".
     """
-    tensors = o, p, q, u, v, keep_bits, bias
+    tensors = o, p, q, u, v, keep_bits, bias, scale
     launch(_lora_gemm, _arguments, config, tensors, (float(inv_keep),), input_precision)
 
 
-def _arguments(config, o, p, q, u, v, keep_bits, bias, input_precision: str) -> Arguments:
+def _arguments(config, o, p, q, u, v, keep_bits, bias, scale, input_precision: str) -> Arguments:
     (M, L), N, R = p.shape, q.shape[1], u.shape[1]
     transposed = q.stride(0) == 1 and q.stride(1) != 1
     block_m, block_n, block_l = config.block_m, config.block_n, config.block_l
@@ -251,6 +255,7 @@ def _arguments(config, o, p, q, u, v, keep_bits, bias, input_precision: str) -> 
             v,
             u if keep_bits is None else keep_bits,
             u if bias is None else bias,
+            u if scale is None else scale,
         ),
         numbers=(
             M,
@@ -268,6 +273,7 @@ def _arguments(config, o, p, q, u, v, keep_bits, bias, input_precision: str) -> 
             "DTYPE": TL_DTYPE[p.dtype],
             "HAS_BIAS": bias is not None,
             "HAS_DROPOUT": keep_bits is not None,
+            "HAS_SCALE": scale is not None,
             "EVEN_L": L % block_l == 0,
             "ALIGN_O": in_vectors(o),
             "ALIGN_P": in_vectors(p),

@@ -1,10 +1,10 @@
 """The gradients of the adapter's two matrices.
 
-    O = Uᵀ D(P)        U (M,R)   P (M,L)   O (R,L)
+    O = s · Uᵀ D(P)        U (M,R)   P (M,L)   O (R,L)
 
-``dA`` from U = G, P = x and the keep bits; ``dBᵀ`` from U = S, P = dY. The kernel is bound by
-memory bandwidth: one read of P. The rows may be split over programs; the partial sums are added in
-a fixed order, so results are bitwise reproducible.
+``dA``, without s, from U = G, P = x and the keep bits; ``dBᵀ`` from U = S, P = dY. The kernel is
+bound by memory bandwidth: one read of P. The rows may be split over programs; the partial sums are
+added in a fixed order, so results are bitwise reproducible.
 """
 
 import torch
@@ -23,7 +23,8 @@ def _rank_grad(
     u_ptr,
     p_ptr,
     keep_bits_ptr,
-    inv_keep,
+    scale_ptr,
+    factor,
     M,
     m_per_split,
     L,
@@ -36,6 +37,8 @@ def _rank_grad(
     stride_keep_m,
     DTYPE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     ALIGN_P: tl.constexpr,
     ALIGN_U: tl.constexpr,
     USE_DESC: tl.constexpr,
@@ -85,7 +88,11 @@ def _rank_grad(
         + offs_r.to(tl.int64)[:, None] * stride_or
         + offs_l.to(tl.int64)[None, :] * stride_ol
     )
-    acc *= inv_keep  # once per result, instead of at every entry of P
+    # Once per result, instead of at every entry of P; with splits, ``sum_partials`` does it.
+    if HAS_FACTOR:
+        acc *= factor
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr).to(tl.float32)
     tl.store(
         o_ptrs,
         acc.to(o_ptr.dtype.element_ty),
@@ -97,18 +104,20 @@ def rank_grad(
     o: torch.Tensor,
     u: torch.Tensor,
     p: torch.Tensor,
+    scale: torch.Tensor | None,
     config: RankGradConfig,
     *,
     keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
 ) -> None:
-    """Write ``o = uᵀ D(p)``.
+    """Write ``o = scale · uᵀ D(p)``.
 
     Args:
         o: ``(R, L)``, any strides and floating dtype; rounded once, from the fp32 sum.
         u: ``(M, R)`` fp32 or p's dtype, inner stride 1.
         p: ``(M, L)``, inner stride 1.
+        scale: 0-d tensor, read on the device, or None for 1.
         keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
         inv_keep: factor of the kept entries of ``p``.
         input_precision: of fp32 products, "ieee" or "tf32".
@@ -118,13 +127,13 @@ def rank_grad(
     out = o
     if splits > 1:
         out = torch.empty((splits, u.shape[1], L), dtype=torch.float32, device=o.device)
-    tensors = out, u, p, keep_bits
+    tensors = out, u, p, keep_bits, scale if splits == 1 else None
     launch(_rank_grad, _arguments, config, tensors, (float(inv_keep),), input_precision)
     if splits > 1:
-        sum_partials(o, out, 1.0)
+        sum_partials(o, out, inv_keep, scale)
 
 
-def _arguments(config, out, u, p, keep_bits, input_precision: str) -> Arguments:
+def _arguments(config, out, u, p, keep_bits, scale, input_precision: str) -> Arguments:
     (M, L), R = p.shape, u.shape[1]
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     m_per_split, splits = split_evenly(M, config.splits, block_m)
@@ -135,6 +144,7 @@ def _arguments(config, out, u, p, keep_bits, input_precision: str) -> Arguments:
             u,
             operand(config, p, (block_m, block_l)),
             u if keep_bits is None else keep_bits,
+            u if scale is None else scale,
         ),
         numbers=(
             M,
@@ -151,6 +161,8 @@ def _arguments(config, out, u, p, keep_bits, input_precision: str) -> Arguments:
         constants={
             "DTYPE": TL_DTYPE[p.dtype],
             "HAS_DROPOUT": keep_bits is not None,
+            "HAS_FACTOR": keep_bits is not None and splits == 1,
+            "HAS_SCALE": scale is not None,
             "ALIGN_P": in_vectors(p),
             "ALIGN_U": in_vectors(u, 4),
             "USE_DESC": config.descriptors,

@@ -2,10 +2,12 @@
 
     U = s · D(P) Q        P (M,L)   Q (L,R)   U (M,R) fp32
 
-Forward: ``S`` from P = x, Q = Aᵀ and the keep bits. Backward: ``G`` from P = dY, Q = B. The kernel
-is bound by memory bandwidth: one read of P. The contraction may be split over programs; the partial
-sums are added in a fixed order, so results are bitwise reproducible.
+Forward: ``S``, without s, from P = x, Q = Aᵀ and the keep bits. Backward: ``G`` from P = dY, Q = B.
+The kernel is bound by memory bandwidth: one read of P. The contraction may be split over programs;
+the partial sums are added in a fixed order, so results are bitwise reproducible.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -94,7 +96,7 @@ def _shrink(
         if not USE_DESC:
             p_ptrs += BLOCK_L
         q_ptrs += advance(BLOCK_L, stride_ql)
-    # With splits, ``sum_partials`` applies both factors.
+    # Once per result, instead of at every entry of P; with splits, ``sum_partials`` does it.
     if HAS_SCALE:
         acc *= factor * tl.load(scale_ptr).to(tl.float32)
     u_ptrs = (
@@ -110,7 +112,7 @@ def shrink(
     u: torch.Tensor,
     p: torch.Tensor,
     q: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | None,
     config: ShrinkConfig,
     *,
     keep_bits: torch.Tensor | None = None,
@@ -123,7 +125,7 @@ def shrink(
         u: ``(M, R)`` fp32, inner stride 1.
         p: ``(M, L)``, inner stride 1.
         q: ``(L, R)`` in p's dtype, any strides.
-        scale: 0-d tensor, read on the device.
+        scale: 0-d tensor, read on the device, or None for 1.
         keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
         inv_keep: factor of the kept entries of ``p``; applied to ``u``.
         input_precision: of fp32 products, "ieee" or "tf32".
@@ -133,10 +135,23 @@ def shrink(
     out = u
     if splits > 1:
         out = torch.empty((splits, M, q.shape[1]), dtype=torch.float32, device=u.device)
-    tensors = out, p, q, keep_bits, scale
+    # Without the load of a scale, several tiles spill.
+    loaded = out if splits > 1 else _one(u.device) if scale is None else scale
+    tensors = out, p, q, keep_bits, loaded
     launch(_shrink, _arguments, config, tensors, (float(inv_keep),), input_precision)
     if splits > 1:
         sum_partials(u, out, inv_keep, scale)
+
+
+def _one(device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.ones((), device=device)  # belongs to the CUDA graph
+    return _cached_one(device)
+
+
+@lru_cache
+def _cached_one(device: torch.device) -> torch.Tensor:
+    return torch.ones((), device=device)
 
 
 def _arguments(config, out, p, q, keep_bits, scale, input_precision: str) -> Arguments:

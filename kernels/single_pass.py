@@ -1,9 +1,10 @@
 """``shrink`` and ``lora_gemm`` in one launch, for small M.
 
-    U = s · P Z        P (M,L)   Z (L,R)   U (M,R) fp32
-    O = P Q + D(U V) + bias
+    U = P Z        O = P Q + s · D(U V) + bias        P (M,L)   Z (L,R)   U (M,R) fp32
+    U = s · P Z    O = P Q + D(U V) + bias
 
-Forward: Z = Aᵀ; backward: Z = B; the rest as in :mod:`.lora_gemm`. Every column block computes U
+Forward: the first line, with Z = Aᵀ. Backward: the second, with Z = B. The rest as in
+:mod:`.lora_gemm`. Every column block computes U
 again from the tile of P that it has already read; the first block writes it. There is no mask on P,
 which every column block would have to unpack again: a forward with dropout uses other kernels.
 """
@@ -47,6 +48,7 @@ def _single_pass(
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    SCALE_U: tl.constexpr,
     EVEN_L: tl.constexpr,
     ALIGN_O: tl.constexpr,
     ALIGN_P: tl.constexpr,
@@ -134,9 +136,12 @@ def _single_pass(
             else:
                 q_ptrs += advance(BLOCK_L, stride_ql)
         z_ptrs += advance(BLOCK_L, stride_zl)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if SCALE_U:
+        low *= scale
     # Beyond the rank, an infinite P times the zeros of Z is NaN, which V would spread to every
     # column of O.
-    low = tl.where(offs_r[None, :] < R, low * tl.load(scale_ptr).to(tl.float32), 0.0)
+    low = tl.where(offs_r[None, :] < R, low, 0.0)
     if tl.program_id(1) == 0:
         u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
         tl.store(u_ptrs, low, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R))
@@ -144,15 +149,15 @@ def _single_pass(
         v_ptr + offs_r.to(tl.int64)[:, None] * stride_vr + offs_n.to(tl.int64)[None, :] * stride_vn
     )
     v = tl.load(v_ptrs, mask=(offs_r[:, None] < R) & cols, other=0.0)
+    # The scale and the mask apply to U V only, so U V has an accumulator of its own.
+    # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+    up = tl.dot(low.to(DTYPE), v.to(DTYPE), input_precision=INPUT_PRECISION)
+    if not SCALE_U:
+        up *= scale
     if HAS_DROPOUT:
-        # The mask applies to U V only, so U V has an accumulator of its own.
-        # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
-        up = tl.dot(low.to(DTYPE), v.to(DTYPE), input_precision=INPUT_PRECISION)
         keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
-        acc += tl.where(keep != 0, up * inv_keep, 0.0)
-    else:
-        # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
-        acc = tl.dot(low.to(DTYPE), v.to(DTYPE), acc, input_precision=INPUT_PRECISION)
+        up = tl.where(keep != 0, up * inv_keep, 0.0)
+    acc += up
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     o_ptrs = o_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_n[None, :]
@@ -169,12 +174,13 @@ def single_pass(
     scale: torch.Tensor,
     config: SinglePassConfig,
     *,
+    scale_u: bool = False,
     bias: torch.Tensor | None = None,
     keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
 ) -> None:
-    """Write ``u = scale · p z`` and ``o = p q + D(u v) + bias``.
+    """Write ``u`` and ``o`` as above: ``scale`` multiplies ``D(u v)`` or, with ``scale_u``, ``u``.
 
     Args:
         o: ``(M, N)`` in p's dtype, inner stride 1.
@@ -190,10 +196,13 @@ def single_pass(
         input_precision: of fp32 products, "ieee" or "tf32".
     """
     tensors = o, u, p, q, z, v, keep_bits, bias, scale
-    launch(_single_pass, _arguments, config, tensors, (float(inv_keep),), input_precision)
+    flags = scale_u, input_precision
+    launch(_single_pass, _arguments, config, tensors, (float(inv_keep),), *flags)
 
 
-def _arguments(config, o, u, p, q, z, v, keep_bits, bias, scale, input_precision: str) -> Arguments:
+def _arguments(
+    config, o, u, p, q, z, v, keep_bits, bias, scale, scale_u: bool, input_precision: str
+) -> Arguments:
     (M, L), N, R = p.shape, q.shape[1], u.shape[1]
     transposed = q.stride(0) == 1 and q.stride(1) != 1
     block_m, block_n, block_l = config.block_m, config.block_n, config.block_l
@@ -228,6 +237,7 @@ def _arguments(config, o, u, p, q, z, v, keep_bits, bias, scale, input_precision
             "DTYPE": TL_DTYPE[p.dtype],
             "HAS_BIAS": bias is not None,
             "HAS_DROPOUT": keep_bits is not None,
+            "SCALE_U": scale_u,
             "EVEN_L": L % block_l == 0,
             "ALIGN_O": in_vectors(o),
             "ALIGN_P": in_vectors(p),

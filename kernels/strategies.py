@@ -29,7 +29,7 @@ __all__ = ["INTERPRETED", "backward", "dropout_mask", "forward"]
 
 
 def forward(operands: ForwardOperands, strategy: str) -> tuple[Tensor, Tensor]:
-    """``y (M,N)`` in x's dtype (with a base, in the base's) and ``S (M,R)`` in fp32.
+    """``y (M,N)`` in x's dtype (with a base, in the base's) and the unscaled ``S (M,R)`` in fp32.
 
     No dimension may be 0, and the scale must be a tensor.
     """
@@ -37,20 +37,20 @@ def forward(operands: ForwardOperands, strategy: str) -> tuple[Tensor, Tensor]:
     x = _inner_contiguous(x)
     target = select_config.target_of(x.device)
     if base is not None:
-        S = _shrink(x, lora_A.t(), scale, target, keep_bits, inv_keep)
+        S = _shrink(x, lora_A.t(), None, target, keep_bits, inv_keep)
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
-        _add(y, S, lora_B.t(), target, base=_inner_contiguous(base), like=x)
+        _add(y, S, lora_B.t(), scale, target, base=_inner_contiguous(base), like=x)
         return y, S
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.contiguous()
     if strategy == "single_pass":
         return _single_pass(x, weight.t(), lora_A.t(), lora_B.t(), scale, target, bias=bias)
-    S = _shrink(x, lora_A.t(), scale, target, keep_bits, inv_keep)
+    S = _shrink(x, lora_A.t(), None, target, keep_bits, inv_keep)
     if strategy == "addmm":
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        _add(y, S, lora_B.t(), target, base=y)
+        _add(y, S, lora_B.t(), scale, target, base=y)
     else:
-        y = _gemm(x, weight.t(), S, lora_B.t(), target, bias=bias)
+        y = _gemm(x, weight.t(), S, lora_B.t(), scale, target, bias=bias)
     return y, S
 
 
@@ -68,28 +68,31 @@ def backward(
     if needs[0] and weight is None:
         G = _shrink(dy, lora_B, scale, target)
         dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=dy.dtype, device=dy.device)
-        _add(dx, G, lora_A, target, keep_bits, inv_keep)
+        _add(dx, G, lora_A, None, target, keep_bits, inv_keep)
     elif needs[0]:
         weight = weight.to(dy.dtype)
         if strategy == "single_pass":
             dx, G = _single_pass(
-                dy, weight, lora_B, lora_A, scale, target, keep_bits=keep_bits, inv_keep=inv_keep
-            )
+                dy, weight, lora_B, lora_A, scale, target,
+                scale_u=True, keep_bits=keep_bits, inv_keep=inv_keep,
+            )  # fmt: skip
         else:
             G = _shrink(dy, lora_B, scale, target)
             if strategy == "addmm":
                 dx = torch.mm(dy, weight)
-                _add(dx, G, lora_A, target, keep_bits, inv_keep, base=dx)
+                _add(dx, G, lora_A, None, target, keep_bits, inv_keep, base=dx)
             else:
-                dx = _gemm(dy, weight, G, lora_A, target, keep_bits=keep_bits, inv_keep=inv_keep)
+                dx = _gemm(
+                    dy, weight, G, lora_A, None, target, keep_bits=keep_bits, inv_keep=inv_keep
+                )
     elif needs[1]:
         G = _shrink(dy, lora_B, scale, target)
     if needs[1]:
         dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
-        _rank_grad(dA, G, _inner_contiguous(x), target, keep_bits, inv_keep)
+        _rank_grad(dA, G, _inner_contiguous(x), None, target, keep_bits, inv_keep)
     if needs[2]:
         dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
-        _rank_grad(dB.t(), _inner_contiguous(S), dy, target)
+        _rank_grad(dB.t(), _inner_contiguous(S), dy, scale, target)
     return dx, dA, dB
 
 
@@ -107,7 +110,7 @@ def _shrink(p, q, scale, target, keep_bits=None, inv_keep=1.0) -> Tensor:
     return u
 
 
-def _gemm(p, q, u, v, target, bias=None, keep_bits=None, inv_keep=1.0) -> Tensor:
+def _gemm(p, q, u, v, scale, target, bias=None, keep_bits=None, inv_keep=1.0) -> Tensor:
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
     aligned = _describable(p) and _describable(q) and _describable(o)
@@ -115,24 +118,24 @@ def _gemm(p, q, u, v, target, bias=None, keep_bits=None, inv_keep=1.0) -> Tensor
         select_config.gemm_config, target, p.element_size(), *o.shape, u.shape[1], aligned=aligned
     )
     lora_gemm(
-        o, p, q, u, v, config,
+        o, p, q, u, v, scale, config,
         bias=bias, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
     )  # fmt: skip
     return o
 
 
-def _add(o, u, v, target, keep_bits=None, inv_keep=1.0, base=None, like=None) -> None:
-    """Write ``o = base + D(u v)``; ``like`` has the dtype of the product, by default o's."""
+def _add(o, u, v, scale, target, keep_bits=None, inv_keep=1.0, base=None, like=None) -> None:
+    """Write ``o = base + scale · D(u v)``; ``like`` has the product's dtype, by default o's."""
     like = o if like is None else like
     config = _config(select_config.add_config, target, like.element_size(), *o.shape, u.shape[1])
     lora_add(
-        o, u, v, config,
+        o, u, v, scale, config,
         base=base, dot_dtype=like.dtype,
         keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(like),
     )  # fmt: skip
 
 
-def _single_pass(p, q, z, v, scale, target, bias=None, keep_bits=None, inv_keep=1.0):
+def _single_pass(p, q, z, v, scale, target, scale_u=False, bias=None, keep_bits=None, inv_keep=1.0):
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
     u = _rank_matrix(p.shape[0], z.shape[1], p.device)
@@ -146,15 +149,17 @@ def _single_pass(p, q, z, v, scale, target, bias=None, keep_bits=None, inv_keep=
     )
     single_pass(
         o, u, p, q, z.to(p.dtype), v, scale, config,
-        bias=bias, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
+        scale_u=scale_u, bias=bias,
+        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
     )  # fmt: skip
     return o, u
 
 
-def _rank_grad(o, u, p, target, keep_bits=None, inv_keep=1.0) -> None:
+def _rank_grad(o, u, p, scale, target, keep_bits=None, inv_keep=1.0) -> None:
     (M, L), R = p.shape, u.shape[1]
     if not rank_grad_applies(M, R, masked=keep_bits is not None):  # the vendor's GEMM is better
-        o.copy_(torch.mm(u.to(p.dtype).t(), p))
+        product = _wide_mm(u.to(p.dtype).t(), p)
+        o.copy_(product) if scale is None else torch.mul(product, scale, out=o)
         return
     config = _config(
         select_config.rank_grad_config,
@@ -166,8 +171,18 @@ def _rank_grad(o, u, p, target, keep_bits=None, inv_keep=1.0) -> None:
         describable=_describable(p),
     )
     rank_grad(
-        o, u, p, config, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p)
-    )
+        o, u, p, scale, config,
+        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
+    )  # fmt: skip
+
+
+def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` in fp32, as the accumulator holds it."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())  # interpreted
 
 
 @lru_cache(maxsize=4096)
@@ -197,13 +212,10 @@ def _one_contiguous(t: Tensor) -> Tensor:
 
 def _describable(t: Tensor) -> bool:
     """Whether a tensor descriptor (or a 16-byte copy) can address the rows of ``t`` or ``tᵀ``."""
-    if t.stride(1) != 1 and t.stride(0) == 1:
-        t = t.t()
-    return (
-        t.stride(1) == 1
-        and t.stride(0) >= t.shape[1]
-        and is_aligned(t.stride(0) * t.element_size(), t.data_ptr())
-    )
+    (pitch, inner), (rows, columns) = t.stride(), t.shape
+    if inner != 1 and pitch == 1:
+        pitch, inner, columns = inner, pitch, rows
+    return inner == 1 and pitch >= columns and is_aligned(pitch * t.element_size(), t.data_ptr())
 
 
 def _precision(t: Tensor) -> str:

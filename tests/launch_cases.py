@@ -103,7 +103,7 @@ def gemm(M=64, K=64, N=128, R=16, dtype=BF16, *, adapter=BF16, bias=True, keep_b
     """A launch of ``lora_gemm``; ``tensors`` replaces operands by name."""
     q = view(N, K, dtype).t() if transposed else view(K, N, dtype)
     operands = {"o": view(M, N, dtype), "p": view(M, K, dtype), "q": q, "u": view(M, R, FP32),
-                "v": view(N, R, adapter).t()} | dict(tensors)  # fmt: skip
+                "v": view(N, R, adapter).t(), "scale": torch.ones(())} | dict(tensors)  # fmt: skip
     config = the(GemmConfig, warps, stages, descriptors, block_m=32, block_n=64, block_l=32)
     options = {"bias": view(1, N, FP32)[0] if bias else None, "inv_keep": inv_keep}
     if keep_bits:
@@ -116,7 +116,8 @@ def add(M=64, N=128, R=16, *, base="in place", dot_dtype=None):
     o = view(M, N)
     given = {"in place": o, "beside": view(M, N), "none": None}[base]
     u, v, config = view(M, R, FP32), view(R, N), the(AddConfig, 4, 1)
-    return lambda: lora_add(o, u, v, config, base=given, dot_dtype=dot_dtype)
+    scale = torch.ones(())
+    return lambda: lora_add(o, u, v, scale, config, base=given, dot_dtype=dot_dtype)
 
 
 def thin(M=64, K=64, R=16, splits=1, *, p=None):
@@ -128,7 +129,7 @@ def thin(M=64, K=64, R=16, splits=1, *, p=None):
 
     def both():
         shrink(u, p, q, scale, shrink_config)
-        rank_grad(o, u, p, grad_config)
+        rank_grad(o, u, p, scale, grad_config)
 
     return both
 

@@ -90,17 +90,17 @@ def test_tiles_wider_than_the_matrix(M, N, L, R, transposed, masked):
         for block in (32, 256):
             for programs in (0, 3):
                 gemm = GemmConfig(4, 2, block_m=16, block_n=block, block_l=32, programs=programs)
-                lora_gemm(o, p, q, u, v, gemm, bias=bias, **over_o)
+                lora_gemm(o, p, q, u, v, scale, gemm, bias=bias, **over_o)
             tile = AddConfig(4, 1, block_m=16, block_n=block)
             for base in (None, o, torch.randn(M, N)):
-                lora_add(o, u, v, tile, base=base, bias=bias, **over_o)
+                lora_add(o, u, v, scale, tile, base=base, bias=bias, **over_o)
             single = SinglePassConfig(4, 2, block_m=16, block_n=block, block_l=32)
             single_pass(o, u, p, q, z, v, scale, single, bias=bias, **over_o)
             for splits in (1, 2):
                 thin = ShrinkConfig(4, 2, block_m=16, block_l=block, splits=splits)
                 shrink(torch.empty(M, R), p, z, scale, thin, **over_p)
                 grad = RankGradConfig(4, 2, block_m=16, block_l=block, splits=splits)
-                rank_grad(torch.empty(R, L), u, p, grad, **over_p)
+                rank_grad(torch.empty(R, L), u, p, scale, grad, **over_p)
     assert len(launches) >= 16
 
 

@@ -151,7 +151,8 @@ def test_without_instructions_few_rows_are_left_to_dot_products(
     blocks.clear()
     x = torch.randn(256, 96).bfloat16()
     torch_impl.forward(ForwardOperands(x, weight, A, B, None, 1.0))
-    assert [columns for inner, columns in blocks if inner == 96] == [8] * 10
+    # The thin product has as many columns as there are rows: its transpose is computed.
+    assert [columns for inner, columns in blocks if inner == 96 and columns != 256] == [8] * 10
 
 
 def test_without_instructions_a_subclass_is_multiplied_by_itself(without_instructions):
@@ -160,7 +161,8 @@ def test_without_instructions_a_subclass_is_multiplied_by_itself(without_instruc
     class Quantised(torch.Tensor):
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
-            assert function not in (torch.Tensor.__getitem__, torch.Tensor.to), function
+            if args and args[0] is weight:  # the output, as nn.Linear's, is of the class too
+                assert function not in (torch.Tensor.__getitem__, torch.Tensor.to), function
             return super().__torch_function__(function, types, args, kwargs)
 
     inputs = make_inputs(20, 40, 24, 4, torch.bfloat16)

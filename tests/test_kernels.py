@@ -31,6 +31,7 @@ from fused_lora.ops import dropout
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KEEP = 45_000
 INV_KEEP = dropout.KEEP_ALL / KEEP
+SCALE = torch.tensor(0.7)
 
 
 def rand(*shape, dtype=FP32):
@@ -63,11 +64,11 @@ SHRINK = [
 @pytest.mark.parametrize("case", SHRINK, ids=str)
 def test_shrink(case):
     M, L, R, dtype, splits, descriptors, masked = case
-    p, q, scale = rand(M, L, dtype=dtype), rand(L, R, dtype=dtype), torch.tensor(0.7)
+    p, q = rand(M, L, dtype=dtype), rand(L, R, dtype=dtype)
     keep_bits, mask = random_keep_bits(M, L) if masked else (None, 1.0)
     u = torch.empty(M, R)
     config = ShrinkConfig(4, 2, descriptors, block_m=32, block_l=64, splits=splits)
-    shrink(u, p, q, scale, config, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0)
+    shrink(u, p, q, SCALE, config, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0)
     check(u, 0.7 * (p.double() * mask) @ q.double(), FP32)
 
 
@@ -96,9 +97,10 @@ def test_lora_gemm(case, programs):
         4, 2, descriptors, block_m=32, block_n=64, block_l=32, group_m=2, programs=programs
     )
     lora_gemm(
-        o, p, q, u, v, config, bias=bias, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0
-    )
-    low_rank = u.to(dtype).double() @ v.to(dtype).double() * mask
+        o, p, q, u, v, SCALE, config,
+        bias=bias, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0,
+    )  # fmt: skip
+    low_rank = 0.7 * u.to(dtype).double() @ v.to(dtype).double() * mask
     expected = p.double() @ q.double() + low_rank + (bias.double() if has_bias else 0)
     check(o, expected, dtype)
 
@@ -119,8 +121,8 @@ def test_lora_add(case, masked, base):
     before = torch.zeros(M, N).double() if given is None else given.double()
     config = AddConfig(4, 1, block_m=32, block_n=64)
     inv_keep = INV_KEEP if masked else 1.0
-    lora_add(o, u, v, config, base=given, bias=bias, keep_bits=keep_bits, inv_keep=inv_keep)
-    low_rank = u.to(dtype).double() @ v.double() * mask
+    lora_add(o, u, v, SCALE, config, base=given, bias=bias, keep_bits=keep_bits, inv_keep=inv_keep)
+    low_rank = 0.7 * u.to(dtype).double() @ v.double() * mask
     check(o, before + low_rank + bias.double(), dtype)
 
 
@@ -141,8 +143,8 @@ def test_rank_grad(case):
     keep_bits, mask = random_keep_bits(M, L) if masked else (None, 1.0)
     o = torch.empty(L, R, dtype=out_dtype).t() if transposed else torch.empty(R, L, dtype=out_dtype)
     config = RankGradConfig(4, 2, descriptors, block_m=32, block_l=64, splits=splits)
-    rank_grad(o, u, p, config, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0)
-    check(o, u.to(dtype).double().t() @ (p.double() * mask), out_dtype)
+    rank_grad(o, u, p, SCALE, config, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0)
+    check(o, 0.7 * u.to(dtype).double().t() @ (p.double() * mask), out_dtype)
 
 
 # M, N, L, R, dtype, adapter dtype, descriptors, transposed, masked, bias
@@ -155,7 +157,8 @@ SINGLE_PASS = [
 
 
 @pytest.mark.parametrize("case", SINGLE_PASS, ids=str)
-def test_single_pass(case):
+@pytest.mark.parametrize("scale_u", [False, True])
+def test_single_pass(case, scale_u):
     M, N, L, R, dtype, adapter, descriptors, transposed, masked, has_bias = case
     p, z, v = rand(M, L, dtype=dtype), rand(L, R, dtype=dtype), rand(R, N, dtype=adapter)
     q = rand(N, L, dtype=dtype).t() if transposed else rand(L, N, dtype=dtype)
@@ -165,11 +168,11 @@ def test_single_pass(case):
     config = SinglePassConfig(4, 2, descriptors, block_m=16, block_n=64, block_l=64)
     single_pass(
         o, u, p, q, z, v, torch.tensor(0.1), config,
-        bias=bias, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0,
+        scale_u=scale_u, bias=bias, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0,
     )  # fmt: skip
-    low = 0.1 * p.double() @ z.double()
+    low = p.double() @ z.double() * (0.1 if scale_u else 1)
     check(u, low, FP32)
-    low_rank = u.to(dtype).double() @ v.to(dtype).double() * mask
+    low_rank = (1 if scale_u else 0.1) * u.to(dtype).double() @ v.to(dtype).double() * mask
     check(o, p.double() @ q.double() + low_rank + (bias.double() if has_bias else 0), dtype)
 
 
@@ -206,7 +209,7 @@ def test_shipped_tiles_of_lora_gemm(case):
     p, q, u, v = rand(M, L, dtype=FP16), rand(L, N, dtype=FP16), rand(M, R), rand(R, N, dtype=FP16)
     keep_bits, mask = random_keep_bits(M, N)
     o = torch.empty(M, N, dtype=FP16)
-    lora_gemm(o, p, q, u, v, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
+    lora_gemm(o, p, q, u, v, None, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
     low_rank = u.to(FP16).double() @ v.double() * mask
     check(o, p.double() @ q.double() + low_rank, FP16)
 
@@ -220,7 +223,7 @@ def test_shipped_tiles_of_lora_add(case):
     o, u, v = rand(M, N, dtype=FP16), rand(M, R), rand(R, N, dtype=FP16)
     keep_bits, mask = random_keep_bits(M, N)
     before = o.double()
-    lora_add(o, u, v, config, base=o, keep_bits=keep_bits, inv_keep=INV_KEEP)
+    lora_add(o, u, v, None, config, base=o, keep_bits=keep_bits, inv_keep=INV_KEEP)
     check(o, before + u.to(FP16).double() @ v.double() * mask, FP16)
 
 
@@ -234,11 +237,11 @@ def test_shipped_tiles_of_lora_add(case):
 def test_shipped_tiles_of_shrink(case):
     config, R = case
     M, L = config.block_m + 5, config.block_l + 9
-    p, q, scale = rand(M, L, dtype=FP16), rand(L, R, dtype=FP16), torch.tensor(0.7)
+    p, q = rand(M, L, dtype=FP16), rand(L, R, dtype=FP16)
     keep_bits, mask = random_keep_bits(M, L)
     u = torch.empty(M, R)
-    shrink(u, p, q, scale, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
-    check(u, 0.7 * (p.double() * mask) @ q.double(), FP32)
+    shrink(u, p, q, None, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
+    check(u, (p.double() * mask) @ q.double(), FP32)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +257,7 @@ def test_shipped_tiles_of_rank_grad(case):
     u, p = rand(M, R), rand(M, L, dtype=FP16)
     keep_bits, mask = random_keep_bits(M, L)
     o = torch.empty(R, L)
-    rank_grad(o, u, p, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
+    rank_grad(o, u, p, None, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
     check(o, u.to(FP16).double().t() @ (p.double() * mask), FP32)
 
 
@@ -272,9 +275,9 @@ def test_shipped_tiles_of_single_pass(case):
     v = rand(R, N, dtype=FP16)
     o, u = torch.empty(M, N, dtype=FP16), torch.empty(M, R)
     single_pass(o, u, p, q, z, v, torch.tensor(0.1), config)
-    low = 0.1 * p.double() @ z.double()
+    low = p.double() @ z.double()
     check(u, low, FP32)
-    check(o, p.double() @ q.double() + u.to(FP16).double() @ v.double(), FP16)
+    check(o, p.double() @ q.double() + 0.1 * u.to(FP16).double() @ v.double(), FP16)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (17, 300), (100, 17)])
@@ -299,8 +302,8 @@ def test_partial_sums_are_rounded_once():
     u, p = torch.randn(300, 8), torch.randn(300, 96).to(BF16)
     config = RankGradConfig(4, 2, block_m=32, block_l=64, splits=3)
     wide, narrow = torch.empty(8, 96), torch.empty(8, 96, dtype=BF16)
-    rank_grad(wide, u, p, config)
-    rank_grad(narrow, u, p, config)
+    rank_grad(wide, u, p, SCALE, config)
+    rank_grad(narrow, u, p, SCALE, config)
     assert torch.equal(narrow, wide.to(BF16))
 
 
@@ -334,14 +337,14 @@ def test_rows_two_to_the_31_elements_apart(tmp_path):
     far.copy_(near)
     u, config = torch.randn(M, 8), RankGradConfig(4, 2, block_m=16, block_l=32)
     got, expected = torch.empty(8, 32), torch.empty(8, 32)
-    rank_grad(got, u, far, config)
-    rank_grad(expected, u, near, config)
+    rank_grad(got, u, far, SCALE, config)
+    rank_grad(expected, u, near, SCALE, config)
     assert torch.equal(got, expected)
-    q, scale = torch.randn(M, 8).to(BF16), torch.tensor(0.5)
+    q = torch.randn(M, 8).to(BF16)
     far_q, p = flat.view(M, pitch)[:, :8], torch.randn(4, M).to(BF16)
     far_q.copy_(q)
     config = ShrinkConfig(4, 2, block_m=16, block_l=16)
     got, expected = torch.empty(4, 8), torch.empty(4, 8)
-    shrink(got, p, far_q, scale, config)
-    shrink(expected, p, q, scale, config)
+    shrink(got, p, far_q, SCALE, config)
+    shrink(expected, p, q, SCALE, config)
     assert torch.equal(got, expected)

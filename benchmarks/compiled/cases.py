@@ -80,33 +80,34 @@ class Case:
         bias = _empty(1, N, torch.float32)[0]
         match self.kernel, self.product:
             case "lora_gemm", "y":
-                return lambda: lora_gemm(dy, x, weight.t(), u, B.t(), config, bias=bias)
+                return lambda: lora_gemm(dy, x, weight.t(), u, B.t(), scale, config, bias=bias)
             case "lora_gemm", "dx":
-                return lambda: lora_gemm(x, dy, weight, u, A, config, **mask)
+                return lambda: lora_gemm(x, dy, weight, u, A, None, config, **mask)
             case "lora_add", "y":
-                return lambda: lora_add(dy, u, B.t(), config, base=dy)
+                return lambda: lora_add(dy, u, B.t(), scale, config, base=dy)
             case "lora_add", "dx":
-                return lambda: lora_add(x, u, A, config, base=x, **mask)
+                return lambda: lora_add(x, u, A, None, config, base=x, **mask)
             case "single_pass", "y":
                 z = A.to(dtype).t()
                 return lambda: single_pass(dy, u, x, weight.t(), z, B.t(), scale, config, bias=bias)
             case "single_pass", "dx":
                 z = B.to(dtype)
+                mask["scale_u"] = True
                 return lambda: single_pass(x, u, dy, weight, z, A, scale, config, **mask)
             case "shrink", "S":
-                return lambda: shrink(u, x, A.to(dtype).t(), scale, config, **mask)
+                return lambda: shrink(u, x, A.to(dtype).t(), None, config, **mask)
             case "shrink", "G":
                 return lambda: shrink(u, dy, B.to(dtype), scale, config)
             case "rank_grad", "dA":
-                return lambda: rank_grad(A, u, x, config, **mask)
+                return lambda: rank_grad(A, u, x, None, config, **mask)
             case "rank_grad", "dB":
-                return lambda: rank_grad(B.t(), u, dy, config)
+                return lambda: rank_grad(B.t(), u, dy, scale, config)
             case "sum_partials", "S":
                 parts = torch.empty(4, M, R)
-                return lambda: sum_partials(u, parts, 1.25, scale)
+                return lambda: sum_partials(u, parts, 1.25)
             case "sum_partials", "dB":
                 parts = torch.empty(4, R, N)
-                return lambda: sum_partials(B.t(), parts, 1.0)
+                return lambda: sum_partials(B.t(), parts, 1.25, scale)
             case "dropout_mask", _:
                 keep_bits = dropout.empty_keep_bits(M, K, x.device)
                 return lambda: dropout_mask(keep_bits, torch.tensor(1), 58_982, DIGITS)

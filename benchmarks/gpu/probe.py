@@ -122,10 +122,10 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
     }
     for config in select_config.add_candidates(target, 2, R):
         # S Bᵀ + b is written first, and the vendor's product accumulates into it.
-        write = partial(lora_add, o, u, B.t(), config, base=None, bias=bias)
+        write = partial(lora_add, o, u, B.t(), scale, config, base=None, bias=bias)
         gemms[f"seeded {tile(config)}"] = lambda write=write: (write(), o.addmm_(x, W.t()))
     for config in select_config.gemm_candidates(target, 2, R, aligned=True):
-        run = partial(lora_gemm, o, x, W.t(), u, B.t(), config)
+        run = partial(lora_gemm, o, x, W.t(), u, B.t(), scale, config)
         gemms |= {f"lora_gemm {tile(config)}": partial(run, bias=bias)}
         gemms |= {f"lora_gemm masked {tile(config)}": partial(run, **masked)}
     if single_pass_applies(M, R, None):
@@ -138,7 +138,7 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
 
     adds: dict[str, Call] = {"addmm_(S, B)": partial(o.addmm_, half, B.t())}
     for config in select_config.add_candidates(target, 2, R):
-        run = partial(lora_add, o, u, B.t(), config)
+        run = partial(lora_add, o, u, B.t(), scale, config)
         adds[f"lora_add {tile(config)}"] = partial(run, base=o)
         adds[f"lora_add masked {tile(config)}"] = partial(run, base=o, **masked)
         adds[f"write {tile(config)}"] = partial(run, base=None)
@@ -148,7 +148,7 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
     for config in select_config.shrink_candidates(target, 2, R, describable=True):
         for splits in SPLITS_OF_SHRINK:
             tried = replace(config, splits=splits)
-            shrinks[tile(tried)] = partial(shrink, u, x, A.t(), scale, tried)
+            shrinks[tile(tried)] = partial(shrink, u, x, A.t(), None, tried)
     yield Race("shrink", 2.0 * M * K, shrinks)
 
     dA = torch.empty(R, K, device=device)
@@ -159,7 +159,7 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
                 tried = replace(config, splits=splits, block_l=columns)
                 fits = is_valid(tried, target, 2, R)
                 if fits and (M // splits >= LEAST_ROWS or splits == SPLITS_OF_RANK_GRAD[0]):
-                    grads[tile(tried)] = partial(rank_grad, dA, u, x, tried)
+                    grads[tile(tried)] = partial(rank_grad, dA, u, x, None, tried)
     yield Race("rank_grad", 2.0 * M * K, grads)
 
 

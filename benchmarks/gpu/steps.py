@@ -328,7 +328,7 @@ def comparison(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
                 continue
             product = traffic.Product(
                 M, inner, columns, R, dtype.itemsize, dtype.itemsize, call.masked,
-                direction == "forward",
+                direction == "forward", direction == "backward",
             )  # fmt: skip
             row = {"case": call.key}
             for name in entry.microseconds:

@@ -7,12 +7,14 @@ import platform
 import torch
 from torch import Tensor
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 # A weight is widened in blocks of columns that stay in the cache. Widening a 4096×4096 weight whole
 # costs page faults: a tenth of the time for 960 rows, and ten times the time for one row.
 _WIDE_WEIGHTS = 1 << 20  # most weights per block
 _WIDE_OUTPUTS = 1 << 22  # most outputs per block
 _WIDE_COLUMNS = 64  # fewest columns per block, whatever the limits above
+_SUMMED_ROWS, _SUMMED_COLUMNS = 4, 16  # see ``sums_apart``
+_WIDE_OPERANDS = 1 << 18  # most elements of the larger operand that ``wide_sum`` widens at a time
 
 
 def wide_product(
@@ -20,12 +22,15 @@ def wide_product(
     matrix: Tensor,
     U: Tensor,
     V: Tensor,
+    scaling: float | Tensor,
     dtype: torch.dtype,
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """``wide matrix + bias + D(U V)``, in wide's dtype throughout and rounded once to ``dtype``."""
+    """``wide matrix + bias + scaling · mask · U V``, in wide's dtype; rounded once to ``dtype``."""
+    if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would not propagate NaN and infinity
+        U, scaling = U * scaling, 1.0
     rows, (inner, columns) = wide.shape[0], matrix.shape
     most = min(_WIDE_WEIGHTS // max(1, inner), _WIDE_OUTPUTS // max(1, rows))
     step = max(_WIDE_COLUMNS, most)
@@ -36,11 +41,39 @@ def wide_product(
         if bias is not None:
             block.add_(bias[some])
         if mask is None:
-            block.addmm_(U, V[:, some])
+            block.addmm_(U, V[:, some], alpha=scaling)
         else:
-            block.addcmul_(torch.mm(U, V[:, some]), mask[:, some])
+            block.addcmul_(torch.mm(U, V[:, some]), mask[:, some], value=scaling)
         product[:, some] = block
     return product
+
+
+def wide_sum(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` in float32 from operands in half precision, summed over blocks of the inner size.
+
+    For a product with a long inner size. On a CPU, GEMMs in half precision return half precision.
+    """
+    (rows, inner), columns = a.shape, b.shape[1]
+    step = max(1, _WIDE_OPERANDS // max(1, rows, columns))
+    if inner <= step:
+        return torch.mm(a.float(), b.float())
+    product = None
+    # ``narrow`` and no result in place: batched gradients (``vmap``) pass here too.
+    for first in range(0, inner, step):
+        size = min(step, inner - first)
+        left, right = a.narrow(1, first, size).float(), b.narrow(0, first, size).float()
+        product = torch.mm(left, right) if first == 0 else torch.addmm(product, left, right)
+    return product
+
+
+def sums_apart(U: Tensor, columns: int) -> bool:
+    """Whether ``y.addmm_(U, V)`` sums ``U V`` before it adds the sum to ``y``.
+
+    With few rows or columns MKL instead adds one product after the other to ``y``: a ``y`` that is
+    larger than ``U V`` is then rounded as often as there are ranks. Not so if ``U`` is row-major
+    and ``V`` column-major.
+    """
+    return columns >= _SUMMED_COLUMNS and U.shape[0] >= _SUMMED_ROWS
 
 
 def is_widened(tall: Tensor, weight: Tensor, summed: int) -> bool:
@@ -96,7 +129,7 @@ def thin_products(tall: Tensor, lora_A: Tensor) -> tuple[torch.dtype, bool]:
     rank = lora_A.shape[0]
     if dtype in EMULATED:
         dtype = torch.float32
-    if dtype not in _HALF:
+    if dtype not in HALF:
         return dtype, rows >= 128 and 1 < rank <= 16
     if lora_A.dtype == torch.float32:
         small = rows * rank <= 512

@@ -1,13 +1,14 @@
 """The formulas in differentiable eager PyTorch: the oracle for every other implementation.
 
-    S  = s · D(x) Aᵀ             y  = x Wᵀ + bias + S Bᵀ
-    G  = s · dY B                dx = dY W + D(G A)       dA = Gᵀ D(x)       dB = dYᵀ S
+    S  = D(x) Aᵀ            y  = x Wᵀ + bias + s·S Bᵀ
+    G  = s·dY B             dx = dY W + D(G A)         dA = Gᵀ D(x)         dB = s·dYᵀ S
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,10 +32,18 @@ def lora_linear(
     ``base (..., N)``, if given, replaces ``x Wᵀ + bias``; ``y`` then has its dtype.
     """
     dropped = x if mask is None else x * mask.view(x.shape)
-    S = scaling * F.linear(dropped, lora_A.to(x.dtype))
+    S = F.linear(dropped, lora_A.to(x.dtype))
     if base is None:
         base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return (base + F.linear(S, lora_B.to(x.dtype))).to(base.dtype)
+    return (base + scaling * F.linear(S, lora_B.to(x.dtype))).to(base.dtype)
+
+
+def add_scaled(base: Tensor, branch: Tensor, scaling: float | Tensor) -> Tensor:
+    """``base + scaling · branch`` in base's dtype; no half-precision tensor has the scale."""
+    if isinstance(scaling, Tensor):
+        # One element of float32 widens the operator; a 0-d tensor would be rounded to half.
+        return torch.addcmul(base, branch, scaling.reshape(1)).to(base.dtype)
+    return torch.add(base, branch, alpha=scaling).to(base.dtype)
 
 
 def forward(operands: Operands) -> Tensor:
@@ -51,25 +60,28 @@ def forward(operands: Operands) -> Tensor:
 def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dA, dB)``, differentiable in ``dy``, ``x`` and the parameters.
 
-    ``S`` is computed again from ``x``, if that was saved, so that derivatives pass through it.
+    ``S`` is computed again from ``x``, if that was saved, so that derivatives pass through it. All
+    but the base product is computed in at least float32, so no half-precision result has the scale.
     """
     dy, x, weight, lora_A, lora_B, S, scaling, keep_bits, inv_keep, needs = operands
-    dtype = dy.dtype
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
-    dx = dA = dB = None
-    dropped, mask = x, None
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    wide_dy, A, B = dy.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+    dx = dA = dB = mask = None
+    dropped = None if x is None else x.to(dtype)
     if keep_bits is not None:
         mask = keep_mask(keep_bits, lora_A.shape[1], dtype) * inv_keep
-        dropped = None if x is None else x * mask
-    G = scaling * (dy @ B)
+        dropped = None if x is None else dropped * mask
+    G = scaling * (wide_dy @ B)
     if needs[0]:
-        branch = G @ A
-        dx = branch if mask is None else branch * mask
+        dx = G @ A
+        if mask is not None:
+            dx = dx * mask
         if weight is not None:
-            dx = dy @ weight.to(dtype) + dx
+            dx = dy @ weight.to(dy.dtype) + dx
+        dx = dx.to(dy.dtype)
     if needs[1]:
         dA = (G.t() @ dropped).to(lora_A.dtype)
     if needs[2]:
-        S = S.to(dtype) if dropped is None else scaling * (dropped @ A.t())
-        dB = (dy.t() @ S).to(lora_B.dtype)
+        S = S.to(dtype) if dropped is None else dropped @ A.t()
+        dB = (scaling * (wide_dy.t() @ S)).to(lora_B.dtype)
     return dx, dA, dB

@@ -1,8 +1,10 @@
 """The pure-PyTorch implementation: CPU, MPS and any other device.
 
-Formulas and saved state are those of the kernels. ``1/(1-p)`` and ``s`` multiply only the thin S
-and G, and the low-rank product accumulates into the base output in place. No matrix of size M×N or
-M×K is allocated except the results and, with dropout, the mask and one temporary in backward.
+Formulas and saved state are those of the kernels. ``s`` multiplies sums in at least float32, before
+they are rounded: as a number it is the ``alpha`` of a product. The low-rank product accumulates
+into the base output in place. No matrix of size M×N or M×K is allocated except the results and,
+with dropout, the mask and one temporary in backward. Forward allocates one more in half precision
+if the scale is a tensor, and both directions do for few rows or columns (see ``sums_apart``).
 
 On a CPU without instructions for a half-precision dtype, PyTorch's products in that dtype are plain
 loops, 10 to 60 times slower than in float32. This module then computes in float32 on widened
@@ -18,7 +20,7 @@ from torch import Tensor
 from ..kernels.operands import BackwardOperands, ForwardOperands
 from . import dropout
 from .constants import constant
-from .cpu_gemm import is_widened, thin_products, wide_product
+from .cpu_gemm import HALF, is_widened, sums_apart, thin_products, wide_product, wide_sum
 from .modes import is_observed
 
 make_keep_bits = dropout.make_keep_bits
@@ -26,11 +28,12 @@ make_keep_bits = dropout.make_keep_bits
 _zeros: dict[torch.dtype, Tensor] = {}  # on the CPU, by dtype
 
 
-# Below, ``as_dtype`` is inlined on the hot path: with cold caches a Python call costs about 1 µs.
+# Below, ``as_dtype`` and the common cases of the helpers are inlined on the hot path: with cold
+# caches a Python call costs about 1 µs.
 
 
 def forward(operands: ForwardOperands) -> tuple[Tensor, Tensor]:
-    """``y (M,N)`` and ``S (M,R)``, in x's dtype.
+    """``y (M,N)`` and ``S (M,R)``, in x's dtype; ``S`` is unscaled.
 
     ``S`` may be row-major or column-major. Its dtype is that of :func:`.cpu_gemm.thin_products`,
     which can be wider.
@@ -45,7 +48,10 @@ def forward(operands: ForwardOperands) -> tuple[Tensor, Tensor]:
         operand = dropout.keep_mask(keep_bits, x.shape[1], dtype).mul_(x)
     else:
         operand = x if dtype is given else x.to(dtype)
-    S = _scaled_mm(operand, A.t(), scaling, inv_keep, turned)
+    if keep_bits is None and not turned:
+        S = torch.mm(operand, A.t())
+    else:
+        S = _times(inv_keep, operand, A.t(), turned)
     Bt = B.t()
     if base is None:
         # After S, so that y is still in the cache when S Bᵀ is added: saves 5 % of a CPU's step.
@@ -57,16 +63,23 @@ def forward(operands: ForwardOperands) -> tuple[Tensor, Tensor]:
             if keep_bits is not None:
                 del operand  # D(x); the base product reads x
                 operand = x.to(dtype)
-            return wide_product(operand, weight.t(), S, Bt, given, bias=bias), S
+            return wide_product(operand, weight.t(), S, Bt, scaling, given, bias=bias), S
         y = F.linear(x, weight, bias)
-        return y.addmm_(S, Bt) if dtype is given else y.add_(torch.mm(S, Bt)), S
-    if base.dtype == dtype:
-        return torch.addmm(base, S, Bt), S
-    del operand
-    branch = torch.mm(S, Bt)
-    if torch.promote_types(base.dtype, dtype) == dtype:
-        return branch.add_(base).to(base.dtype), S
-    return (base + branch).to(base.dtype), S
+        is_common = dtype is given and type(scaling) is float and scaling and not turned
+        if is_common and B.stride(1) == 1:
+            return y.addmm_(S, Bt, alpha=scaling), S
+    else:
+        del operand
+        is_common = base.dtype == dtype and type(scaling) is float and scaling
+        if is_common and Bt.stride(0) == 1 and (not turned or sums_apart(S, Bt.shape[1])):
+            return torch.addmm(base, S, Bt, alpha=scaling), S
+        y = base.clone(memory_format=torch.contiguous_format)
+    return _add_product(y, S, Bt, scaling), S
+
+
+def rank_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
+    """The dtype in which :func:`forward` returns ``S`` for ``x (M,K)``."""
+    return thin_products(x, lora_A)[0]
 
 
 def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -77,86 +90,133 @@ def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, 
     dx = dA = dB = mask = None
     wide_dy = dy if dtype is given else dy.to(dtype)
     # The thin products come first: dY is still in the cache, or they load it for dx.
+    is_common = type(scaling) is float and scaling and not turned
     if needs[2]:
-        dB = _rank_gradient(wide_dy, S if S.dtype == dtype else S.to(dtype), lora_B.dtype, turned)
+        wide_S = S if S.dtype == dtype else S.to(dtype)
+        if is_common and lora_B.dtype == dtype:
+            dB = torch.addmm(lora_B, wide_dy.t(), wide_S, beta=0, alpha=scaling)
+        else:
+            dB = _scaled_mm(wide_dy.t(), wide_S, scaling, lora_B.dtype, turned)
+            if turned:
+                dB = dB.contiguous()
     if needs[0] or needs[1]:
         if keep_bits is not None:
             mask = dropout.keep_mask(keep_bits, lora_A.shape[1], dtype)
-        # G carries 1/(1-p) for both dx and dA, so that the mask stays zeros and ones.
         B = lora_B if lora_B.dtype == dtype else lora_B.to(dtype)
-        G = _scaled_mm(wide_dy, B, scaling, inv_keep, turned)
+        if is_common and needs[2]:
+            G = torch.addmm(wide_S, wide_dy, B, beta=0, alpha=scaling)
+        else:
+            G = _scaled_mm(wide_dy, B, scaling, dtype, turned)
     if needs[0]:
         A = lora_A if lora_A.dtype == dtype else lora_A.to(dtype)
+    # The mask is zeros and ones: its factor ``inv_keep`` multiplies the products.
     if needs[0] and mask is not None:  # before dA, which overwrites the mask
-        dx = _input_gradient(dy, wide_dy, weight, G, A, mask)
+        dx = _input_gradient(dy, wide_dy, weight, G, A, inv_keep, mask)
     if needs[1]:
         if mask is not None:
             dropped = mask.mul_(x)
         else:
             dropped = x if dtype is given else x.to(dtype)
-        dA = _mm_as(G.t(), dropped, lora_A.dtype)
+        if mask is None and lora_A.dtype == dtype:
+            dA = torch.mm(G.t(), dropped)
+        else:
+            dA = _scaled_mm(G.t(), dropped, inv_keep, lora_A.dtype)
         del dropped  # if widened, it takes twice the memory of x
     if needs[0] and mask is None:
-        dx = _input_gradient(dy, wide_dy, weight, G, A, None)
+        dx = _input_gradient(dy, wide_dy, weight, G, A, 1.0, None)
     return dx, dA, dB
 
 
-def _input_gradient(dy, wide_dy, weight: Tensor | None, G, A, mask: Tensor | None) -> Tensor:
-    """``dY W + D(G A)``; ``wide_dy`` is dY in the dtype of the thin products."""
+def _input_gradient(dy, wide_dy, weight: Tensor | None, G, A, inv_keep, mask: Tensor | None):
+    """``dY W + inv_keep · mask · G A``; ``wide_dy`` is dY in the dtype of the thin products."""
     if weight is None:
-        dx = torch.mm(G, A)
+        dx = _times(inv_keep, G, A)
         if mask is not None:
             dx.mul_(mask)
         return dx if dx.dtype == dy.dtype else dx.to(dy.dtype)
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
     if wide_dy is not dy and is_widened(dy, weight, 0):
-        return wide_product(wide_dy, weight, G, A, dy.dtype, mask=mask)
+        return wide_product(wide_dy, weight, G, A, inv_keep, dy.dtype, mask=mask)
+    if mask is None and dy.dtype == G.dtype and G.dtype not in HALF:
+        # If the second product is not summed apart, it rounds the first's sum once per term.
+        if (
+            not sums_apart(G, A.shape[1])
+            and (A.shape[0] > weight.shape[0] or weight.stride(0) == 1)
+            and type(weight) in (Tensor, torch.nn.Parameter)
+        ):
+            return torch.mm(G, A).addmm_(dy, weight)
+        return torch.mm(dy, weight).addmm_(G, A)
     dx = torch.mm(dy, weight)
     if mask is not None:
-        return dx.addcmul_(torch.mm(G, A), mask)
-    return dx.addmm_(G, A) if G.dtype == dx.dtype else dx.add_(torch.mm(G, A))
+        return dx.addcmul_(torch.mm(G, A), mask, value=inv_keep)
+    return _add_product(dx, G, A, 1.0)
 
 
-def _scaled_mm(
-    a: Tensor, b: Tensor, scaling: float | Tensor, inv_keep: float, turned: bool
-) -> Tensor:
-    """``scaling · inv_keep · a b``, rounded once if the scale is a number.
+def _add_product(y: Tensor, U: Tensor, V: Tensor, scaling: float | Tensor) -> Tensor:
+    """Add ``scaling · U V`` to ``y`` in place; returns it."""
+    if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would not propagate NaN and inf
+        if U.dtype not in HALF:
+            return _add_product(y, U * scaling, V, 1.0)
+        branch = torch.mm(U, V)
+        if not isinstance(scaling, Tensor):
+            return y.add_(branch, alpha=scaling)
+        # In float32: an elementwise operator rounds a 0-d tensor to the dtype of its other
+        # operands, but one element of float32 widens them.
+        scaling = scaling.to(torch.promote_types(scaling.dtype, torch.float32))
+        return y.addcmul_(branch, scaling.reshape(1))
+    if U.dtype == y.dtype and (
+        (V.stride(0) == 1 == U.stride(1)) or y.dtype in HALF or sums_apart(U, V.shape[1])
+    ):
+        return y.addmm_(U, V, alpha=scaling)
+    return y.add_(torch.mm(U, V), alpha=scaling)
+
+
+def _times(factor: float, a: Tensor, b: Tensor, turned: bool = False) -> Tensor:
+    """``factor · a b``, rounded once.
 
     Args:
+        factor: not 0, whose product would not propagate NaN and infinity.
         turned: whether to compute the transpose, ``bᵀ aᵀ``.
     """
     if turned:
-        return _scaled_mm(b.t(), a.t(), scaling, inv_keep, False).t()
-    if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would not propagate NaN and inf
-        return torch.mm(a, b).mul_(scaling * inv_keep)
+        return _times(factor, b.t(), a.t()).t()
+    if factor == 1:
+        return torch.mm(a, b)
     ignored = _zeros.get(a.dtype) if type(a) is Tensor and a.is_cpu else None
     if ignored is None:
         ignored = constant(_zero, a.dtype, a.device)
         if ignored.is_cpu and not is_observed():
             _zeros[a.dtype] = ignored
-    return torch.addmm(ignored, a, b, beta=0, alpha=scaling * inv_keep)
-
-
-def _rank_gradient(dy: Tensor, S: Tensor, dtype: torch.dtype, turned: bool) -> Tensor:
-    """``dYᵀ S``, contiguous."""
-    if not turned:
-        return _mm_as(dy.t(), S, dtype)
-    dB = torch.mm(S.t(), dy).t()
-    if dB.dtype == dtype:
-        return dB.contiguous()
-    return dB.to(dtype, memory_format=torch.contiguous_format)
+    return torch.addmm(ignored, a, b, beta=0, alpha=factor)
 
 
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device)
 
 
-def _mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a b`` in ``dtype``: from the fp32 accumulator where the device can, else converted."""
-    if dtype == torch.float32 and a.dtype != dtype and a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    product = torch.mm(a, b)
+def _scaled_mm(
+    a: Tensor, b: Tensor, scaling: float | Tensor, dtype: torch.dtype, turned: bool = False
+) -> Tensor:
+    """``scaling · a b`` in ``dtype``; ``turned`` as above.
+
+    Float16 is rounded to once, from scaled float32 sums. On a CPU, where float32 sums cost a tenth
+    of a step, bfloat16 products are rounded as eager rounds them: with float32's range, none are
+    lost.
+    """
+    is_half, in_bfloat16 = a.dtype in HALF, a.dtype == torch.bfloat16 and not a.is_cuda
+    if not isinstance(scaling, Tensor) and scaling != 0 and (a.dtype == dtype or in_bfloat16):
+        product = _times(scaling, a, b, turned)
+    else:
+        if not is_half or in_bfloat16:
+            product = _times(1.0, a, b, turned)
+            product = product.float() if is_half else product
+        elif a.is_cuda:
+            product = torch.mm(a, b, out_dtype=torch.float32)
+        else:
+            product = wide_sum(a, b)
+        if type(scaling) is not float or scaling != 1:
+            product.mul_(scaling)
     return product if product.dtype == dtype else product.to(dtype)
 
 

@@ -93,6 +93,12 @@ class TritonRunner:
         kernels = partial(run_forward, self.strategies, self.decision.forward)
         return self._run(kernels, torch_impl.forward, operands)
 
+    def rank_dtype(self, x: Tensor, lora_A: Tensor) -> torch.dtype:
+        """The dtype in which :meth:`forward` returns ``S`` for ``x (M,K)``."""
+        if self.decision.forward == "torch" or self.key in _failed:
+            return torch_impl.rank_dtype(x, lora_A)
+        return torch.float32  # as the kernels store it
+
     def backward(self, operands: BackwardOperands):
         """Same operands and results as :func:`.torch_impl.backward`."""
         if self.decision.backward == "torch":

@@ -103,7 +103,7 @@ def choose_strategy(
         reason = "the output is still partly in the cache, so an added pass is cheap"
     else:
         candidates.insert(0, "single_pass" if single else "split")
-    case = Product(M, L, N, rank, itemsize, masked=masked)
+    case = Product(M, L, N, rank, itemsize, masked=masked, backward=gradients)
 
     def expected(strategy: str) -> float:
         kernels = product(device, strategy, case)

@@ -81,6 +81,7 @@ class Product:
         masked: what dropout applies to: "operand" (P, in forward), "output" (U V, in backward) or
             None.
         bias: whether a bias is added.
+        backward: whether U carries the scale, as G does; in forward its product does.
     """
 
     M: int
@@ -91,6 +92,7 @@ class Product:
     adapter_itemsize: int = 2
     masked: str | None = None
     bias: bool = False
+    backward: bool = False
 
     @property
     def aligned(self) -> bool:
@@ -138,7 +140,7 @@ def dropout_mask(M: int, L: int) -> Kernel:
 
 
 def shrink(device: Device, c: Product) -> list[Kernel]:
-    """``U = s · D(P) Z``: one read of P, plus partial sums if the contraction is split."""
+    """``U = D(P) Z``, or ``s · P Z``: one read of P, and partial sums if it is split."""
     target = device.target
     config = select_config.shrink_config(target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned)
     _, splits = split_evenly(c.L, config.splits, config.block_l)
@@ -149,9 +151,10 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
     kernels = _cast(c.L * c.R, c)
     out = c.M * c.R * 4
     if splits == 1:
-        return [*kernels, Kernel("shrink", reads | {"scale": 4}, {"u": out}, flops)]
+        reads |= _scale(True)  # forward's is 1
+        return [*kernels, Kernel("shrink", reads, {"u": out}, flops)]
     kernels.append(Kernel("shrink", reads, {"u": splits * out}, flops))
-    return [*kernels, _sum(splits, out, out, scaled=True)]
+    return [*kernels, _sum(splits, out, out, c.backward)]
 
 
 def lora_gemm(device: Device, c: Product) -> Kernel:
@@ -196,25 +199,30 @@ def single_pass(device: Device, c: Product) -> list[Kernel]:
     block_r = config.block_r(c.R)
     columns = cdiv(c.N, config.block_n)
     flops = 2.0 * c.M * c.N * (c.L + block_r) + 2.0 * columns * c.M * c.L * block_r
-    reads = _operands(c) | {"z": c.L * c.R * c.itemsize, "scale": 4} | _low_rank(c, config.block_n)
+    reads = _operands(c) | {"z": c.L * c.R * c.itemsize} | _low_rank(c, config.block_n)
     del reads["u"]
+    reads |= _scale(True)
     written = {"o": c.M * c.N * c.itemsize, "u": c.M * c.R * 4}
     # With few rows each panel of Q is read once: no later wave reads it again.
     kernel = Kernel("single_pass", reads, written, flops, gemm=1.0, speed=device.gemm_ratio)
     return [*_cast(c.L * c.R, c), kernel]
 
 
-def rank_grad(device: Device, c: Product) -> list[Kernel]:
-    """``Uᵀ D(P)``, the adapter's gradient: one read of P, plus partial sums if rows are split."""
+def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
+    """``Uᵀ D(P)``, the adapter's gradient: one read of P, plus partial sums if rows are split.
+
+    Args:
+        scaled: whether the scale multiplies it, as in ``dB``.
+    """
     p, u = c.M * c.L * c.itemsize, c.M * c.R * 4
     out = c.R * c.L * c.adapter_itemsize
     masked = c.masked == "operand"
     if not rank_grad_applies(c.M, c.R, masked=masked):
-        narrow, result = c.M * c.R * c.itemsize, c.R * c.L * c.itemsize
+        narrow, result = c.M * c.R * c.itemsize, c.R * c.L * 4
         return [
             _torch("cast", {"u": u}, {"u": narrow}),
             _torch("mm", {"u": narrow, "p": p}, {"o": result}, 2.0 * c.M * c.L * c.R),
-            _torch("copy", {"o": result}, {"o": out}),
+            _torch("mul" if scaled else "copy", {"o": result} | _scale(scaled), {"o": out}),
         ]
     config = select_config.rank_grad_config(
         device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned
@@ -225,10 +233,10 @@ def rank_grad(device: Device, c: Product) -> list[Kernel]:
         reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
     flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
     if splits == 1:
-        return [Kernel("rank_grad", reads, {"o": out}, flops)]
+        return [Kernel("rank_grad", reads | _scale(scaled), {"o": out}, flops)]
     partial = c.R * c.L * 4
     kernel = Kernel("rank_grad", reads, {"o": splits * partial}, flops)
-    return [kernel, _sum(splits, partial, out)]
+    return [kernel, _sum(splits, partial, out, scaled)]
 
 
 def product(device: Device, strategy: str, c: Product) -> list[Kernel]:
@@ -254,22 +262,28 @@ def torch_operators(device: Device, c: Product) -> list[Kernel]:
         kernels += _expanded_mask(c.M, c.L, c.itemsize)
         kernels.append(_torch("mul_", {"mask": operand, "p": operand}, {"p": operand}))
     adapter = {"p": operand, "q": c.L * c.R * c.itemsize}
+    is_half = c.itemsize == 2
+    # On a GPU the scale is a tensor. It multiplies G, or S, or in half precision S Bᵀ.
+    wide = c.M * c.R * 4 if c.backward else thin
+    kernels.append(_torch("mm", adapter, {"u": wide}, 2.0 * c.M * c.L * c.R))
+    if c.backward or not is_half:
+        kernels.append(_torch("mul", {"u": wide, "scale": 4}, {"u": wide}))
+    if c.backward and is_half:
+        kernels.append(_torch("cast", {"u": wide}, {"u": thin}))
     kernels += [
-        _torch("mm", adapter, {"u": thin}, 2.0 * c.M * c.L * c.R),
-        _torch("mul", {"scale": 4}, {"scale": 4}),  # scale · 1/(1-p), on a GPU a tensor
-        _torch("mul_", {"u": thin, "scale": 4}, {"u": thin}),
         vendor_gemm("mm", device.target.sms, c.M, c.L, c.N, c.itemsize, c.bias),
         *_cast(c.R * c.N, c),
     ]
     low_rank, flops = {"u": thin, "v": c.R * c.N * c.itemsize}, 2.0 * c.M * c.N * c.R
-    if c.masked != "output":
+    if c.masked == "output":
+        factor = {"mask": out}
+        kernels += _expanded_mask(c.M, c.N, c.itemsize)
+    elif c.backward or not is_half:
         return [*kernels, _torch("addmm_", {"o": out} | low_rank, {"o": out}, flops)]
-    return [
-        *kernels,
-        *_expanded_mask(c.M, c.N, c.itemsize),
-        _torch("mm", low_rank, {"branch": out}, flops),
-        _torch("addcmul_", {"o": out, "branch": out, "mask": out}, {"o": out}),
-    ]
+    else:
+        factor = {"scale": 4}
+    kernels.append(_torch("mm", low_rank, {"branch": out}, flops))
+    return [*kernels, _torch("addcmul_", {"o": out, "branch": out} | factor, {"o": out})]
 
 
 def rank_gradients(device: Device, strategy: str, back: Product) -> list[Kernel]:
@@ -280,21 +294,29 @@ def rank_gradients(device: Device, strategy: str, back: Product) -> list[Kernel]
     """
     ahead = replace(back, L=back.N, N=back.L, masked="operand" if back.masked else None)
     if strategy != "torch":
-        return rank_grad(device, ahead) + rank_grad(device, back)
+        return rank_grad(device, ahead, scaled=False) + rank_grad(device, back, scaled=True)
     kernels = []
     if back.masked:  # the expanded mask is shared with dx, which counts it
         x = back.M * back.N * back.itemsize
         kernels.append(_torch("mul_", {"mask": x, "p": x}, {"p": x}))
-    for columns in (back.N, back.L):
+    is_widened = back.adapter_itemsize > back.itemsize
+    for columns, scaled in ((back.N, {}), (back.L, {"scale": 4})):
         reads = {"p": back.M * columns * back.itemsize, "u": back.M * back.R * back.itemsize}
-        written = {"o": back.R * columns * back.adapter_itemsize}
-        kernels.append(_torch("mm", reads, written, 2.0 * back.M * columns * back.R))
+        # dB is scaled in float32, and so is dA by 1/(1-p), unless that is the product's ``alpha``.
+        is_wide = scaled or is_widened
+        result = {"o": back.R * columns * (4 if is_wide else back.adapter_itemsize)}
+        kernels.append(_torch("mm", reads, result, 2.0 * back.M * columns * back.R))
+        if scaled or (back.masked and is_widened):
+            kernels.append(_torch("mul_", result | scaled, result))
+        if is_wide and back.adapter_itemsize < 4:
+            kernels.append(_torch("cast", result, {"o": back.R * columns * 2}))
     return kernels
 
 
 def layer(device: Device, c: Product, forward: str, backward: str) -> list[Kernel]:
     """The forward of ``c`` with one strategy, and all three gradients with another."""
-    back = replace(c, L=c.N, N=c.L, masked="output" if c.masked else None, bias=False)
+    back = replace(c, L=c.N, N=c.L, masked="output" if c.masked else None)
+    back = replace(back, bias=False, backward=True)
     kernels = [dropout_mask(c.M, c.L)] if c.masked else []
     kernels += product(device, forward, c) + product(device, backward, back)
     return kernels + rank_gradients(device, backward, back)
@@ -311,7 +333,11 @@ def _low_rank(c: Product, block_n: int) -> dict[str, int]:
         reads["keep_bits"] = _mask_bytes(c.M, c.N, block_n)
     if c.bias:
         reads["bias"] = c.N * c.itemsize
-    return reads
+    return reads | _scale(not c.backward)
+
+
+def _scale(is_read: bool) -> dict[str, int]:
+    return {"scale": 4} if is_read else {}
 
 
 def _cast(elements: int, c: Product) -> list[Kernel]:
@@ -337,7 +363,7 @@ def _torch(name: str, reads: dict[str, int], writes: dict[str, int], flops=0.0) 
 
 
 def _sum(splits: int, partial: int, out: int, scaled: bool = False) -> Kernel:
-    reads = {"parts": splits * partial} | ({"scale": 4} if scaled else {})
+    reads = {"parts": splits * partial} | _scale(scaled)
     return Kernel("sum_partials", reads, {"out": out})
 
 
