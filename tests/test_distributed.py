@@ -59,6 +59,7 @@ SOME_CHECKS = [
     "fsdp1.check_training",
     "sharding.check_merge",
     "saving.check_saving",
+    "saving.check_modules_to_save",
     "saving.save_state",
     "saving.load_state",
     "tensor_products.check_own_styles",

@@ -76,6 +76,12 @@ def check_replaceable(model: nn.Module, doing: str) -> None:
         )
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``, without the one that ``fully_shard`` puts before it."""
+    fsdp = getattr(sys.modules.get(_FSDP), "FSDPModule", ())
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, fsdp))
+
+
 def check_original_parameters(place: str, layer: nn.Module) -> None:
     """Check that FSDP1 kept a layer's own Parameters, which are found by name and identity.
 
@@ -102,6 +108,20 @@ def check_gathered(*matrices: Tensor) -> None:
         )
 
 
+def is_flat_view(module: nn.Module, weight: Tensor) -> bool:
+    """Whether ``weight`` is FSDP1's view into a flat Parameter.
+
+    It requires grad if the flat Parameter does, even where the original Parameter is frozen.
+    """
+    attributes = module.__dict__
+    if "_is_fsdp_managed_module" not in attributes:
+        return False
+    return getattr(weight._base, "_is_flat_param", False) or (
+        is_shard(weight)
+        and "weight" in attributes  # of tensor parallelism; no property computes it
+    )
+
+
 def ready(tensor: Tensor) -> Tensor:
     """``tensor``, after waiting for a collective that still fills it: kernels read its memory."""
     return _Wait.apply(tensor) if hasattr(tensor, "trigger_wait") else tensor
@@ -126,6 +146,17 @@ def is_shard(*tensors: Tensor) -> bool:
         if isinstance(tensor, kind):
             return True
     return False
+
+
+def anywhere(flag: Tensor | bool, tensor: Tensor) -> bool:
+    """Whether ``flag`` is true in any process that holds a part of ``tensor``."""
+    if not is_shard(tensor):
+        return bool(flag)
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = tensor.device_mesh
+    count = torch.full((1,), int(flag), device=tensor.to_local().device)
+    return bool(DTensor.from_local(count, mesh, [Partial()] * mesh.ndim).full_tensor())
 
 
 def like(tensor: Tensor, target: Tensor) -> Tensor:

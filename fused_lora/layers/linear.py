@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from ..distributed.sharding import is_shard
-from ..ops.functional import fused_lora_linear
-from ..ops.modes import autocasts
-from ..ops.validation import check_dtype, check_same_dtype, check_tensors
+from ..distributed.sharding import is_flat_view, is_shard
+from ..ops.functional import fused_lora_add, fused_lora_linear
+from ..ops.modes import autocasts, is_differentiated, is_dynamo_compiling
+from ..ops.validation import check_dtype, check_same_dtype, check_tensors, multiplies_itself
 from . import dora
-from .base import LoRALayer
+from .base import LoRALayer, leaf_call
 from .config import AdapterConfig, check_features
+from .scale import current_scale
 
 _LINEAR_INITS = ("default", "gaussian", "orthogonal", "pissa")
 
@@ -22,21 +26,28 @@ class _LinearForward(LoRALayer):
 
     inits = _LINEAR_INITS
     has_dora = True
+    is_transposed: ClassVar[bool] = False  # a call of to_matrix costs host time
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``.
 
-        Dtypes as in :func:`fused_lora.fused_lora_linear`.
+        Dtypes as in :func:`fused_lora.fused_lora_linear`. Differentiable also in a weight that is
+        computed, by ``torch.func.functional_call`` or a parametrization: PyTorch then computes
+        the base product.
 
         Raises:
             TypeError, ValueError: as that function, also while merged or disabled; DoRA with a
                 sharded weight.
             RuntimeError: disabled while merged with ``keep_base=False``.
         """
+        if is_dynamo_compiling():
+            self.note_traced_call()
+        else:
+            self.__dict__["has_run"] = True
         if self.merged or not self.enabled:
-            return self._plain_forward(x)
+            return self._plain_forward(input)
         if self.use_dora:
-            return self._dora_forward(x)
+            return self._dora_forward(input)
         found = self._parameters  # nn.Module.__getattr__ costs ten times a look-up in the dict
         weight, bias = found.get("weight"), found.get("bias")
         lora_A, lora_B = found.get("lora_A"), found.get("lora_B")
@@ -45,37 +56,73 @@ class _LinearForward(LoRALayer):
         if bias is None and "bias" not in found:
             bias = self.bias
         if not isinstance(weight, nn.Parameter):
-            weight = weight.detach()  # see _matrix
-        return fused_lora_linear(
-            x,
-            self.to_matrix(weight),
-            lora_A,
-            lora_B,
-            bias,
-            scaling=self._scale(),
-            dropout_p=self.dropout,
-            training=self.training,
-            impl=self.impl,
-        )
+            return self._product(input, weight, lora_A, lora_B, bias, self.dropout)
+        try:
+            return fused_lora_linear(
+                input,
+                self.to_matrix(weight) if self.is_transposed else weight,
+                lora_A,
+                lora_B,
+                bias,
+                scaling=current_scale(self),  # a method's look-up costs host time
+                dropout_p=self.dropout,
+                training=self.training,
+                impl=self.impl,
+            )
+        except TypeError:
+            if isinstance(input, Proxy):  # here, because a check before the call costs host time
+                return leaf_call(self, input)
+            raise
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        """A weight as ``(out, in)`` that does not require grad, for the products."""
-        # FSDP1's view into its flat parameter requires grad although the weight itself is frozen.
-        return self.to_matrix(weight if isinstance(weight, nn.Parameter) else weight.detach())
+    def _product(self, x, weight, lora_A, lora_B, bias, dropout_p: float) -> Tensor:
+        """``x Wᵀ + bias + s·D(x) Aᵀ Bᵀ``, differentiable also in a weight that is computed."""
+        if isinstance(x, Proxy):
+            return leaf_call(self, x)
+        matrix, constant = self._matrices(weight)
+        options = {
+            "scaling": self._scale(),
+            "dropout_p": dropout_p,
+            "training": self.training,
+            "impl": self.impl,
+        }
+        if matrix is constant:
+            return fused_lora_linear(x, constant, lora_A, lora_B, bias, **options)
+        _check(x, constant, lora_A, lora_B, bias)
+        return fused_lora_add(F.linear(x, matrix, bias), x, lora_A, lora_B, **options)
+
+    def _matrices(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight as ``(out, in)``, for a product that autograd records and one that ignores it.
+
+        They are one tensor unless the weight is computed from tensors that are differentiated. A
+        Parameter that requires grad stays as it is, which the checks refuse.
+        """
+        constant = self.to_matrix(weight if isinstance(weight, nn.Parameter) else weight.detach())
+        if (
+            isinstance(weight, nn.Parameter)
+            or not is_differentiated(weight)
+            or is_flat_view(self, weight)
+        ):
+            return constant, constant
+        return self.to_matrix(weight), constant
 
     def _dora_forward(self, x: Tensor) -> Tensor:
         """The equations of :mod:`.dora`, around the fused product."""
+        if isinstance(x, Proxy):
+            return leaf_call(self, x)
         weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B
         if is_shard(weight):
             raise ValueError(
                 "expected a whole weight for DoRA, got a sharded one: its norms need whole rows of"
                 " W + s·B A; set use_dora=False under tensor parallelism"
             )
-        matrix, bias, scaling = self._matrix(weight), self.bias, self._scale()
+        if multiplies_itself(weight):  # quantised after adapting
+            self.check_config(weight, self.adapter_config)
+        (matrix, constant), bias = self._matrices(weight), self.bias
         drops = self.dropout > 0 and self.training
         dropped = F.dropout(x, self.dropout) if drops else x
-        y = fused_lora_linear(dropped, matrix, lora_A, lora_B, scaling=scaling, impl=self.impl)
-        gain = dora.gain(self.lora_magnitude_vector, matrix, lora_A, lora_B, scaling)
+        y = self._product(dropped, weight, lora_A, lora_B, None, 0.0)
+        magnitude = self.lora_magnitude_vector
+        gain = dora.gain(magnitude, constant, lora_A, lora_B, self._scale())
         y = y * gain.to(y.dtype)
         if drops:
             # g·D(x) Wᵀ + (x - D(x)) Wᵀ = x Wᵀ + (g - 1)·D(x) Wᵀ, as in .dora
@@ -83,12 +130,19 @@ class _LinearForward(LoRALayer):
         return y if bias is None else y + bias.to(y.dtype)
 
     def _plain_forward(self, x: Tensor) -> Tensor:
-        matrix = self._matrix(self.plain_weight())
+        if isinstance(x, Proxy):
+            return leaf_call(self, x)
+        (matrix, constant), bias = self._matrices(self.plain_weight()), self.bias
         # The same errors as with the adapter, so that merging hides no wrong input.
-        check_tensors(x, matrix, self.lora_A, self.lora_B, self.bias, self._scaling)
-        if not autocasts(x):
-            check_same_dtype(x, matrix)
-        return F.linear(x, matrix, self.bias)
+        _check(x, constant, self.lora_A, self.lora_B, bias)
+        return F.linear(x, matrix, bias)
+
+
+def _check(x, matrix, lora_A, lora_B, bias) -> None:
+    """The errors of :func:`.fused_lora_linear`, for a product that PyTorch computes."""
+    check_tensors(x, matrix, lora_A, lora_B, bias, 1.0)
+    if not autocasts(x):
+        check_same_dtype(x, matrix)
 
 
 class FusedLoRALinear(_LinearForward, nn.Linear):
@@ -116,7 +170,9 @@ class FusedLoRALinear(_LinearForward, nn.Linear):
         lora_A: ``(rank, in_features)``.
         lora_B: ``(out_features, rank)``.
         lora_magnitude_vector: ``(out_features,)`` with ``use_dora``, else None.
-        scaling: ``s``; may be assigned.
+        scaling: ``s``; may be assigned. Like ``rank`` and ``dropout`` it is not in ``state_dict``,
+            which holds weight, bias and the ``lora_*`` tensors: :func:`fused_lora.save_adapter`
+            saves it.
         enabled: if False, forward computes the base layer alone.
         merged: whether ``weight`` currently contains the adapter.
         adapter_name: name of the active adapter.
@@ -189,6 +245,8 @@ class FusedLoRAConv1D(_LinearForward):
     adapter and attributes are those of :class:`FusedLoRALinear`.
     """
 
+    is_transposed = True
+
     @classmethod
     def plain_class(cls) -> type[nn.Module]:
         from transformers.pytorch_utils import Conv1D  # an optional dependency
@@ -206,6 +264,10 @@ class FusedLoRAConv1D(_LinearForward):
     ) -> FusedLoRAConv1D:
         """Adapt ``conv1d``; hyper-parameters and errors as :meth:`FusedLoRALinear.from_linear`."""
         return cls.from_plain(conv1d, AdapterConfig(**hyperparameters), impl, adapter_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # the argument's name is the plain class's
+        """``(..., nx)`` to ``(..., nf)``; dtypes and errors as :meth:`FusedLoRALinear.forward`."""
+        return super().forward(x)
 
     @staticmethod
     def to_matrix(weight: Tensor) -> Tensor:

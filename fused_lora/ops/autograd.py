@@ -10,12 +10,17 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _will_engine_execute_node
+from torch.compiler import is_dynamo_compiling
 
 from ..distributed.sharding import ready
 from ..kernels.operands import pack_backward, pack_forward
 from . import dispatch, dropout, reference
 from .modes import autocasts
 from .operands import Operands, pack
+
+# Elements of dy from which on dx costs more than the check whether it is wanted: 1 µs.
+_WORTH_CHECKING = 512
 
 
 def lora_linear(operands: Operands) -> Tensor:
@@ -56,6 +61,16 @@ def forward(operands: Operands):
     return y, S, keep_bits, runner
 
 
+def rank_dtype(operands: Operands) -> torch.dtype:
+    """The dtype of the ``S`` that :func:`forward` returns."""
+    x, weight, lora_A, lora_B, _, _, seed, _, impl, base = operands
+    flat = _flatten(x)
+    runner = dispatch.choose(
+        flat, weight, lora_B, impl, seed is not None, None if base is None else _flatten(base)
+    )
+    return runner.rank_dtype(flat, lora_A)
+
+
 def save(ctx, operands: Operands, S: Tensor, keep_bits: Tensor | None, scaling, runner) -> None:
     """Keep for backward what the gradients of ``operands`` need.
 
@@ -86,7 +101,13 @@ def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     if autocasts(dy):
         with torch.autocast(dy.device.type, enabled=False):
             return backward(ctx, dy)
-    need_x, _, need_A, need_B, need_bias, *_, need_base = ctx.needs_input_grad
+    wanted = ctx.needs_input_grad
+    # Without dx little can be saved. Compiled autograd runs without the engine.
+    if wanted[0] and not is_dynamo_compiling():
+        size = dy.numel()
+        if type(size) is not int or size >= _WORTH_CHECKING:
+            wanted = _wanted(ctx)
+    need_x, _, need_A, need_B, need_bias, *_, need_base = wanted
     x, weight, lora_A, lora_B, S, keep_bits, scaling = ctx.saved_tensors
     runner, number, inv_keep, x_shape, dtype, bias_dtype = ctx.call
     twice = torch.is_grad_enabled()  # in backward: only under ``create_graph``
@@ -103,7 +124,7 @@ def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dA, dB = (reference if twice else runner).backward(
         pack_backward((flat_dy, x, weight, lora_A, lora_B, S, scaling, keep_bits, inv_keep, needs))
     )
-    if twice and need_B and need_x and x is None:
+    if twice and need_B and x is None and ctx.needs_input_grad[0]:
         dB = _OnceDifferentiable.apply(dB)
     db = None
     if need_bias:
@@ -112,6 +133,37 @@ def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     if need_x and len(x_shape) != 2:
         dx = dx.view(x_shape)
     return dx, None, dA, dB, db, None, None, None, None, dy if need_base else None
+
+
+def _wanted(ctx) -> tuple[bool, ...]:
+    """``ctx.needs_input_grad`` without the gradients that this pass of the engine discards.
+
+    That tuple says what requires grad; ``torch.autograd.grad(loss, [lora_A, lora_B])`` needs less.
+    Called only if ``x`` requires grad.
+    """
+    needs = ctx.needs_input_grad
+    edges = ctx.next_functions  # one per tensor: of x; of the weight, if given; of lora_A and so on
+    node = edges[2][0]  # of lora_A or lora_B
+    try:
+        # An ordinary pass runs all nodes; two checks suffice to recognise one, and each costs time.
+        if _will_engine_execute_node(edges[0][0]) and (
+            node is not None and _will_engine_execute_node(node)
+        ):
+            return needs
+    except RuntimeError:
+        pass  # see _runs
+    if not _runs(ctx):  # called by hand, within another pass
+        return needs
+    nodes = iter([node for node, _ in edges if node is not None])
+    return tuple([need and _runs(next(nodes)) for need in needs])
+
+
+def _runs(node) -> bool:
+    """Whether the engine needs the gradient that flows into ``node``."""
+    try:
+        return _will_engine_execute_node(node)
+    except RuntimeError:  # no pass of the engine, or a leaf that torch.autograd.grad was given
+        return True
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -17,6 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..kernels.operands import BackwardOperands
 from . import autograd, dispatch, dropout, reference
@@ -44,8 +45,8 @@ _library.define(
 
 
 def lora_linear(operands: Operands) -> Tensor:
-    """:func:`.autograd.lora_linear` for code that a compiler traces."""
-    x, weight, lora_A, lora_B, bias, scaling, _, _, impl, base = operands
+    """:func:`.autograd.lora_linear` for code that a compiler or a dispatch mode intercepts."""
+    x, weight, lora_A, lora_B, bias, _, _, _, impl, base = operands
     tensors = (x, weight, lora_A, lora_B, bias, base)
     if not all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
         # Subclasses need PyTorch's own operators; DTensors arrive here as plain local tensors.
@@ -56,10 +57,9 @@ def lora_linear(operands: Operands) -> Tensor:
             # In PyTorch 2.11, Dynamo returns zero gradients of a Function that writes in place.
             return reference.forward(operands)
         return autograd.lora_linear(operands._replace(impl="torch"))
-    if not isinstance(scaling, Tensor):
-        # A product, in which a compiler can keep the number symbolic; scalar_tensor would fix it.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scaling = torch.ones((), dtype=wide, device=x.device) * scaling
+    if not is_compiling() and torch.is_grad_enabled():
+        return _Intercepted.apply(*operands)
+    scaling = _on_device(operands.scaling, x)
     return torch.ops.fused_lora.lora_linear(*operands._replace(scaling=scaling))[0]
 
 
@@ -73,8 +73,8 @@ def exported(operands: Operands, dropout_p: float) -> Tensor:
     if base is None:
         base = F.linear(x, as_dtype(weight, dtype), None if bias is None else as_dtype(bias, dtype))
     dropped = F.dropout(x, dropout_p) if dropout_p else x
-    S = scaling * F.linear(dropped, as_dtype(lora_A, dtype))
-    return as_dtype(base + F.linear(S, as_dtype(lora_B, dtype)), base.dtype)
+    S = F.linear(dropped, as_dtype(lora_A, dtype))
+    return as_dtype(base + scaling * F.linear(S, as_dtype(lora_B, dtype)), base.dtype)
 
 
 @torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")
@@ -125,13 +125,15 @@ def _(dy, x, weight, lora_A, lora_B, S, scaling, keep_bits, inv_keep, impl, need
 
 
 class _Registered:
-    """The runner of compiled code: its backward calls the registered operator."""
+    """The runner of intercepted code: its backward calls the registered operator."""
 
     def __init__(self, impl: str):
         self.impl = impl
 
     def backward(self, operands: BackwardOperands):
+        operands = operands._replace(scaling=_on_device(operands.scaling, operands.dy))
         *tensors, needs = operands
+        _let_counters_count()
         made = iter(torch.ops.fused_lora.lora_linear_backward(*tensors, self.impl, needs))
         return tuple(next(made) if need else None for need in needs)
 
@@ -152,6 +154,71 @@ def _gradient(ctx, dy, *_):
 torch.library.register_autograd(
     "fused_lora::lora_linear", _gradient, setup_context=_setup_context, lib=_library
 )
+
+
+class _Intercepted(torch.autograd.Function):
+    """The operator under a dispatch mode; keeps the same tensors as :mod:`.autograd` does.
+
+    Non-reentrant checkpointing compares them: a mode may be active only while it recomputes, or
+    only before.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        operands = Operands(*args)
+        x, scaling, impl = operands.x, operands.scaling, operands.impl
+        tensor = _on_device(scaling, x)
+        _let_counters_count()
+        y, S, keep_bits, copy = torch.ops.fused_lora.lora_linear(*operands._replace(scaling=tensor))
+        if operands.seed is None:
+            keep_bits = None
+        S = S.to(autograd.rank_dtype(operands))
+        if isinstance(scaling, Tensor):
+            scaling = copy
+        autograd.save(ctx, operands, S, keep_bits, scaling, _Registered(impl))
+        return y
+
+    backward = staticmethod(autograd.backward)
+
+
+def _let_counters_count() -> None:
+    """Give active FLOP counters the operators' formulas.
+
+    Importing their module to register the formulas would import Triton.
+    """
+    for mode in _get_current_dispatch_mode_stack():
+        if type(mode).__name__ == "_FlopCounterMode":
+            mode.counter.flop_registry |= {
+                torch.ops.fused_lora.lora_linear: _forward_flops,
+                torch.ops.fused_lora.lora_linear_backward: _backward_flops,
+            }
+
+
+# As counted in eager mode: PyTorch's counter leaves out products accumulated in place.
+
+
+def _forward_flops(x, weight, lora_A, lora_B, *args, out_val=None) -> int:
+    R, K = lora_A.shape
+    base = K if weight is not None else R  # with a base, S Bᵀ is a product of its own
+    return 2 * (x.numel() // max(1, K)) * (R * K + base * lora_B.shape[0])
+
+
+def _backward_flops(dy, x, weight, lora_A, lora_B, *args, out_val=None) -> int:
+    need_x, need_A, need_B = args[-1]
+    R, K = lora_A.shape
+    M, N = dy.shape
+    G = R * N if need_x or need_A else 0
+    dx = K * (R if weight is None else N) if need_x else 0
+    return 2 * M * (G + dx + R * K * need_A + R * N * need_B)
+
+
+def _on_device(scaling: float | Tensor, like: Tensor) -> Tensor:
+    """A scale as a tensor, as the operators take it."""
+    if isinstance(scaling, Tensor):
+        return scaling
+    # A product, in which a compiler can keep the number symbolic; scalar_tensor would fix it.
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.ones((), dtype=wide, device=like.device) * scaling
 
 
 def _on_host(scaling: Tensor) -> float | Tensor:

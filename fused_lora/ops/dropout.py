@@ -27,6 +27,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 
 from ..kernels.config import DIGITS
 from .constants import constant
@@ -78,8 +79,10 @@ def _row_words(columns: int) -> int:
 
 def make_keep_bits(seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
     """Keep bits ``int32 (rows, words)``, each set with probability keep_count/2¹⁶."""
-    # One operator for compilers, which cannot handle dtype views or 64-bit constants.
-    make = _make_keep_bits_op if torch.compiler.is_compiling() else _make_keep_bits
+    # One operator for compilers, which cannot handle dtype views or 64-bit constants, and for
+    # vmap, which has no rule for these views.
+    is_opaque = torch.compiler.is_compiling() or _are_functorch_transforms_active()
+    make = _make_keep_bits_op if is_opaque else _make_keep_bits
     return make(seed, rows, columns, keep_count)
 
 
@@ -89,12 +92,14 @@ def first_digit(keep_count: int) -> int:
 
 
 def _make_keep_bits(seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
+    """As :func:`make_keep_bits`; seeds ``(...)`` of vmap give keep bits ``(..., rows, words)``."""
     device = seed.device
     lowest = first_digit(keep_count)
     random_words = rows * -(-columns // _COLUMNS) * (DIGITS - lowest)
-    if _is_for_numpy(seed, random_words):
+    if seed.dim() == 0 and _is_for_numpy(seed, random_words):
         return _make_keep_bits_by_numpy(seed, rows, columns, keep_count)
-    words = _empty_words(rows, columns, device)
+    total = seed.numel() * rows
+    words = _empty_words(total, columns, device)
     width = words.shape[1]
     steps = torch.arange(lowest + 1, DIGITS + 1, device=device).mul_(_GAMMA)
     at_once = (
@@ -103,9 +108,12 @@ def _make_keep_bits(seed: Tensor, rows: int, columns: int, keep_count: int) -> T
     block = max(1, at_once // max(1, width * steps.numel()))
     word = torch.arange(width, device=device)
     key = _mix(seed.clone())
-    for first in range(0, rows, block):
-        row = torch.arange(first, min(first + block, rows), device=device)
-        h = _mix((row[:, None] * (1 << 32) + word).bitwise_xor_(key))
+    for first in range(0, total, block):
+        row = torch.arange(first, min(first + block, total), device=device)
+        row_key = key
+        if seed.dim():
+            row, row_key = row % rows, key.flatten()[row // rows].unsqueeze(1)
+        h = _mix((row[:, None] * (1 << 32) + word).bitwise_xor_(row_key))
         random = _mix(h + steps[:, None, None])
         bits = words[first : first + block].copy_(random[0])
         for digit, more in enumerate(random[1:], start=lowest + 1):
@@ -113,13 +121,17 @@ def _make_keep_bits(seed: Tensor, rows: int, columns: int, keep_count: int) -> T
                 bits.bitwise_or_(more)
             else:
                 bits.bitwise_and_(more)
-    return words.view(torch.int32)
+    return words.view(torch.int32).view(*seed.shape, rows, 2 * width)
 
 
 def keep_mask(keep_bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """The mask as a new ``(M, columns)`` of zeros and ones in ``dtype``."""
     if _is_for_numpy(keep_bits, keep_bits.numel() // 2 * DIGITS):  # two int32 per random word
         return _keep_mask_by_numpy(keep_bits, columns, dtype)
+    if _are_functorch_transforms_active():  # vmap has no rule for a dtype view
+        places = torch.arange(32, dtype=torch.int32, device=keep_bits.device)
+        bits = keep_bits.unsqueeze(-1).bitwise_right_shift(places).bitwise_and(1)
+        return bits.flatten(1)[:, :columns].to(dtype)
     packed = keep_bits.view(torch.uint8).int()
     # Not cached on a GPU, where it may lie in the memory pool of one of inductor's CUDA graphs.
     args = dtype, keep_bits.device
@@ -244,7 +256,14 @@ _make_keep_bits_op = torch.library.custom_op(
 
 @_make_keep_bits_op.register_fake
 def _(seed, rows, columns, keep_count):
-    return empty_keep_bits(rows, columns, seed.device)
+    keep_bits = empty_keep_bits(seed.numel() * rows, columns, seed.device)
+    return keep_bits.view(*seed.shape, rows, keep_bits.shape[1])
+
+
+@_make_keep_bits_op.register_vmap
+def _(info, in_dims, seed, rows, columns, keep_count):
+    """With ``randomness="different"`` every sample has its own seed."""
+    return _make_keep_bits_op(seed.movedim(in_dims[0], 0), rows, columns, keep_count), 0
 
 
 def _byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:

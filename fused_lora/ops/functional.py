@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed.sharding import is_shard
@@ -10,7 +11,14 @@ from . import autograd, custom_ops, reference
 from .dropout import KEEP_ALL
 from .modes import autocasts, is_exporting, is_observed, is_traced, is_transformed
 from .operands import Operands, pack
-from .validation import check_base, check_options, check_same_dtype, check_tensors
+from .validation import (
+    check_base,
+    check_options,
+    check_passes_gradient,
+    check_same_dtype,
+    check_tensors,
+    multiplies_itself,
+)
 
 
 def fused_lora_linear(
@@ -32,6 +40,7 @@ def fused_lora_linear(
 
     Args:
         x: ``(..., in)``, float16, bfloat16, float32 or float64; any leading dimensions and strides.
+            A jagged nested tensor gives one with the same offsets.
         weight: ``(out, in)`` in x's dtype (any under autocast); must not require grad.
         lora_A: ``(rank, in)``, any of the dtypes above; cast to x's for the products. A CPU casts
             to float32 instead if there are few rows, or if it has no instructions for x's dtype.
@@ -109,6 +118,14 @@ def _route(operands: Operands, dropout_p: float, is_plain: bool = False) -> Tens
         # Fast path: plain tensors in eager mode, no autocast. No special case below applies.
         return autograd.lora_linear(operands.with_dropout(dropout_p) if dropout_p else operands)
     x, weight = operands.x, operands.weight
+    if x.is_nested:
+        return _on_values(operands, dropout_p)
+    if weight is not None and multiplies_itself(weight):
+        # A quantised weight, for example, supports this product and its backward, but no other.
+        base = F.linear(x, weight, operands.bias)
+        check_passes_gradient(x, base, type(weight).__name__)
+        x, _, lora_A, lora_B, _, *rest, _ = operands
+        return _route(pack((x, None, lora_A, lora_B, None, *rest, base)), dropout_p)
     if autocasts(x) and x.dtype != torch.float64:
         device = x.device.type
         operands = pack((x.to(torch.get_autocast_dtype(device)), *operands[1:]))
@@ -117,6 +134,26 @@ def _route(operands: Operands, dropout_p: float, is_plain: bool = False) -> Tens
     if weight is not None:
         check_same_dtype(x, weight)
     return _select(operands, dropout_p)
+
+
+def _on_values(operands: Operands, dropout_p: float) -> Tensor:
+    """The layer on the values of a jagged ``x``: one row per token, as in a dense tensor."""
+    x, base = operands.x, operands.base
+    if x.lengths() is not None:
+        raise ValueError(
+            "expected a contiguous jagged x, got one with unused rows between its sequences: pass"
+            " x.contiguous()"
+        )
+    if base is not None:
+        base = base.values()
+    y = _route(operands._replace(x=x.values(), base=base), dropout_p)
+    return torch.nested.nested_tensor_from_jagged(
+        y,
+        x.offsets(),
+        jagged_dim=x._ragged_idx,
+        min_seqlen=x._maybe_min_seqlen,
+        max_seqlen=x._maybe_max_seqlen,
+    )
 
 
 def _select(operands: Operands, dropout_p: float) -> Tensor:

@@ -8,15 +8,23 @@ import torch
 from torch import Tensor, compiler, jit
 from torch._C import (
     _are_functorch_transforms_active,
+    _get_dispatch_mode,
     _is_any_autocast_enabled,
     _is_tracing,
     _len_torch_dispatch_stack,
+    _TorchDispatchModeKey,
 )
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
+)
+
+_RECORDING = (
+    _TorchDispatchModeKey.FAKE,
+    _TorchDispatchModeKey.PROXY,
+    _TorchDispatchModeKey.FUNCTIONAL,
 )
 
 
@@ -43,12 +51,28 @@ def is_traced() -> bool:
     return any(kind != "_FlopCounterMode" for kind in kinds)
 
 
+def is_recorded() -> bool:
+    """Whether a graph is recorded, by a compiler or by a dispatch mode of one.
+
+    Other dispatch modes see operators run: they count them or keep their results.
+    """
+    return is_compiling() or any(_get_dispatch_mode(key) is not None for key in _RECORDING)
+
+
 def is_transformed() -> bool:
     """Whether ``torch.func`` or forward-mode differentiation is active.
 
     The layer then runs as plain operators: its autograd Function has no rules for transforms.
     """
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative with respect to ``tensor`` may be computed.
+
+    A transform hides ``requires_grad`` of an outer level: within one the result is True.
+    """
+    return (tensor.requires_grad and torch.is_grad_enabled()) or is_transformed()
 
 
 def is_observed() -> bool:

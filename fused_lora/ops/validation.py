@@ -7,6 +7,9 @@ from numbers import Real
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ..distributed.sharding import is_shard
 
 IMPLEMENTATIONS = (
     "auto",
@@ -19,6 +22,10 @@ IMPLEMENTATIONS = (
 )
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_META_CURE = (
+    "it has no values there; load them (load_state_dict with assign=True, load_adapter), or"
+    " initialise an adapter by moving the model to its device (model.to)"
+)
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -70,31 +77,34 @@ def check_tensors(
         ValueError: shapes or devices that do not fit, or a weight that requires grad.
     """
     # Fast check of valid tensors of the common kind. If it fails, _check_each decides.
-    is_plain = (
-        type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and type(lora_A) in _PLAIN
-        and type(lora_B) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
-        # Single sizes: slicing and comparing torch.Size objects takes twice as long.
-        and len(W := weight.shape) == len(A := lora_A.shape) == len(B := lora_B.shape) == 2
-        and len(X := x.shape) > 0
-        and X[-1] == W[1] == A[1]
-        and B[0] == W[0]
-        and B[1] == A[0] > 0
-        and (bias is None or (len(b := bias.shape) == 1 and b[0] == W[0]))
-        and (dtype := x.dtype) in FLOATS
-        and weight.dtype is dtype
-        and lora_A.dtype in FLOATS
-        and lora_B.dtype in FLOATS
-        and (bias is None or bias.dtype is dtype)
-        and not weight.requires_grad
-        and (
-            weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)
-            if x.is_cpu
-            else _are_on_one_gpu(x, weight, lora_A, lora_B, bias)
+    try:
+        is_plain = (
+            type(x) in _PLAIN
+            and type(weight) in _PLAIN
+            and type(lora_A) in _PLAIN
+            and type(lora_B) in _PLAIN
+            and (bias is None or type(bias) in _PLAIN)
+            # Single sizes: slicing and comparing torch.Size objects takes twice as long.
+            and len(W := weight.shape) == len(A := lora_A.shape) == len(B := lora_B.shape) == 2
+            and len(X := x.shape) > 0
+            and X[-1] == W[1] == A[1]
+            and B[0] == W[0]
+            and B[1] == A[0] > 0
+            and (bias is None or (len(b := bias.shape) == 1 and b[0] == W[0]))
+            and (dtype := x.dtype) in FLOATS
+            and weight.dtype is dtype
+            and lora_A.dtype in FLOATS
+            and lora_B.dtype in FLOATS
+            and (bias is None or bias.dtype is dtype)
+            and not weight.requires_grad
+            and (
+                weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)
+                if x.is_cpu
+                else _are_on_one_gpu(x, weight, lora_A, lora_B, bias)
+            )
         )
-    )
+    except RuntimeError:  # a strided nested tensor has no shape
+        is_plain = False
     if not is_plain:
         _check_each(x, weight, lora_A, lora_B, bias)
     if type(scaling) is not float:
@@ -147,6 +157,7 @@ def check_base(
     _check_adapter(x, lora_A, lora_B, N, K)
     if type(scaling) is not float:
         _check_scale(scaling, x)
+    _check_nested("base", base)
     if base.shape != (*x.shape[:-1], N):
         expected = (*x.shape[:-1], N)
         raise ValueError(f"expected base of shape {expected}, got {_shape(base)}")
@@ -159,14 +170,21 @@ def _check_kinds(x: Tensor, tensors: tuple[tuple[str, Tensor], ...]) -> None:
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
             kind = "a Tensor or None" if name == "bias" else "a Tensor"
-            raise TypeError(f"expected {name} to be {kind}, got {type(tensor).__name__}")
+            cure = (
+                ": torch.fx.wrap makes this function one call of the graph"
+                if isinstance(tensor, Proxy)
+                else ""
+            )
+            raise TypeError(f"expected {name} to be {kind}, got {type(tensor).__name__}{cure}")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"expected {name} in one of {_names(FLOATS)}, got {tensor.dtype}")
         if not (on_cpu and tensor.is_cpu) and tensor.device != device:
-            raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}")
+            cure = f": {_META_CURE}" if tensor.is_meta else ""
+            raise ValueError(f"expected {name} on x's device {device}, got {tensor.device}{cure}")
 
 
 def _check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, N: int, K: int) -> None:
+    _check_nested("x", x)
     if x.shape[-1:] != (K,):
         raise ValueError(f"expected x of shape (..., {K}), got {_shape(x)}")
     shape = lora_A.shape
@@ -179,12 +197,45 @@ def _check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, N: int, K: int) ->
         raise ValueError(f"expected lora_B of shape ({N}, {R}), got {_shape(lora_B)}")
 
 
+def _check_nested(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested and tensor.layout != torch.jagged:
+        raise TypeError(
+            f"expected {name} to be dense or a jagged nested tensor, got a strided nested tensor:"
+            f" pass torch.nested.as_nested_tensor(list({name}.unbind()), layout=torch.jagged)"
+        )
+
+
 def _check_scale(scaling: float | Tensor, x: Tensor) -> None:
     if isinstance(scaling, Tensor):
         _check_scaling_tensor(scaling, x)
     elif type(scaling) is not float and not isinstance(scaling, Real):
         raise TypeError(
             f"expected scaling to be a float or a 0-d Tensor, got {type(scaling).__name__}"
+        )
+
+
+def multiplies_itself(weight: Tensor) -> bool:
+    """Whether a weight is of a tensor subclass that has its own product, such as a quantised one.
+
+    DTensors have their own rules; the fake tensors of compilers stand for plain ones.
+    """
+    kind = type(weight)
+    if kind in _PLAIN or is_shard(weight):
+        return False
+    return not kind.__module__.startswith("torch._subclasses.")
+
+
+def check_passes_gradient(x: Tensor, y: Tensor, name: str) -> None:
+    """Check that ``y``, which a frozen layer or weight computed of ``x``, has a gradient for it.
+
+    Raises:
+        RuntimeError: it has none, although ``x`` requires grad.
+    """
+    if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+        raise RuntimeError(
+            f"expected a base layer that passes gradients on to its input, got a {name} that drops"
+            " them, so the layers before it would train on wrong ones: use a weight-only"
+            " quantisation, or torch.no_grad() for inference"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from common import adapted, adapters_of, assert_trains_alike, network
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.utils import parametrize
 
 from fused_lora import (
     add_adapter,
@@ -40,6 +41,36 @@ def sharded(model: nn.Sequential, use_orig_params: bool = True) -> FullyShardedD
 
 def check_training():
     assert_trains_alike(sharded, adapted(), gathered=gathered)
+
+
+def check_frozen_weights_cost_no_gradient():
+    """FSDP1's views of frozen weights require grad; a parametrization's result is another thing."""
+    model, start = sharded(adapted()), adapted()
+    for layer in (start[0], start[2][0]):
+        parametrize.register_parametrization(layer, "weight", Scaled())
+    computed = sharded(start)
+    for case, expected in ((model, "_LoRALinearBackward"), (computed, "AddmmBackward0")):
+        found = []
+        for layer in (case.module[0], case.module[2].module[0]):
+            layer.register_forward_hook(lambda *args, to=found: to.append(history(args[2])))
+        case(X).sum().backward()
+        assert [expected in names for names in found] == [True, True], found
+        assert case is computed or not any("AddmmBackward0" in names for names in found)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, weight):
+        return weight * self.factor
+
+
+def history(y: torch.Tensor) -> set[str]:
+    """Names of the last two nodes of a graph."""
+    nodes = [y.grad_fn, *(node for node, _ in y.grad_fn.next_functions if node is not None)]
+    return {node.name() for node in nodes}
 
 
 def check_training_in_bfloat16():

@@ -24,7 +24,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import fused_lora
-from fused_lora import add_adapter, load_adapter, save_adapter, set_adapter
+from fused_lora import (
+    add_adapter,
+    apply_lora,
+    disable_lora,
+    load_adapter,
+    save_adapter,
+    set_adapter,
+)
 
 X = torch.linspace(-1, 1, 96).view(4, 24)
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -97,6 +104,31 @@ def check_loading_before_sharding():
     loaded = network()
     load_adapter(loaded, "adapter")
     torch.testing.assert_close(fully_shard(loaded)(X), expected)
+
+
+def check_modules_to_save():
+    """A head that trains whole: sharded it steps, switches adapters and is saved whole."""
+    torch.manual_seed(1)
+    model = network()
+    apply_lora(model, target_modules=["0"], modules_to_save=["2.2"])
+    add_adapter(model, "second")
+    alone = copy.deepcopy(model)
+    sharded = fully_shard(model)
+    for net in (alone, sharded):
+        for name in ("second", "default"):
+            set_adapter(net, name)
+            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+            net(X).pow(2).mean().backward()
+            optimizer.step()
+    with pytest.raises(ValueError, match="a whole model to disable adapters with modules_to_save"):
+        disable_lora(sharded).__enter__()
+    for name in ("default", "second"):
+        set_adapter(alone, name)
+        save_adapter(sharded, "heads", name)
+        torch.manual_seed(1)
+        loaded = network()
+        load_adapter(loaded, "heads")
+        torch.testing.assert_close(loaded(X), alone(X))
 
 
 def check_a_failed_write_fails_everywhere():

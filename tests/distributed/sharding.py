@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from common import whole as _whole
 from models import stack, train_like
+from special_bases import Doubled
 from torch import nn
 
 from fused_lora import (
@@ -81,6 +82,53 @@ def merge(arguments: dict, keep_base: bool):
                 sharded(torch.randn(4, 5))
             sharded[0].merge()
             torch.testing.assert_close(sharded(x), merged)
+
+
+def check_an_overflow_is_refused_by_every_rank():
+    """peft#1001: only one rank's shard of the merged weight overflows."""
+    whole, sharded = two_models()
+    with torch.no_grad():
+        for model in (whole.half(), sharded.half()):
+            model[2][0].lora_A.fill_(10)
+            _write_last_row(model[2][0].lora_B, 6e4)
+    before = {name: _whole(tensor).clone() for name, tensor in sharded.state_dict().items()}
+    attempts = (merge_lora, lambda model: merge_lora(model, keep_base=False))
+    for attempt in attempts:
+        for model in (whole, sharded):
+            with pytest.raises(ValueError, match=r"2\.0: expected a merged weight within"):
+                attempt(model)
+        assert not any(getattr(module, "merged", False) for module in sharded.modules())
+    state = {name: _whole(tensor) for name, tensor in sharded.state_dict().items()}
+    torch.testing.assert_close(state, before, rtol=0, atol=0)
+
+
+def _write_last_row(parameter: nn.Parameter, value: float) -> None:
+    """Write the last row, which the last rank holds if the Parameter is sharded."""
+    if not hasattr(parameter, "to_local"):
+        parameter[-1].fill_(value)
+    elif dist.get_rank() == dist.get_world_size() - 1:
+        parameter.to_local()[-1].fill_(value)
+
+
+def check_a_layer_that_computes_itself():
+    """Quantised and otherwise special bases run their own forward, beside a sharded adapter."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    whole = nn.Sequential(Doubled(8, 8), nn.Linear(8, 3))
+    apply_lora(whole, rank=2)
+    sharded = fully_shard(copy.deepcopy(train_like(whole)))
+    x = torch.randn(4, 8)
+    for model in (whole, sharded):
+        model(x).sum().backward()
+        with pytest.raises(TypeError, match="0: expected a plain layer to merge into"):
+            merge_lora(model)
+    for name in ("lora_A", "lora_B"):
+        gradients = (getattr(model[0], name).grad for model in (sharded, whole))
+        torch.testing.assert_close(*map(_whole, gradients))
+    torch.testing.assert_close(sharded(x), whole(x))
+    with pytest.raises(ValueError, match="expected a whole model to adapt"):
+        apply_lora(nn.Sequential(fully_shard(Doubled(8, 8))))
 
 
 def check_switching():
