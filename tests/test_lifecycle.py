@@ -1,6 +1,7 @@
 """Whole models: disabling, merging, unmerging and unloading adapters."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ def test_a_computed_weight_is_not_merged():
 def test_a_replaced_forward_is_not_unloaded():
     model = stack()
     apply_lora(model)
-    model[2][0].forward = model[2][0].forward
+    model[2][0].forward = functools.partial(model[2][0].forward)
     before = snapshot(model)
     with pytest.raises(TypeError, match=r"2\.0: expected the forward of FusedLoRALinear"):
         unload_lora(model)
@@ -226,7 +227,7 @@ def test_a_replaced_forward_is_not_unloaded():
 
 
 def tensors(layer: nn.Module) -> list[torch.Tensor]:
-    return [*layer.parameters(), *layer.buffers(), layer.base_weight]
+    return [*layer.parameters(), layer.base_weight]
 
 
 @pytest.mark.parametrize("change", ["dtype", "device", "deepcopy", "state"])
@@ -243,8 +244,6 @@ def test_while_merged(change):
         base = {name: weight.double() for name, weight in base.items()}
     elif change == "device":
         model.to("meta")
-        unmerge_lora(model)
-        merge_lora(model)
         assert all(t.is_meta for layer in lora_layers(model).values() for t in tensors(layer))
         model.to_empty(device="cpu")
         model.load_state_dict(state)

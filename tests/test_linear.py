@@ -134,11 +134,11 @@ def test_converting_a_merged_layer_converts_its_base():
 
 def test_scaling_survives_conversion_exactly():
     layer = trained(alpha=1, use_rslora=False)
-    layer.scaling = 1 / 3
+    layer.scaling = 0.1
     layer.to(BF16)
-    assert layer.scaling == 1 / 3
+    assert layer.scaling == 0.1  # though the only copy is float32, which rounds it
     assert layer._scaling_tensor.dtype == FP32
-    assert layer._scaling_tensor.item() == pytest.approx(1 / 3, rel=1e-7)
+    assert layer._scaling_tensor.item() == torch.tensor(0.1).item()
 
 
 def test_scaling_may_be_set_after_a_move_in_inference_mode():

@@ -14,20 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import sharding
-from ..ops.modes import is_compiling, is_exporting
-from ..ops.validation import check_dtype, check_impl
+from ..ops.validation import check_dtype, check_impl, multiplies_itself
 from . import dora, initialization
-from .config import Adapter, AdapterConfig, check_scaling
+from .config import Adapter, AdapterConfig
+from .offload import has_values, with_values
 from .replacing import class_name
+from .scale import ScaledLayer
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(ScaledLayer):
     """The adapters' part of :class:`.base.LoRALayer`, which documents the attributes."""
 
     inits: ClassVar[tuple[str, ...]] = ("default", "gaussian")
     has_dora: ClassVar[bool] = False
+    runs_base: ClassVar[bool] = False  # the plain layer computes its own product
     no_kernel: ClassVar[str | None] = None  # the reason if no kernel computes this layer
 
     @classmethod
@@ -45,9 +47,14 @@ class AdapterLayer(nn.Module):
         return matrix
 
     @classmethod
+    def matrix_shape(cls, weight: Tensor) -> tuple[int, int]:
+        """``(out, in)``, of the weight's shape alone: a quantised one may have no transpose."""
+        return tuple(cls.to_matrix(torch.empty(weight.shape, device="meta")).shape)
+
+    @classmethod
     def adapter_shapes(cls, weight: Tensor, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
         """Shapes of an adapter's tensors, by parameter name."""
-        out_features, in_features = cls.to_matrix(weight).shape
+        out_features, in_features = cls.matrix_shape(weight)
         shapes = {"lora_A": (config.rank, in_features), "lora_B": (out_features, config.rank)}
         if config.use_dora:
             shapes["lora_magnitude_vector"] = (out_features,)
@@ -61,46 +68,89 @@ class AdapterLayer(nn.Module):
             ValueError: it does not.
         """
         kind = class_name(cls.plain_class())
+        if (config.use_dora or config.init == "pissa") and (
+            cls.runs_base or multiplies_itself(weight)
+        ):
+            option = "use_dora=True" if config.use_dora else "init='pissa'"
+            raise ValueError(
+                f"expected a plain weight for {option}, which computes with its values, got a layer"
+                " that computes its own product (quantised, hooked or of another class): use a"
+                " plain adapter, or leave the layer out with exclude_modules"
+            )
         if config.init not in cls.inits:
             raise ValueError(
                 f"expected init to be one of {', '.join(cls.inits)} for {kind}, got {config.init!r}"
             )
         if config.use_dora and not cls.has_dora:
             raise ValueError(f"expected a linear layer for use_dora, got {kind}")
-        largest = min(cls.to_matrix(weight).shape)
+        largest = min(cls.matrix_shape(weight))
         if config.init == "pissa" and config.rank > largest:
             raise ValueError(f"expected rank <= {largest} for init='pissa', got {config.rank}")
 
     def _add_adapter(self, config: AdapterConfig, impl: str, adapter_dtype) -> None:
         check_impl(impl)
         check_dtype("adapter_dtype", adapter_dtype)
-        self.check_config(self.weight, config)
-        weight = self.weight
+        weight = self.weight_like(self)
+        self.check_config(weight, config)
         weight.requires_grad_(False)
-        if getattr(self, "bias", None) is not None:
-            self.bias.requires_grad_(False)
+        if isinstance(bias := getattr(self, "bias", None), Tensor):
+            bias.requires_grad_(False)
         if adapter_dtype is None:
             adapter_dtype = torch.promote_types(weight.dtype, torch.float32)
         self.impl = impl
         self.enabled = True
         self.merged = False
+        self.has_run = False
         self.adapter_name = "default"
         self.inactive_adapters: dict[str, Adapter] = {}
         # For PiSSA. Not set as an attribute: nn.Module would register it as a Parameter.
         self.__dict__["_original_weight"] = None
         self._configure(config)
         self.lora_magnitude_vector = None
-        for name, shape in self.adapter_shapes(self.weight, config).items():
+        for name, shape in self.adapter_shapes(weight, config).items():
             tensor = torch.empty(shape, device=weight.device, dtype=adapter_dtype)
             setattr(self, name, nn.Parameter(tensor))
-        self.register_buffer("_scaling_tensor", None, persistent=False)
-        self.register_buffer("_base_weight", None, persistent=False)
-        self.scaling = config.scaling
+        self._base_weight = None
+        self._write_scale(config.scaling)
         self.reset_adapter()
 
     def _configure(self, config: AdapterConfig) -> None:
         for name, value in vars(config).items():
             setattr(self, name, value)
+
+    def note_traced_call(self) -> None:
+        """Set ``has_run`` while Dynamo traces a forward: no side effect enters the graph.
+
+        A side effect is an error within an operator such as activation checkpointing.
+        """
+        self.__dict__["has_run"] = True
+
+    # Set as torch.compiler.assume_constant_result sets it, without importing Dynamo.
+    note_traced_call._dynamo_marked_constant = True
+
+    def misfit(self) -> str | None:
+        """Why the active adapter does not fit the weight, which other code may have resized."""
+        weight = self.weight_like(self)
+        if weight.dim() < 2 or self.lora_A.dim() < 2:
+            return None  # FSDP1's 1-D pieces
+        expected = self.adapter_shapes(weight, self.adapter_config)
+        for name, parameter in self.adapter_parameters().items():
+            if tuple(parameter.shape) != expected[name]:
+                return (
+                    f"expected {name} of shape {expected[name]} for a weight of shape"
+                    f" {tuple(weight.shape)}, got {tuple(parameter.shape)}: resize the layer"
+                    " before it is adapted, or call unload_lora first and adapt it again"
+                )
+        return None
+
+    def check_fit(self) -> None:
+        """Check that the active adapter fits the weight.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        if problem := self.misfit():
+            raise RuntimeError(problem)
 
     @property
     def adapter_config(self) -> AdapterConfig:
@@ -114,43 +164,36 @@ class AdapterLayer(nn.Module):
         named = {name: self._parameters.get(name) for name in ADAPTER_NAMES}
         return {name: parameter for name, parameter in named.items() if parameter is not None}
 
-    @property
-    def scaling(self) -> float:
-        """``s``, the factor of the adapter's output."""
-        return self._scaling
+    def adapter_device(self) -> torch.device:
+        """The device of the adapter's values: its Parameters', the weight's if they are on meta."""
+        weight = self.weight_like(self)
+        tensors = self.lora_A, weight, self._buffers["_scaling_tensor"]
+        return next((t.device for t in tensors if not t.is_meta), weight.device)
 
-    @scaling.setter
-    def scaling(self, value: float) -> None:
-        check_scaling(value)
-        self._scaling = float(value)
-        self._renew_scaling_tensor()
+    def check_values(self) -> None:
+        """Check that weight and active adapter have values, here or where accelerate offloads them.
 
-    def _scale(self) -> float | Tensor:
-        """``s`` for a forward: a tensor on GPUs and for compilers, so no graph holds its value."""
-        tensor = self._buffers["_scaling_tensor"]
-        if tensor.is_cuda or (is_compiling() and not is_exporting()):
-            return tensor
-        return self._scaling
-
-    def _renew_scaling_tensor(self) -> None:
-        """Write the scale where kernels read it, at least fp32.
-
-        In place if device and dtype still match: a captured CUDA graph reads the same memory.
+        Raises:
+            ValueError: they are on the meta device.
         """
-        tensor, device = self._scaling_tensor, self.lora_A.device
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        if (
-            tensor is None
-            or tensor.device != device
-            or tensor.dtype != dtype
-            or tensor.is_inference()
-        ):
-            with torch.inference_mode(False):
-                tensor = torch.empty((), dtype=dtype, device=device)
-            self._scaling_tensor = tensor
-        tensor.fill_(self._scaling)
+        if not has_values(self, "weight", *ADAPTER_NAMES):
+            raise ValueError(f"expected tensors with values, got {self._without_values()}")
+
+    def _without_values(self) -> str:
+        if self.weight_like(self).is_meta:
+            return (
+                "a layer on the meta device: load its weights first (load_state_dict with"
+                " assign=True, or to_empty and load_state_dict), or remove the hooks that offload"
+                " it as a part of another module"
+                " (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            )
+        return (
+            "an adapter on the meta device: load it (load_adapter or load_state_dict), or"
+            " initialise it by moving the model to its device (model.to)"
+        )
 
     @torch.no_grad()
+    @with_values
     def reset_adapter(self) -> None:
         """Initialise the active adapter according to ``init``; see :mod:`.initialization`.
 
@@ -189,16 +232,20 @@ class AdapterLayer(nn.Module):
             self.from_matrix(residual).to(original.dtype).contiguous(), requires_grad=False
         )
 
+    @with_values
     def stash_adapter(self) -> Adapter:
         """A copy of the active adapter; if it is sharded, of this process's shard.
 
         Raises:
             RuntimeError: a parametrization computes one of its tensors, or FSDP1 has flattened it.
+            ValueError: it has no values (meta).
         """
-        sharding.check_gathered(self.weight, self.lora_A)
+        self.check_values()
+        weight = self.weight_like(self)
+        sharding.check_gathered(weight, self.lora_A)
         sharding.reshard(self)
         parameters = self.adapter_parameters()
-        for name in self.adapter_shapes(self.weight, self.adapter_config):
+        for name in self.adapter_shapes(weight, self.adapter_config):
             if name not in parameters:
                 raise RuntimeError(
                     f"expected {name} to be a Parameter, got one that a parametrization computes:"
@@ -207,17 +254,23 @@ class AdapterLayer(nn.Module):
         tensors = {name: p.detach().clone() for name, p in parameters.items()}
         return Adapter(self.adapter_config, self.scaling, tensors)
 
+    def active_adapter(self) -> Adapter:
+        """The active adapter: the layer's Parameters themselves, also those on meta."""
+        return Adapter(self.adapter_config, self.scaling, dict(self.adapter_parameters()))
+
     @torch.no_grad()
+    @with_values
     def new_adapter(self, config: AdapterConfig) -> Adapter:
         """A new initialised adapter for this layer; the active one stays active.
 
         Raises:
             ValueError: the layer does not support these hyper-parameters.
         """
-        self.check_config(self.weight, config)
-        like = {"device": self.lora_A.device, "dtype": self.lora_A.dtype}
+        weight = self.weight_like(self)
+        self.check_config(weight, config)
+        like = {"device": self.adapter_device(), "dtype": self.lora_A.dtype}
         tensors = {
-            n: torch.empty(s, **like) for n, s in self.adapter_shapes(self.weight, config).items()
+            n: torch.empty(s, **like) for n, s in self.adapter_shapes(weight, config).items()
         }
         lora_A, lora_B = tensors["lora_A"], tensors["lora_B"]
         self._fill(config.init, lora_A, lora_B)
@@ -233,18 +286,24 @@ class AdapterLayer(nn.Module):
         Raises:
             RuntimeError: FSDP1 has flattened the active one.
         """
-        sharding.check_gathered(self.weight, self.lora_A)
+        sharding.check_gathered(self.weight_like(self), self.lora_A)
         return {n: p.shape for n, p in self.adapter_parameters().items()} == {
             n: t.shape for n, t in adapter.tensors.items()
         }
 
     @torch.no_grad()
+    @with_values
     def activate_adapter(self, adapter: Adapter) -> bool:
         """Give the active adapter these values; return False if its Parameters were replaced.
 
         If shapes match, the Parameters are written in place and an optimizer that holds them
         stays valid. Their gradients belong to the previous adapter and are dropped.
+
+        Raises:
+            ValueError: the layer has no values (meta).
         """
+        self._leave_meta()
+        self.check_values()
         in_place = self.fits(adapter)
         current = self.adapter_parameters()
         for name in ADAPTER_NAMES:
@@ -263,6 +322,24 @@ class AdapterLayer(nn.Module):
         self.scaling = adapter.scaling
         return in_place
 
+    def _leave_meta(self) -> None:
+        """Initialise what is still on meta of adapters whose weight was loaded with values."""
+        weight = self.weight_like(self)
+        if weight.is_meta or self.merged:
+            return
+        parameters = self.adapter_parameters()
+        if any(p.is_meta for p in parameters.values()):
+            for name, p in parameters.items():
+                tensor = torch.empty_like(p, device=weight.device)
+                setattr(self, name, nn.Parameter(tensor, requires_grad=p.requires_grad))
+            self.reset_adapter()
+            for name, p in parameters.items():
+                if not p.is_meta:
+                    setattr(self, name, p)
+        for adapter in self.inactive_adapters.values():
+            if any(t.is_meta for t in adapter.tensors.values()):
+                adapter.tensors = self.new_adapter(adapter.config).tensors
+
     @torch.no_grad()
     def _apply(self, fn, recurse=True):
         original = self._original_weight
@@ -272,16 +349,19 @@ class AdapterLayer(nn.Module):
                 "expected a device with memory for a PiSSA layer, got meta, where the weight it was"
                 " made from would be lost"
             )
+        self._leave_meta()
         was_meta = self.lora_A.is_meta
+        scaling = self.scaling  # ``.to(bfloat16)`` rounds the buffer; meta and ``to_empty`` lose it
         super()._apply(fn, recurse)
         if original is not None:
             original.data = moved
+        if self._base_weight is not None:
+            self._base_weight = fn(self._base_weight)
         for adapter in self.inactive_adapters.values():
             adapter.tensors = {name: fn(tensor) for name, tensor in adapter.tensors.items()}
         if was_meta and not self.lora_A.is_meta:
             self._fill_all()
-        # ``.to(bfloat16)`` casts the buffer; ``to_empty`` leaves it uninitialised.
-        self._renew_scaling_tensor()
+        self._write_scale(scaling)
         return self
 
     def _fill_all(self) -> None:

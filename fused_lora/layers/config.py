@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..ops.validation import check_dropout
 
+_LARGEST_RANK = 2**31 - 1
 INITS = ("default", "gaussian", "orthogonal", "pissa")
 
 
@@ -72,7 +74,7 @@ def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str) ->
     check_rank(rank)
     if not isinstance(alpha, Real) or isinstance(alpha, bool):
         raise TypeError(f"expected alpha to be a number, got {alpha!r} ({type(alpha).__name__})")
-    if not math.isfinite(alpha):
+    if not abs(alpha) <= sys.float_info.max:  # an int may be too large for math.isfinite
         raise ValueError(f"expected a finite alpha, got {alpha}")
     check_dropout(dropout)
     if init not in INITS:
@@ -86,11 +88,13 @@ def check_hyperparameters(rank: int, alpha: float, dropout: float, init: str) ->
 
 
 def check_rank(rank: int) -> None:
-    """Check a rank: an int of at least 1."""
+    """Check a rank: an int of at least 1 that a tensor's size can be."""
     if not isinstance(rank, Integral) or isinstance(rank, bool):
         raise TypeError(f"expected rank to be an int, got {rank!r} ({type(rank).__name__})")
     if rank < 1:
         raise ValueError(f"expected rank >= 1, got {rank}")
+    if rank > _LARGEST_RANK:
+        raise ValueError(f"expected rank <= {_LARGEST_RANK}, got {rank}")
 
 
 def check_flag(name: str, value: bool) -> None:
@@ -103,7 +107,7 @@ def check_scaling(value: float) -> None:
     """Check a scale: a finite number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"expected scaling to be a number, got {value!r} ({type(value).__name__})")
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:
         raise ValueError(f"expected a finite scaling, got {value}")
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from .base import LoRALayer
+from ..ops.modes import is_dynamo_compiling
+from ..ops.reference import add_scaled
+from .base import LoRALayer, leaf_call
 from .config import AdapterConfig
 
 
@@ -69,12 +72,28 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         """``(N, C, H, W)`` or ``(C, H, W)``, as for ``nn.Conv2d``.
 
         Raises:
-            RuntimeError: disabled while merged with ``keep_base=False``.
+            RuntimeError: disabled while merged with ``keep_base=False``, or the weight was resized.
+            ValueError: the adapter has no values (meta).
         """
+        if isinstance(input, Proxy):
+            return leaf_call(self, input)
+        y = self._compute(input)
+        if is_dynamo_compiling():
+            self.note_traced_call()
+        else:
+            self.__dict__["has_run"] = True
+        return y
+
+    def _compute(self, input: Tensor) -> Tensor:
         if self.merged or not self.enabled:
             return self._conv_forward(input, self.plain_weight(), self.bias)
-        y = self._conv_forward(input, self.weight, self.bias)
+        weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B
+        if weight.shape[0] != lora_B.shape[0] or weight.shape[1:] != lora_A.shape[1:]:
+            self.check_fit()
+        if lora_A.is_meta and not input.is_meta:
+            self.check_values()
+        y = self._conv_forward(input, weight, self.bias)
         dropped = F.dropout(input, self.dropout, self.training)
         # A convolution does not mix dtypes: the factors are cast to the input's.
-        S = self._conv_forward(dropped, self.lora_A.to(input.dtype), None) * self._scale()
-        return y + F.conv2d(S, self.lora_B.to(S.dtype))
+        S = self._conv_forward(dropped, lora_A.to(input.dtype), None)
+        return add_scaled(y, F.conv2d(S, lora_B.to(S.dtype)), self._scale())

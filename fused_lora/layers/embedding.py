@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from .base import LoRALayer
+from ..distributed.sharding import is_shard
+from ..ops.modes import is_dynamo_compiling
+from ..ops.reference import add_scaled
+from .base import LoRALayer, leaf_call
 from .config import AdapterConfig
 
 
@@ -70,13 +74,32 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         """Integer indices ``(...)`` to ``(..., embedding_dim)``.
 
         Raises:
-            RuntimeError: disabled while merged with ``keep_base=False``.
+            RuntimeError: disabled while merged with ``keep_base=False``, or the embedding was
+                resized.
+            ValueError: the adapter has no values (meta).
         """
+        if isinstance(input, Proxy):
+            return leaf_call(self, input)
+        y = self._compute(input)
+        if is_dynamo_compiling():
+            self.note_traced_call()
+        else:
+            self.__dict__["has_run"] = True
+        return y
+
+    def _compute(self, input: Tensor) -> Tensor:
         if self.merged or not self.enabled:
             return self._look_up(input, self.plain_weight())
-        base = self._look_up(input, self.weight)
-        S = self._look_up(input, self.lora_A.t()) * self._scale()
-        return (base + F.linear(S, self.lora_B)).to(base.dtype)
+        weight, lora_A = self.weight, self.lora_A
+        if weight.shape[0] != lora_A.shape[1]:  # transformers resizes an embedding in place
+            self.check_fit()
+        if lora_A.is_meta and not input.is_meta:
+            self.check_values()
+        base = self._look_up(input, weight)
+        S = self._look_up(input, lora_A.t())
+        if is_shard(S):
+            S = S * 1  # sums over the mesh: the reshape within F.linear would misplace its mask
+        return add_scaled(base, F.linear(S, self.lora_B), self._scale())
 
     def _look_up(self, indices: Tensor, table: Tensor) -> Tensor:
         return F.embedding(
