@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from .distributed.sharding import is_shard
+from .layers.base import LoRALayer
+from .models.arguments import check_without_peft, described
 from .ops import dropout
 from .ops.dispatch import Decision, decide
 from .ops.validation import check_dropout, check_impl, check_tensors
@@ -36,10 +39,13 @@ def explain(
 
     Raises:
         TypeError: neither a layer nor three tensors, or an argument of the wrong type.
-        ValueError: an explicit ``impl`` that cannot run here, or an argument that does not fit.
+        ValueError: an explicit ``impl`` that cannot run here, an argument that does not fit, or a
+            layer of PEFT (see :func:`patch_peft`).
     """
-    if isinstance(target, nn.Module) and hasattr(target, "lora_A"):
+    if isinstance(target, LoRALayer):
         layer = target
+        if not isinstance(tokens, Integral) or isinstance(tokens, bool):
+            raise TypeError(f"expected tokens to be an int, got {described(tokens)}")
         if tokens < 0:
             raise ValueError(f"expected tokens >= 0, got {tokens}")
         if layer.merged or not layer.enabled:
@@ -47,7 +53,7 @@ def explain(
             return Decision("torch", None, None, f"the adapter is {state}: the base layer alone")
         if layer.no_kernel is not None:
             return Decision("torch", None, None, f"{layer.no_kernel}, in plain PyTorch")
-        weight, lora_A = layer.to_matrix(layer.weight), layer.lora_A
+        weight, lora_A = layer.to_matrix(layer.weight_like(layer)), layer.lora_A
         if is_shard(weight):
             weight = weight.to_local()  # each rank runs the kernels on its own part
         # On the meta device: only the shape and dtype of x are read.
@@ -65,9 +71,13 @@ def explain(
         lora_B = lora_A.new_empty((weight.shape[0], lora_A.shape[0]))
         check_tensors(x, weight.detach(), lora_A, lora_B, None, 1.0)
     else:
+        hint = ""
+        if isinstance(target, nn.Module):
+            check_without_peft(target)
+            hint = ": lora_layers(model) has a model's adapted layers"
         raise TypeError(
-            "expected an adapted layer, or the tensors x, weight and lora_A, got "
-            f"{type(target).__name__}"
+            "expected an adapted layer, or the tensors x, weight and lora_A, got"
+            f" {described(target)}{hint}"
         )
     impl = "auto" if impl is None else impl
     dropout_p = 0.0 if dropout_p is None else dropout_p

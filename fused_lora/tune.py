@@ -129,7 +129,8 @@ def _adapted(model: nn.Module) -> Iterator[tuple]:
     for module in model.modules():
         if isinstance(module, LoRALayer):
             if module.no_kernel is None and not module.use_dora:
-                weight = module.weight.to_local() if is_shard(module.weight) else module.weight
+                weight = module.weight_like(module)
+                weight = weight.to_local() if is_shard(weight) else weight
                 N, K = module.to_matrix(weight).shape
                 yield weight, K, N, module.rank, weight.dtype, module.dropout
         elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # PEFT's

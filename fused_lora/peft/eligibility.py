@@ -79,7 +79,8 @@ def parts_of(layer: nn.Module, kinds: Container[type]) -> Parts | str:
     for role, module in (("lora_A", lora_A), ("lora_B", lora_B)):
         if type(module) is not nn.Linear:
             return f"a {role} of class {type(module).__name__}"
-        if module._parameters["bias"] is not None:
+        # Missing: a tensor that is no Parameter, as in the replicas of DataParallel.
+        if "bias" not in module._parameters or module._parameters["bias"] is not None:
             return f"a bias in {role}"
     for role, module in (("lora_dropout", drop), ("lora_A", lora_A), ("lora_B", lora_B)):
         if reason := _changed(module):
@@ -106,6 +107,8 @@ def _base_reason(base: nn.Module) -> str | None:
         return f"a base layer of class {type(base).__name__}"
     if reason := _changed(base):
         return f"base_layer: {reason}"
+    if "weight" not in base._parameters or "bias" not in base._parameters:
+        return "a computed weight or bias"
     weight = base._parameters["weight"]
     if weight.requires_grad:
         return "a trainable base weight"

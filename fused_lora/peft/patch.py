@@ -26,6 +26,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from ..layers.base import LoRALayer as FusedLoRALayer
+from ..models.arguments import check_model
 from ..ops.functional import fused_lora_add, fused_lora_linear
 from ..ops.validation import FLOATS
 from .eligibility import Parts, input_reason, parts_of
@@ -53,15 +55,20 @@ def patch_peft(model: nn.Module | None = None) -> PatchReport:
 
     Raises:
         ModuleNotFoundError: PEFT is not installed.
+        TypeError: ``model`` is not a module.
         ValueError: ``model`` has no LoRA layers of PEFT.
     """
     global _everywhere
+    if model is not None:
+        check_model(model)
     from peft.tuners.lora import LoraLayer
 
     layers = {} if model is None else dict(_layers(model, LoraLayer))
     if model is not None and not layers:
+        own = any(isinstance(module, FusedLoRALayer) for module in model.modules())
         raise ValueError(
             f"expected a model with PEFT's LoRA layers, got a {type(model).__name__} without"
+            + (": its layers are fused_lora's own and need no patch" if own else "")
         )
     for kind in _peft_classes():
         if kind not in _replaced:
@@ -97,9 +104,12 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
 
     Raises:
         RuntimeError: other code has replaced the forward since.
+        TypeError: ``model`` is not a module.
         ValueError: a single ``model``, after ``patch_peft()`` has patched every layer.
     """
     global _everywhere, _generation
+    if model is not None:
+        check_model(model)
     if model is not None and _everywhere:
         raise ValueError("expected unpatch_peft() after patch_peft(), got a single model")
     for module in list(_patched) if model is None else model.modules():
