@@ -15,6 +15,7 @@ from .layers.conv import LoRAConv2d
 from .layers.embedding import LoRAEmbedding
 from .layers.linear import FusedLoRAConv1D, FusedLoRALinear
 from .models.adapt import apply_lora
+from .models.check import check_adapters
 from .models.lifecycle import disable_lora, merge_lora, unload_lora, unmerge_lora
 from .models.named_adapters import (
     adapter_names,
@@ -52,6 +53,7 @@ __all__ = [
     "add_weighted_adapter",
     "apply_lora",
     "assert_only_lora_gradients",
+    "check_adapters",
     "delete_adapter",
     "disable_lora",
     "explain",

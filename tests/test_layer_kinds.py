@@ -63,7 +63,7 @@ def test_conv1d_gradients(impl):
 
 def test_multihead_attention_is_refused_with_the_reason():
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    with pytest.raises(ValueError, match="reads its weights without calling it"):
+    with pytest.raises(ValueError, match="reads its weight without calling it"):
         apply_lora(model, target_modules=["out_proj"])
     with pytest.warns(UserWarning, match=r"self_attn\.out_proj \(nn\.MultiheadAttention"):
         assert apply_lora(model) == ["linear1", "linear2"]

@@ -1,5 +1,7 @@
 """Whole models: which modules get adapters, what trains, what merging and unloading restore."""
 
+import functools
+
 import pytest
 import torch
 from models import ALL, Tiny, assert_unchanged, gpt2, llama, snapshot, stack, tokens, train_like
@@ -175,10 +177,10 @@ def test_layers_that_are_compiled_themselves_are_refused():
 def test_a_failure_restores_what_was_frozen_too(monkeypatch):
     model = Tiny()
     model.hidden.weight.requires_grad_(False)
-    model.out.forward = model.out.forward
+    model.last = nn.Embedding(3, 4, max_norm=1.0)
     before = snapshot(model)
-    with pytest.raises(TypeError, match="out: expected the forward"):
-        apply_lora(model, target_modules=ALL)
+    with pytest.raises(ValueError, match="last: expected max_norm=None"):
+        apply_lora(model, target_modules=[*ALL, "last"])
     assert_unchanged(model, before)
 
 
@@ -219,9 +221,9 @@ def test_adapted_models_are_refused():
 
 def test_failure_in_the_middle_changes_nothing():
     model = Tiny()
-    model.out.forward = model.out.forward  # as accelerate replaces it
+    model.conv.forward = functools.partial(model.conv.forward)  # as accelerate replaces it
     before = snapshot(model)
-    with pytest.raises(TypeError, match="out: expected the forward of Linear, got one replaced"):
+    with pytest.raises(TypeError, match="conv: expected the forward of Conv2d, got one replaced"):
         apply_lora(model, target_modules=ALL)
     assert_unchanged(model, before)
     for arguments, hint in (

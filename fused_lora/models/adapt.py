@@ -6,12 +6,27 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..distributed.sharding import check_replaceable
 from ..layers.base import LoRALayer
-from ..layers.config import AdapterConfig
-from ..ops.validation import check_dtype, check_impl
-from .targets import ALL_LINEAR, adapter_configs, find_targets, layer_class
+from ..layers.beside import LoRABeside
+from ..layers.config import AdapterConfig, check_flag
+from ..ops.validation import check_dtype, check_impl, listed
+from .arguments import check_model, module_names
+from .check import watch_first_backward
+from .heads import fresh_heads, warn_of_heads
+from .modules_to_save import find_modules, with_tied
+from .record import remember
+from .targets import (
+    ALL_LINEAR,
+    adapter_configs,
+    excluder,
+    find_targets,
+    layer_class,
+    warn_of_zero_scales,
+)
+from .trained_modules import copy_tensors, train_copies
 
 
 def apply_lora(
@@ -22,6 +37,8 @@ def apply_lora(
     dropout: float = 0.0,
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
+    modules_to_save: Iterable[str] | None = None,
+    ensure_weight_tying: bool = False,
     include_head: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -35,19 +52,28 @@ def apply_lora(
 
     ``nn.Linear`` becomes :class:`fused_lora.FusedLoRALinear`, transformers' ``Conv1D``
     :class:`FusedLoRAConv1D`, ``nn.Embedding`` :class:`LoRAEmbedding` and ``nn.Conv2d``
-    :class:`LoRAConv2d`; the new layers keep the same Parameters. A module registered in several
-    places gets one adapter; two modules that share a weight get one each, as in PEFT. On an error
-    the model is unchanged.
+    :class:`LoRAConv2d`; the new layers keep the same Parameters. A linear layer that computes its
+    own product (bitsandbytes, another subclass of ``nn.Linear``, a replaced ``forward``) becomes
+    the child ``base_layer`` of a new layer, which adds the adapter to its output. A module
+    registered in several places gets one adapter; two modules that share a weight get one each, as
+    in PEFT. On an error the model is unchanged.
 
     Args:
         model: any ``nn.Module`` that contains the layers to adapt.
         rank, alpha, dropout, use_rslora, use_dora, init, impl, adapter_dtype: as for
             :class:`fused_lora.FusedLoRALinear`. Convolutions and embeddings support the
             initialisations "default" and "gaussian" and no DoRA; embeddings ignore ``dropout``.
-        target_modules: "all-linear" (every Linear and Conv1D but the output embeddings of a
-            transformers model), a list of module names or of their last dotted parts ("q_proj",
-            "self_attn.q_proj"), or a regular expression that must match a whole name.
+        target_modules: "all-linear" (every Linear, also of a subclass, and Conv1D but the output
+            embeddings of a transformers model and heads outside its pretrained base, such as the
+            "score" of a classifier), a list of module names or of their last dotted parts
+            ("q_proj", "self_attn.q_proj"), or a regular expression that must match a whole name.
         exclude_modules: modules to leave out: a list or a regular expression as above.
+        modules_to_save: modules to train whole and to save with the adapter, such as a new head, by
+            the ends of their names, as in PEFT. They get no adapter: a copy of their Parameters and
+            buffers trains in their place. The originals are kept for :func:`disable_lora` and
+            :func:`unload_lora`.
+        ensure_weight_tying: whether modules that share a Parameter with one in ``modules_to_save``
+            (tied embeddings) share its copy; by default they are no longer tied, as in PEFT.
         include_head: whether "all-linear" includes the output embeddings.
         rank_pattern, alpha_pattern: ranks and alphas that replace ``rank`` and ``alpha``, by
             regular expression. A key must match a whole name or its last dotted parts; the first
@@ -57,19 +83,40 @@ def apply_lora(
         The names of the adapted modules.
 
     Raises:
-        TypeError: a target that cannot be adapted, or an argument of the wrong type.
-        ValueError: nothing matches, an argument is out of range, a target is a projection of
-            ``nn.MultiheadAttention`` or was compiled on its own, or the model already has adapters,
-            is sharded or is wrapped in ``DistributedDataParallel``.
+        TypeError: a target that cannot be adapted, a module in ``modules_to_save`` that cannot be
+            trained whole, or an argument of the wrong type.
+        ValueError: nothing matches, an argument is out of range, a target's weight is read by
+            another module that does not call it (as in ``nn.MultiheadAttention`` and Mamba), a
+            target was compiled on its own, or the model already has adapters, is sharded or is
+            wrapped in ``DistributedDataParallel``.
     """
+    check_model(model)
     check_impl(impl)
     check_dtype("adapter_dtype", adapter_dtype)
+    check_flag("include_head", include_head)
+    target_modules = module_names("target_modules", target_modules)
+    if exclude_modules is not None:
+        exclude_modules = module_names("exclude_modules", exclude_modules)
+    check_flag("ensure_weight_tying", ensure_weight_tying)
     check_contains_layers(model)
     _check_unadapted(model)
-    found = find_targets(model, target_modules, exclude_modules, include_head)
+    everywhere = dict(model.named_modules(remove_duplicate=False))
+    saved = find_modules(everywhere, modules_to_save)
+    if ensure_weight_tying:
+        saved = with_tied(model, saved)
+    trained = {part for module in saved.values() for part in module.modules()}
+    heads = fresh_heads(model)
+    parts = {part for head in heads.values() for part in head.modules()}
+    found = find_targets(model, target_modules, exclude_modules, include_head, trained, parts)
     config = AdapterConfig(rank, alpha, dropout, use_rslora, use_dora, init)
     configs = adapter_configs(found, config, rank_pattern, alpha_pattern)
+    warn_of_heads(model, heads, found.values(), trained, excluder(exclude_modules))
+    copies = copy_tensors(model, saved, ensure_weight_tying)
     adapt(model, found, configs, impl, adapter_dtype)
+    train_copies(saved, copies)
+    remember(model)
+    watch_first_backward(model)
+    warn_of_zero_scales({name: configs[name].scaling for name in found})
     return list(found)
 
 
@@ -80,8 +127,16 @@ def adapt(
     impl: str = "auto",
     adapter_dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace the modules ``found`` by adapted ones and freeze the rest; all or nothing."""
+    """Replace the modules ``found`` by adapted ones and freeze the rest; all or nothing.
+
+    :func:`remember` follows, after the modules that train whole have their copies.
+    """
     check_replaceable(model, "adapt")
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise ValueError(
+            f"expected initialised parameters, got lazy ones ({listed(lazy)}): call the model once"
+            " before adapting it"
+        )
     # torch.compile(layer) is a wrapper: the layer is its child ``_orig_mod``.
     compiled = {id(getattr(module, "_orig_mod", None)) for module in model.modules()}
     for name, module in found.items():
@@ -101,6 +156,9 @@ def adapt(
     except BaseException as error:
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
+        for layer in replaced.values():
+            if isinstance(layer, LoRABeside):
+                layer.plain()  # the base gets its hooks back
         if type(error) in (TypeError, ValueError):
             raise type(error)(f"{name}: {error}") from error
         raise
@@ -116,6 +174,7 @@ def check_contains_layers(model: nn.Module) -> None:
     Raises:
         ValueError: it is one.
     """
+    check_model(model)
     layer = getattr(model, "_orig_mod", model)
     if isinstance(layer, LoRALayer) or layer_class(layer) is not None:
         raise ValueError(
@@ -133,8 +192,8 @@ def _check_unadapted(model: nn.Module) -> None:
             )
         if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             raise ValueError(
-                f"expected a model without adapters, got PEFT's at {name}: merge_and_unload or"
-                " unload removes them"
+                f"expected a model without adapters, got PEFT's at {name}: patch_peft(model) runs"
+                " them fused, PEFT's merge_and_unload or unload removes them"
             )
 
 

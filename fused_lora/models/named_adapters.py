@@ -6,7 +6,7 @@ each layer keeps the others in ``inactive_adapters``, outside ``parameters()`` a
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 from collections.abc import Mapping
 from numbers import Real
@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from ..distributed.sharding import check_replaceable, check_whole
 from ..layers.base import LoRALayer
 from ..layers.config import Adapter, AdapterConfig, check_rank
-from .parameters import lora_layers
-from .targets import adapter_configs
+from .parameters import adapted_layers, check_kept, lora_layers
+from .targets import adapter_configs, warn_of_zero_scales
+from .trained_modules import (
+    add_copies,
+    check_copies,
+    delete_copies,
+    switch_copies,
+    trained_modules,
+)
 
 COMBINATIONS = ("cat", "svd")
+_MAX = sys.float_info.max  # an int may be too large for math.isfinite
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -29,7 +37,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model has no adapters, or its layers have different ones.
     """
-    return _names(lora_layers(model))
+    return _names(adapted_layers(model))
 
 
 def _names(layers: Mapping[str, LoRALayer]) -> list[str]:
@@ -59,6 +67,8 @@ def add_adapter(
 ) -> None:
     """Add an inactive adapter to every adapted layer; :func:`set_adapter` makes it active.
 
+    It also has a copy of each module in ``modules_to_save``, with the original values.
+
     Args:
         name: the new adapter's name.
         rank, alpha, dropout, rank_pattern, alpha_pattern, use_rslora, use_dora, init: as for
@@ -72,6 +82,7 @@ def add_adapter(
     layers = lora_layers(model)
     check_new_name(layers, name)
     check_whole(model, "add adapters")
+    check_copies(model, "add adapters", offloaded_ok=True)
     config = AdapterConfig(rank, alpha, dropout, use_rslora, use_dora, init)
     configs = adapter_configs(layers, config, rank_pattern, alpha_pattern)
     new = {}  # complete before a layer changes: an error leaves the model as it was
@@ -81,6 +92,23 @@ def add_adapter(
             new[place] = layer.new_adapter(configs[place])
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
+    _add(model, name, layers, new)
+    warn_of_zero_scales({place: adapter.scaling for place, adapter in new.items()})
+
+
+def _add(
+    model: nn.Module,
+    name: str,
+    layers: Mapping[str, LoRALayer],
+    new: Mapping[str, Adapter],
+    source: str | None = None,
+) -> None:
+    """Keep a complete adapter aside; ``source`` as for ``add_copies``. All or nothing."""
+    try:
+        add_copies(model, name, source)
+    except BaseException:
+        delete_copies(model, name)
+        raise
     for place, layer in layers.items():
         layer.inactive_adapters[name] = new[place]
 
@@ -96,7 +124,8 @@ def set_adapter(model: nn.Module, name: str) -> list[str]:
         The names of the layers whose Parameters are new.
 
     Raises:
-        RuntimeError: a layer is merged.
+        RuntimeError: a layer is merged, a parametrization computes a tensor of its adapter, or a
+            module in ``modules_to_save`` was replaced.
         ValueError: the model has no adapters or none of that name, or the adapter has other shapes
             and the model is sharded or wrapped in ``DistributedDataParallel``.
     """
@@ -107,16 +136,25 @@ def set_adapter(model: nn.Module, name: str) -> list[str]:
         raise ValueError(f"expected one of the adapters {', '.join(known)}, got {name!r}")
     if name == known[0]:
         return []
+    previous = {}  # of every layer before one changes: an error leaves the model as it was
+    for place, layer in layers.items():
+        try:
+            previous[place] = layer.stash_adapter()
+        except (RuntimeError, ValueError) as error:
+            if type(error) not in (RuntimeError, ValueError):
+                raise  # such as out of memory
+            raise type(error)(f"{place}: {error}") from error
     # Other shapes need new Parameters, which data-parallel wrappers would not reduce or shard.
     if not all(layer.fits(layer.inactive_adapters[name]) for layer in layers.values()):
         check_replaceable(model, "switch to an adapter of other shapes")
+    check_kept(model)
+    switch_copies(model, known[0], name)
     replaced = []
     for place, layer in layers.items():
-        previous = layer.stash_adapter()
         if not layer.activate_adapter(layer.inactive_adapters[name]):
             replaced.append(place)
         del layer.inactive_adapters[name]
-        layer.inactive_adapters[layer.adapter_name] = previous
+        layer.inactive_adapters[layer.adapter_name] = previous[place]
         layer.adapter_name = name
     if replaced:
         warnings.warn(
@@ -144,6 +182,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         raise ValueError(f"expected one of the adapters {', '.join(known)}, got {name!r}")
     for layer in layers.values():
         del layer.inactive_adapters[name]
+    delete_copies(model, name)
 
 
 @torch.no_grad()
@@ -157,7 +196,8 @@ def add_weighted_adapter(
 ) -> None:
     """Add an inactive adapter whose update is ``Σ w·s·B A``, a weighted sum of other adapters'.
 
-    Its scale is 1 and its dropout that of the first adapter in ``weights``.
+    Its scale is 1 and its dropout that of the first adapter in ``weights``. Modules in
+    ``modules_to_save`` have no sum: a single adapter's are copied, those of several are an error.
 
     Args:
         name: the new adapter's name.
@@ -169,8 +209,9 @@ def add_weighted_adapter(
     Raises:
         RuntimeError: a layer is merged.
         TypeError, ValueError: a ``name`` in use, unknown or no names in ``weights``, DoRA (whose
-            update is not a product of two factors), PiSSA, an argument of the wrong type or out of
-            range, or a model that has no adapters or is sharded.
+            update is not a product of two factors), PiSSA, several adapters of a model with
+            ``modules_to_save``, an argument of the wrong type or out of range, or a model that has
+            no adapters or is sharded.
     """
     layers = lora_layers(model)
     check_new_name(layers, name)
@@ -180,11 +221,21 @@ def add_weighted_adapter(
         raise ValueError(
             f"expected combination to be one of {', '.join(COMBINATIONS)}, got {combination!r}"
         )
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"expected weights to be a dict of names and numbers, got {weights!r:.60}")
     if not weights or any(source not in known for source in weights):
         raise ValueError(f"expected weights of the adapters {', '.join(known)}, got {weights!r}")
     for source, weight in weights.items():
-        if not isinstance(weight, Real) or not math.isfinite(weight):
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not abs(weight) <= _MAX:
             raise ValueError(f"expected a finite weight of {source!r}, got {weight!r}")
+    if len(weights) > 1 and (trained := trained_modules(model)):
+        raise ValueError(
+            f"expected one adapter in a model with modules_to_save ({', '.join(trained)}), of which"
+            f" no sum is defined, got {', '.join(weights)}"
+        )
+    source = next(iter(weights))
+    copied = "" if source == known[0] else source
+    check_copies(model, "add adapters", copied)
     if rank is not None:
         check_rank(rank)
         if combination == "cat":
@@ -203,8 +254,7 @@ def add_weighted_adapter(
             check_sharing(place, layer, adapter.config)
         terms = [(weights[source] * a.scaling, a) for source, a in sources.items()]
         new[place] = _weighted_sum(layer, terms, combination, rank)
-    for place, layer in layers.items():
-        layer.inactive_adapters[name] = new[place]
+    _add(model, name, layers, new, copied)
 
 
 def _weighted_sum(
@@ -225,7 +275,7 @@ def _weighted_sum(
         config.scaling,
         {
             n: tensors[n].to(like).view(s)
-            for n, s in layer.adapter_shapes(layer.weight, config).items()
+            for n, s in layer.adapter_shapes(layer.weight_like(layer), config).items()
         },
     )
 

@@ -12,19 +12,37 @@ from dataclasses import replace
 from torch import nn
 
 from ..layers.base import LoRALayer
+from ..layers.beside import LoRABeside, computes_itself, shape_of
 from ..layers.config import AdapterConfig
 from ..layers.conv import LoRAConv2d
 from ..layers.embedding import LoRAEmbedding
 from ..layers.linear import FusedLoRAConv1D, FusedLoRALinear
+from ..ops.validation import listed
+from .arguments import described
+from .bypass import Bypass, bypassed, warn_of_readers
 
 ALL_LINEAR = "all-linear"
 _NEAR_NAMES = 6  # suggested when nothing matched
+_SMALLEST_SCALE = 2.0**-150  # half of float32's smallest number, which the layers' scale rounds to
 _CLASSES = {nn.Linear: FusedLoRALinear, nn.Embedding: LoRAEmbedding, nn.Conv2d: LoRAConv2d}
 
 
 def layer_class(module: nn.Module) -> type[LoRALayer] | None:
     """The class that adapts ``module``, or None."""
-    return FusedLoRAConv1D if is_conv1d(module) else _CLASSES.get(type(module))
+    cls = FusedLoRAConv1D if is_conv1d(module) else _CLASSES.get(type(module))
+    if cls in (FusedLoRALinear, FusedLoRAConv1D):
+        return LoRABeside if computes_itself(module) else cls
+    if cls is None and _is_special_linear(module):
+        return LoRABeside
+    return cls
+
+
+def _is_special_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer of another class, such as a quantised one."""
+    if isinstance(module, nn.Linear):
+        return not isinstance(module, LoRALayer)
+    # Many quantised layers derive from nn.Module: they have a linear layer's sizes and no children.
+    return not module._modules and shape_of(module) is not None
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -38,67 +56,104 @@ def find_targets(
     target_modules: str | Iterable[str],
     exclude_modules: str | Iterable[str] | None,
     include_head: bool,
+    trained: Collection[nn.Module] = (),
+    heads: Collection[nn.Module] = (),
 ) -> dict[str, nn.Module]:
     """The modules to adapt, by their first name; see :func:`fused_lora.apply_lora`.
 
+    Args:
+        trained: the modules in ``modules_to_save`` and their parts, which get no adapter.
+        heads: heads without a base in any file and their parts, which "all-linear" leaves out.
+
     Raises:
         TypeError: a target of a class that cannot be adapted.
-        ValueError: no match, an invalid pattern, or a projection of ``nn.MultiheadAttention``.
+        ValueError: no match, an invalid pattern, or a layer that another module bypasses.
     """
-    excluded = (lambda name: False) if exclude_modules is None else _matcher(exclude_modules)
+    excluded = excluder(exclude_modules)
     _warn_of_unmatched(model, "exclude_modules", exclude_modules)
-    # These projections are never called: attention passes their weights to a function.
-    attention = {
-        id(part)
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for part in module.modules()
-    }
+    readers = bypassed(model)
     if target_modules == ALL_LINEAR:
-        return _all_linear(model, excluded, include_head, attention)
+        return _all_linear(model, excluded, include_head, readers, {*trained, *heads})
     wanted = _matcher(target_modules)
     _warn_of_unmatched(model, "target_modules", target_modules)
     found = {n: m for n, m in model.named_modules() if n and wanted(n) and not excluded(n)}
+    if found and all(module in trained for module in found.values()):
+        raise ValueError(
+            f"expected target_modules to match a module that modules_to_save does not train whole,"
+            f" got {target_modules!r}: a module trains one way or the other"
+        )
+    found = {name: module for name, module in found.items() if module not in trained}
     for name, module in found.items():
-        if id(module) in attention:
+        if id(module) in readers and readers[id(module)].refused:
             raise ValueError(
-                f"{name} is part of nn.MultiheadAttention, which reads its weights without calling"
-                " it, so an adapter there would have no effect: leave it out with exclude_modules"
+                f"expected layers that are called, got {name}: {readers[id(module)].reason}, so an"
+                " adapter there would have no effect: leave it out with exclude_modules"
             )
         if layer_class(module) is None:
+            inside = {n.rpartition(".")[2] for n, m in module.named_modules() if layer_class(m)}
+            hint = f"; name layers inside it: {listed(sorted(inside))}" if inside else ""
             raise TypeError(
                 f"expected targets to be Linear, Conv1D, Embedding or Conv2d, got {name}:"
-                f" {type(module).__name__}"
+                f" {type(module).__name__}{hint}"
             )
     if not found:
+        if any(wanted(name) for name, _ in model.named_modules() if name):
+            raise ValueError(
+                f"expected a module to adapt, got exclude_modules {exclude_modules!r}, which leaves"
+                f" out all that target_modules {target_modules!r} names"
+            )
         raise ValueError(_no_match(model, target_modules))
+    warn_of_readers(found, readers, stacklevel=4)
     return found
 
 
-def _all_linear(model, excluded, include_head: bool, attention: set[int]) -> dict[str, nn.Module]:
+def _all_linear(
+    model: nn.Module,
+    excluded,
+    include_head: bool,
+    readers: Mapping[int, Bypass],
+    silent: set[nn.Module],
+) -> dict[str, nn.Module]:
     head = None
     if not include_head and hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
-    found, left_out = {}, []
+    found: dict[str, nn.Module] = {}
+    left_out: dict[str, list[str]] = {}  # names by reason
     for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or layer_class(module) is FusedLoRAConv1D
-        if not name or not linear or excluded(name) or module is head:
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        if not name or not linear or excluded(name) or module is head or module in silent:
             continue
-        if id(module) in attention:
-            left_out.append(f"{name} (nn.MultiheadAttention does not call it)")
-        elif layer_class(module) is None:
-            left_out.append(f"{name} (a {type(module).__name__}: not exactly nn.Linear)")
+        if id(module) in readers and readers[id(module)].refused:
+            left_out.setdefault(readers[id(module)].reason, []).append(name)
         else:
             found[name] = module
     if left_out:
+        parts = ", ".join(f"{listed(names)} ({reason})" for reason, names in left_out.items())
         warnings.warn(
-            f"fused_lora: no adapter for {', '.join(left_out)}; name them in exclude_modules to"
-            " silence this warning",
+            f"fused_lora: no adapter for {parts}; name them in exclude_modules to silence this"
+            " warning",
             stacklevel=4,
         )
     if not found:
-        raise ValueError("expected a model with Linear or Conv1D layers to adapt, found none")
+        raise ValueError(_no_linear(model))
+    warn_of_readers(found, readers, stacklevel=5)
     return found
+
+
+def _no_linear(model: nn.Module) -> str:
+    layers = {n: layer_class(m) for n, m in model.named_modules() if n}
+    message = "expected a model with Linear or Conv1D layers to adapt, found none"
+    if any(kind and issubclass(kind, nn.Linear) for kind in layers.values()):
+        return f"{message} besides those left out: see exclude_modules and include_head"
+    others = [name for name, kind in layers.items() if kind is not None]
+    if others:
+        return f"{message}; target_modules may name its other layers: {listed(others)}"
+    return f"{message}, nor another layer that can be adapted, in a {type(model).__name__}"
+
+
+def excluder(exclude_modules: str | Iterable[str] | None):
+    """A predicate on names: whether ``exclude_modules`` has them."""
+    return (lambda name: False) if exclude_modules is None else _matcher(exclude_modules)
 
 
 def _matcher(target: str | Iterable[str]):
@@ -148,13 +203,15 @@ def _no_match(model: nn.Module, target: str | Iterable[str]) -> str:
         for pool in (sorted(endings), names)
         for match in difflib.get_close_matches(want, pool, n=_NEAR_NAMES)
     ]
-    listed = list(dict.fromkeys(near or sorted(endings)))[:_NEAR_NAMES]
+    shown = list(dict.fromkeys(near or sorted(endings)))[:_NEAR_NAMES]
     message = f"expected target_modules to match a module, got {target!r}"
     if isinstance(target, str):
         message += ", a regular expression that no name matches in full"
-    if not listed:
+        if target in endings:
+            message += f" (as a name it belongs in a list: [{target!r}])"
+    if not shown:
         return message + "; nothing in this model can be adapted"
-    return f"{message}; {'similar names' if near else 'available names'}: {', '.join(listed)}"
+    return f"{message}; {'similar names' if near else 'available names'}: {', '.join(shown)}"
 
 
 def adapter_configs(
@@ -174,11 +231,21 @@ def adapter_configs(
     return {
         name: replace(
             config,
-            rank=pattern_value(rank_pattern, name, config.rank),
-            alpha=pattern_value(alpha_pattern, name, config.alpha),
+            rank=pattern_value(rank_pattern, [name], config.rank),
+            alpha=pattern_value(alpha_pattern, [name], config.alpha),
         )
         for name in names
     }
+
+
+def warn_of_zero_scales(scales: Mapping[str, float]) -> None:
+    """Warn of new adapters that add nothing and do not train: their ``alpha`` is zero."""
+    if idle := [name for name, scale in scales.items() if abs(scale) <= _SMALLEST_SCALE]:
+        warnings.warn(
+            f"fused_lora: alpha gives a scale of 0 at {listed(idle)}: there the adapter adds"
+            " nothing, and its gradients are 0, until the layer's scaling is set",
+            stacklevel=3,
+        )
 
 
 @functools.lru_cache(maxsize=1 << 14)  # a file may have one key per layer
@@ -194,18 +261,30 @@ def compile_pattern(key: str) -> re.Pattern:
         raise ValueError(f"expected a regular expression, got {key!r}: {error}") from error
 
 
-def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    """The value of the first key that matches ``name``; see :func:`compile_pattern`."""
-    for key, value in (pattern or {}).items():
-        if compile_pattern(key).match(name):
-            return value
+def pattern_value(
+    pattern: Mapping[str, float] | None, names: Iterable[str], default: float
+) -> float:
+    """The value of the first key that matches the first of ``names`` that any key matches.
+
+    See :func:`compile_pattern`.
+    """
+    for name in names:
+        for key, value in (pattern or {}).items():
+            if compile_pattern(key).match(name):
+                return value
     return default
 
 
 def _check_pattern(
     argument: str, pattern: Mapping[str, float] | None, names: Collection[str]
 ) -> None:
+    if not isinstance(pattern, Mapping | None):
+        raise TypeError(
+            f"expected {argument} to be a dict of patterns and numbers, got {described(pattern)}"
+        )
     for key in pattern or {}:
+        if not isinstance(key, str):
+            raise TypeError(f"expected {argument}'s keys to be str, got {described(key)}")
         try:
             matches = compile_pattern(key).match
         except ValueError as error:

@@ -1,0 +1,256 @@
+"""What the checks of idle layers, read weights and fresh heads must tell, and must not tell."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import train_like
+from torch import nn
+
+from fused_lora import (
+    apply_lora,
+    check_adapters,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+    unload_lora,
+)
+
+
+def caught(function, *arguments) -> tuple:
+    """The result of a call, and this library's warnings."""
+    with warnings.catch_warnings(record=True) as log:
+        warnings.simplefilter("always")
+        result = function(*arguments)
+    ours = [w for w in log if "fused_lora" in str(w.message)]
+    assert all(w.filename == __file__ for w in ours if "first backward" not in str(w.message))
+    return result, [str(w.message) for w in ours]
+
+
+def product(layer: nn.Linear, x):
+    """A helper outside the class, whose reads no scan of the class finds."""
+    return F.linear(x, layer.weight, layer.bias)
+
+
+class Headed(nn.Module):
+    """Without ``called``, only the head can train."""
+
+    def __init__(self, called: bool = False):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.called = called
+
+    def forward(self, x):
+        return self.head(self.body(x) if self.called else product(self.body, x))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_head_that_trains_tells_that_no_adapter_runs(loaded, tmp_path):
+    """unsloth-zoo#1242: adapters that no forward uses attach, step, and change nothing."""
+    x = torch.randn(3, 8)
+    model = Headed()
+    names = {"target_modules": ["body"], "modules_to_save": ["head"]}
+    if loaded:
+        other = Headed()
+        apply_lora(other, **names)
+        save_adapter(other, tmp_path)
+        load_adapter(model, tmp_path)
+    else:
+        apply_lora(model, **names)
+    assert check_adapters(model) == {}
+    _, log = caught(lambda: model(x).sum().backward())
+    assert len(log) == 1
+    assert "after the first backward pass, 1 of 1 adapted layers have never run. body:" in log[0]
+    assert caught(lambda: model(x).sum().backward())[1] == []
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert check_adapters(model).keys() == {"body"}
+    assert "saving, 1 of 1" in caught(save_adapter, model, tmp_path)[1][0]
+    assert "merging, 1 of 1" in caught(merge_lora, model)[1][0]
+
+
+def test_a_head_that_trains_beside_running_adapters_is_no_alarm(tmp_path):
+    model = Headed(called=True)
+    apply_lora(model, target_modules=["body"], modules_to_save=["head"])
+    _, log = caught(lambda: model(torch.randn(3, 8)).sum().backward())
+    assert log == []
+    assert check_adapters(model) == {}
+    assert caught(save_adapter, model, tmp_path)[1] == []
+    assert caught(unload_lora, model)[1] == []
+
+
+class Tied(nn.Module):
+    """An embedding that is called, and whose weight is the decoder's too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.body = nn.Embedding(16, 8), nn.Linear(8, 8)
+
+    def forward(self, ids):
+        return F.linear(self.body(self.table(ids)), self.table.weight)
+
+
+@pytest.mark.parametrize("merge", [merge_lora, unload_lora])
+def test_merging_a_weight_that_is_run_and_read_is_told(merge):
+    """peft#2018: merging the adapter of one of two tied layers changes the other's results."""
+    model, ids = Tied(), torch.arange(5)
+    _, log = caught(lambda: apply_lora(model, target_modules=["table", "body"]))
+    reason = "table: Tied reads its weight, in some cases without calling it"
+    assert len(log) == 1
+    assert reason in log[0]
+    model(ids).sum().backward()
+    assert check_adapters(model) == {}
+    assert caught(merge, copy.deepcopy(model))[1] == []  # B = 0 adds nothing
+    train_like(model, 1.0)
+    before = model(ids)
+    _, log = caught(merge, model)
+    assert len(log) == 1
+    assert reason in log[0]
+    assert "until it is merged" in log[0]
+    assert (model(ids) - before).abs().max() > 1e-3
+
+
+SIZES = {
+    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 40},
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "head"),
+    [
+        ("BertForSequenceClassification", "BertForSequenceClassification", None),
+        ("BertForSequenceClassification", "BertForQuestionAnswering", "qa_outputs"),
+        ("BertModel", "BertForSequenceClassification", "classifier"),
+        ("BertForMaskedLM", "BertForTokenClassification", "classifier"),
+        ("BertForTokenClassification", "BertForTokenClassification", None),
+    ],
+)
+def test_a_head_from_the_checkpoint_is_not_fresh(saved, loaded, head, tmp_path):
+    """peft#2369: heads "not initialized from the model checkpoint" need training, others do not."""
+    T = pytest.importorskip("transformers")
+    getattr(T, saved)(T.BertConfig(**SIZES)).save_pretrained(tmp_path)
+    model = getattr(T, loaded).from_pretrained(tmp_path)
+    names, log = caught(apply_lora, model)
+    if head is None:
+        assert log == []
+        assert "classifier" in names
+        return
+    assert len(log) == 1
+    assert f"no adapter for {head}, frozen" in log[0]
+    assert head not in names
+
+
+def test_a_pretrained_classifier_in_a_model_of_ones_own(tmp_path):
+    """peft#2369: a head that from_pretrained found is not fresh."""
+    T = pytest.importorskip("transformers")
+    T.BertForSequenceClassification(T.BertConfig(**SIZES)).save_pretrained(tmp_path)
+    model = nn.ModuleDict({"scorer": T.BertForSequenceClassification.from_pretrained(tmp_path)})
+    model["head"] = nn.Linear(2, 2)
+    names, log = caught(apply_lora, model)
+    assert {"scorer.classifier", "head"} <= set(names)
+    assert log == []
+
+
+READ_AND_CALLED = {  # how a layer is called whose weight is also read
+    "getattr": 'getattr(self, f"p{k}")(x)',
+    "constant": 'getattr(self, "p0")(x)',
+    "nested": 'getattr(self.nest, f"p{k}")(x)',
+    "modules": 'self._modules[f"p{k}"](x)',
+    "children": "next(iter(self.nest.children()))(x)",
+    "submodule": 'self.get_submodule(f"p{k}")(x)',
+    "values": "[part(x) for part in self.table.values()][0]",
+    "items": "[part(x) for _, part in self.table.items()][0]",
+    "enumerate": "[part(x) for _, part in enumerate(self.row)][0]",
+    "sum": 'getattr(self, "p" + str(k))(x)',
+    "zip": "[part(x) for part, _ in zip(self.row, x)][0]",
+}
+METADATA = {  # no values are read
+    "data": "self.p0(x.to(self.p0.weight.data.dtype))",
+    "detach": "self.p0(x.to(self.p0.weight.detach().dtype))",
+    "data detach": "self.p0(x.to(self.p0.weight.data.detach().device))",
+    "size": "self.p0(x[..., : self.p0.weight.data.size(1)])",
+    "container": "self.p0(x) * (len(self.row) > 0)",
+}
+VALUES = {  # values are read, and nothing is called
+    "data": "F.linear(x, self.p0.weight.data)",
+    "detach": "F.linear(x, self.p0.weight.detach())",
+    "transposed": "x @ self.p0.weight.data.t()",
+    "length": "F.linear(x, self.row[0].weight) * len(self.row)",
+    "flag": 'F.linear(x, self.p0.weight) if getattr(self, "fast", True) else x',
+}
+SOURCE = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p0, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.nest = nn.Module()
+        self.nest.p0 = self.p0
+        self.row, self.table = nn.ModuleList([self.p0]), nn.ModuleDict({{"a": self.p0}})
+    def forward(self, x, k=0):
+        {}
+"""
+
+
+def network(body: str) -> nn.Module:
+    names = {"nn": nn, "F": F, "torch": torch}
+    exec(SOURCE.format(body), names)
+    return names["Net"]()
+
+
+@pytest.mark.parametrize("call", READ_AND_CALLED)
+def test_a_layer_called_by_a_computed_name_is_adapted_with_a_warning(call):
+    """As in awslabs/slapo, examples/pippy_test.py; here a penalty also reads the weight."""
+    body = f"return self.last({READ_AND_CALLED[call]}) + self.p0.weight.norm()"
+    model = network(body)
+    names, log = caught(apply_lora, model)
+    assert names == ["p0", "last"]
+    assert len(log) == 1
+    assert "p0: Net reads its weight, in some cases without calling it" in log[0]
+    caught(lambda: apply_lora(network(body), target_modules=["p0"]))
+    model(torch.randn(2, 8)).sum().backward()
+    assert check_adapters(model) == {}
+
+
+@pytest.mark.parametrize("body", METADATA)
+def test_metadata_behind_data_or_detach_reads_no_values(body):
+    """transformers' T5DenseActDense casts to ``wo.weight.dtype``; others write ``weight.data``."""
+    names, log = caught(apply_lora, network(f"return self.last({METADATA[body]})"))
+    assert names == ["p0", "last"]
+    assert log == []
+
+
+@pytest.mark.parametrize("body", VALUES)
+def test_values_that_are_read_are_a_bypass(body):
+    """peft#761: nn.MultiheadAttention and others use a weight without calling its layer."""
+    names, log = caught(apply_lora, network(f"return self.last({VALUES[body]})"))
+    assert names == ["last"]
+    assert "p0 (Net reads its weight without calling it)" in log[0]
+
+
+class Region(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Linear(8, 8)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x):
+        return self.part(x).relu()
+
+
+def test_regions_that_share_a_trace_raise_no_alarm(tmp_path):
+    """pytorch#176121: a side effect in such a region is refused, or done once for all of them."""
+    model = nn.Sequential(Region(), Region(), Region(), nn.Linear(8, 8))
+    apply_lora(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model[3](model[2](model[1](model[0](x)))))
+    for region in model[:3]:
+        region.part.has_run = region is model[0]
+    assert check_adapters(model) == {}
+    assert caught(save_adapter, model, tmp_path)[1] == []
+    model[3].has_run = False
+    assert check_adapters(model).keys() == {"3"}
