@@ -28,6 +28,10 @@ from ..distributed.sharding import (
 from ..layers.base import LoRALayer
 from ..layers.config import Adapter
 from ..models.adapt import adapt, check_contains_layers
+from ..models.arguments import check_model, check_without_peft, described
+from ..models.bypass import bypassed, warn_of_readers
+from ..models.check import warn_of_idle, watch_first_backward
+from ..models.modules_to_save import share_parameters, shortest_entries
 from ..models.named_adapters import (
     adapter_names,
     check_name,
@@ -36,20 +40,45 @@ from ..models.named_adapters import (
     check_unmerged,
 )
 from ..models.parameters import lora_layers
+from ..models.record import remember
+from ..models.trained_modules import (
+    add_copies,
+    check_copies,
+    check_plain,
+    copy_tensors,
+    load_state,
+    module_state,
+    train_copies,
+    trained_modules,
+)
+from ..models.wrappers import plain_names
 from ..ops.validation import check_dtype, check_impl, listed
 from . import format as peft_format
+from .base_model import describe
+from .differences import warn_of_convolutions, warn_of_renamed
 from .files import CONFIG, WEIGHTS, AdapterTensors, layer_config, read_config, write_adapter
+from .saved_modules import (
+    check_shared,
+    check_untied,
+    find_saved,
+    read_states,
+    saved_keys,
+    warn_of_unsaved,
+)
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
     """Write an adapter of ``model`` in PEFT's format; loaded in PEFT it gives the same outputs.
 
-    The configuration describes the layers' current ranks, scales and dropouts. Each file is written
-    under a temporary name, flushed to disk and renamed into place; a process killed meanwhile may
-    leave a hidden ``.tmp`` file.
+    A warning names the layers for which that does not hold: dilated convolutions, modules in two
+    places, and layers whose names PEFT takes for those of fused experts (DeepSeek-V3 and others).
+
+    The configuration describes the layers' current ranks, scales and dropouts, and the base model
+    as ``AutoPeftModelForCausalLM`` and its kin need it. Each file is written under a temporary
+    name, flushed to disk and renamed into place; a process killed meanwhile may leave a hidden
+    ``.tmp`` file.
 
     If ``fully_shard`` has sharded the model, call this in every process: tensors are gathered one
     at a time, the first process of the device mesh writes, and the others wait for it. Under
@@ -61,19 +90,30 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
 
     Raises:
         OSError: the files cannot be written; existing files remain intact.
-        RuntimeError: a parametrization computes part of the adapter, FSDP1 has flattened it, or
-            another process could not write.
-        ValueError: no adapters, no adapter of that name, settings that PEFT's format cannot
-            express, or tensors on the meta device.
+        RuntimeError: a parametrization computes part of the adapter, FSDP1 has flattened it, a
+            module in ``modules_to_save`` was quantised, or another process could not write.
+        TypeError: an argument of the wrong type.
+        ValueError: no adapters, PEFT's adapters, no adapter of that name, settings that PEFT's
+            format cannot express, or tensors on the meta device.
     """
+    check_model(model)
+    folder = _folder(directory)
     model = _unwrapped(model)
     check_contains_layers(model)
-    layers = {_clean(place): layer for place, layer in lora_layers(model).items()}
+    first = {module: place for place, module in plain_names(model)}
+    layers = {first[layer]: layer for layer in lora_layers(model).values()}
+    _check_fit(layers)
     known = adapter_names(model)
+    if name is not None:
+        check_name(name)
     name = known[0] if name is None else name
     if name not in known:
         raise ValueError(f"expected one of the adapters {', '.join(known)}, got {name!r}")
-    mesh = mesh_of(layers.values())
+    if name == known[0]:
+        check_plain(model, "save them")
+    warn_of_idle(model, "saving")
+    trained = set(trained_modules(model).values())
+    mesh = mesh_of([*layers.values(), *(part for root in trained for part in root.modules())])
     adapters = {
         place: layer.stash_adapter() if name == known[0] else layer.inactive_adapters[name]
         for place, layer in layers.items()
@@ -84,26 +124,61 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
             " most common is saved",
             stacklevel=2,
         )
-    base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
     modules = _modules(model)
     _warn_of_places(modules, layers)
+    warn_of_convolutions(modules, layers)
     names = [place for place in modules if place]
-    base_model = str(base_model) if base_model else None
-    config = peft_format.make_config(layers, adapters, names, base_model)
-    tensors, error = {}, None
-    for place, adapter in adapters.items():
-        for parameter, tensor in adapter.tensors.items():
-            # A collective: every process takes part for every tensor, even after an error.
-            whole = _whole(place, tensor)
-            if is_first(mesh) and error is None:
-                key = peft_format.tensor_key(place, layers[place], parameter)
-                try:
-                    tensors[key] = whole.contiguous().cpu()
-                except Exception as caught:
-                    if mesh is None:
-                        raise
-                    error = caught
-    on_first(mesh, lambda: write_adapter(Path(directory), tensors, config), error)
+    saved = {place: module for place, module in modules.items() if module in trained}
+    entries = shortest_entries(modules, trained)
+    check_untied(model)
+    tied = share_parameters(trained)
+    base_model = describe(model, modules, saved)
+    config = peft_format.make_config(layers, adapters, names, base_model, entries, tied)
+    warn_of_unsaved(model)
+    parts = {
+        peft_format.tensor_key(place, layers[place], parameter): tensor
+        for place, adapter in adapters.items()
+        for parameter, tensor in adapter.tensors.items()
+    }
+    for place, module in saved.items():
+        state = module_state(module, None if name == known[0] else name)
+        parts |= {f"{peft_format.PREFIX}{place}.{n}": t for n, t in state.items()}
+    tensors, seen, error = {}, set(), None
+    for key, tensor in parts.items():
+        # A collective: every process takes part for every tensor, even after an error.
+        whole = _whole(key, tensor)
+        if is_first(mesh) and error is None:
+            try:
+                whole = whole.contiguous().cpu()
+                # safetensors refuses shared memory: a module of two names, or tied parts.
+                tensors[key] = whole.clone() if whole.data_ptr() in seen else whole
+                seen.add(whole.data_ptr())
+            except Exception as caught:
+                if mesh is None:
+                    raise
+                error = caught
+
+    def write() -> None:
+        warn_of_renamed(model, config, tensors)
+        write_adapter(folder, tensors, config)
+
+    on_first(mesh, write, error)
+
+
+def _folder(directory: str | os.PathLike) -> Path:
+    if not isinstance(directory, str | os.PathLike) or isinstance(os.fspath(directory), bytes):
+        raise TypeError(f"expected a directory as a str or a Path, got {described(directory)}")
+    if directory == "":
+        raise ValueError("expected a directory, got ''")
+    return Path(directory)
+
+
+def _check_fit(layers: Mapping[str, LoRALayer]) -> None:
+    for place, layer in layers.items():
+        try:
+            layer.check_fit()
+        except RuntimeError as error:
+            raise RuntimeError(f"{place}: {error}") from error
 
 
 def _whole(place: str, tensor: Tensor) -> Tensor:
@@ -138,24 +213,33 @@ def load_adapter(
     Raises:
         FileNotFoundError: a file is missing.
         RuntimeError: a merged layer.
-        TypeError: ``name`` is not a str.
-        ValueError: a sharded model, damaged or mismatched files, a setting that fused_lora does not
-            support, or an adapter of another model. Errors in the files name the file and the key.
+        TypeError: an argument of the wrong type.
+        ValueError: a sharded model, one with PEFT's adapters, damaged or mismatched files, a
+            setting that fused_lora does not support, or an adapter of another model. Errors in the
+            files name the file and the key.
     """
+    check_model(model)
+    folder = _folder(directory)
     check_name(name)
     check_impl(impl)
     check_dtype("adapter_dtype", adapter_dtype)
     wrapped, model = model, _unwrapped(model)
     check_contains_layers(model)
+    check_without_peft(model)
     check_whole(model, "load an adapter")
-    folder = Path(directory)
     config = read_config(folder)
     modules = _modules(model)
+    saved = find_saved(model, modules, config, folder)
     with AdapterTensors(folder / WEIGHTS) as file:
         file.check_digest(config)
-        places = file.places(modules)
+        keys = saved_keys(file, saved)
+        states = read_states(file, saved, keys)
+        tied = bool(config.get("ensure_weight_tying"))
+        adapted = any(isinstance(module, LoRALayer) for module in modules.values())
+        check_shared(saved, states, tied or adapted, folder / WEIGHTS)
+        places = file.places(modules, keys)
         plan = {
-            place: (layer_config(folder, config, place), parameters)
+            place: (layer_config(folder, config, place, file.saved_as[place]), parameters)
             for place, parameters in places.items()
         }
         for place, (its_config, parameters) in plan.items():
@@ -166,20 +250,34 @@ def load_adapter(
         }
     if not file.ours:
         _warn_of_places(modules, loaded)
-    if any(isinstance(module, LoRALayer) for module in modules.values()):
-        _into_adapted(model, loaded, name, folder)
+    warn_of_convolutions(modules, loaded)
+    if adapted:
+        _into_adapted(model, loaded, name, folder, {saved[p]: s for p, s in states.items()})
     else:
         check_replaceable(wrapped, "adapt")
         configs = {place: adapter.config for place, adapter in loaded.items()}
         found = {place: modules[place] for place in loaded}
+        copies = copy_tensors(model, saved, tied)
+        warn_of_readers(found, bypassed(model), stacklevel=3)
         adapt(model, found, configs, impl, adapter_dtype)
+        train_copies(saved, copies)
+        remember(model)
+        watch_first_backward(model)
+        for place, state in states.items():
+            load_state(saved[place], state)
         for place, layer in _by_alias(model, loaded).items():
             layer.activate_adapter(loaded[place])
             layer.adapter_name = name
     return list(loaded)
 
 
-def _into_adapted(model, loaded: Mapping[str, Adapter], name: str, folder: Path) -> None:
+def _into_adapted(
+    model,
+    loaded: Mapping[str, Adapter],
+    name: str,
+    folder: Path,
+    states: Mapping[nn.Module, Mapping[str, Tensor]],
+) -> None:
     layers = _by_alias(model, loaded)
     plain = [place for place, layer in layers.items() if not isinstance(layer, LoRALayer)]
     if plain:
@@ -198,12 +296,17 @@ def _into_adapted(model, loaded: Mapping[str, Adapter], name: str, folder: Path)
         check_new_name(layers, name)
         for place, layer in layers.items():
             check_sharing(place, layer, loaded[place].config)
+        check_copies(model, "load another adapter")
         for place, layer in layers.items():
             layer.inactive_adapters[name] = _placed(loaded[place], layer)
+        add_copies(model, name)
+        for module, state in states.items():
+            load_state(module, state, name)
         return
     check_unmerged(layers)
+    check_copies(model, "load an adapter", "" if name == known[0] else name)
     for place, layer in layers.items():
-        old = layer.stash_adapter() if name == known[0] else layer.inactive_adapters[name]
+        old = layer.inactive_adapters.get(name) or layer.active_adapter()
         if (old.config.init == "pissa") != (loaded[place].config.init == "pissa"):
             raise ValueError(
                 f"{folder / CONFIG}: expected the same init_lora_weights as the model's at {place}:"
@@ -224,6 +327,8 @@ def _into_adapted(model, loaded: Mapping[str, Adapter], name: str, folder: Path)
             layer.activate_adapter(loaded[place])
         else:
             layer.inactive_adapters[name] = _placed(loaded[place], layer)
+    for module, state in states.items():
+        load_state(module, state, None if name == known[0] else name)
 
 
 def _by_alias(model: nn.Module, loaded: Mapping[str, Adapter]) -> dict[str, LoRALayer]:
@@ -232,8 +337,8 @@ def _by_alias(model: nn.Module, loaded: Mapping[str, Adapter]) -> dict[str, LoRA
 
 
 def _placed(adapter: Adapter, layer: LoRALayer) -> Adapter:
-    like = layer.lora_A
-    tensors = {n: t.to(like.device, like.dtype) for n, t in adapter.tensors.items()}
+    like = layer.adapter_device(), layer.lora_A.dtype
+    tensors = {n: t.to(*like) for n, t in adapter.tensors.items()}
     return Adapter(adapter.config, adapter.scaling, tensors)
 
 
@@ -251,14 +356,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _clean(place: str) -> str:
-    """A module's name without the parts that wrappers inside the model add."""
-    return ".".join(part for part in place.split(".") if part not in _WRAPPED)
-
-
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module under each of its names, ignoring wrappers inside the model."""
-    return {_clean(p): m for p, m in model.named_modules(remove_duplicate=False)}
+    """Every module under each of its names, as the unadapted model has them."""
+    return dict(plain_names(model, remove_duplicate=False))
 
 
 def _warn_of_places(modules: Mapping[str, nn.Module], places: Iterable[str]) -> None:

@@ -5,10 +5,11 @@ Nothing is unpickled. Every error names the file and, where there is one, the ke
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 
 import safetensors
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.base import LoRALayer
+from ..layers.beside import LoRABeside
 from ..layers.config import AdapterConfig
+from ..layers.offload import has_values, onloaded
 from ..models.targets import layer_class
-from ..ops.validation import listed
+from ..models.wrappers import clean
+from ..ops.validation import FLOATS, listed, multiplies_itself
 from . import format as peft_format
 
 WEIGHTS = "adapter_model.safetensors"
@@ -35,6 +39,8 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict) -> Non
         WEIGHTS: safetensors.torch.save(tensors, metadata),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
     }
+    if folder.is_file():
+        raise FileExistsError(f"expected a directory, got the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         _replace_file(folder / name, content)
@@ -67,6 +73,10 @@ def read_config(folder: Path) -> dict:
         if not needed.is_file():
             pickled = folder / "adapter_model.bin"
             hint = f"; {pickled.name} is a pickle, which is not read" if pickled.exists() else ""
+            if folder.is_file():
+                hint = f"; {folder} is a file: pass its directory"
+            elif not folder.exists():
+                hint = "; an adapter on the Hub must be downloaded first: snapshot_download does"
             raise FileNotFoundError(f"expected {needed}, got no such file{hint}")
     try:
         return peft_format.parse_config(path.read_text(encoding="utf-8"))
@@ -74,15 +84,21 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{path}: {error}") from error
 
 
-def layer_config(folder: Path, config: Mapping, place: str) -> AdapterConfig:
-    """The configuration of the layer ``place``, which must be among the targets."""
-    if not peft_format.names_target(config, place):
+def layer_config(folder: Path, config: Mapping, place: str, saved_as: str) -> AdapterConfig:
+    """The configuration of the layer ``place``, which must be among the targets.
+
+    Args:
+        saved_as: its name in the file. What wrappers add to it is in the configuration's names
+            too if the model was wrapped before PEFT adapted it, and not if it was afterwards.
+    """
+    names = list(dict.fromkeys((place, clean(saved_as), saved_as)))
+    if not any(peft_format.names_target(config, name) for name in names):
         raise ValueError(
             f"{folder / WEIGHTS}: expected adapters for {CONFIG}'s target_modules only, got one for"
             f" {place}: the two files do not belong together"
         )
     try:
-        return peft_format.layer_config(config, place)
+        return peft_format.layer_config(config, names)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG}: {place}: {error}") from error
 
@@ -90,11 +106,13 @@ def layer_config(folder: Path, config: Mapping, place: str) -> AdapterConfig:
 class AdapterTensors:
     """An ``adapter_model.safetensors``, open within a ``with`` statement.
 
-    ``ours`` is set by :meth:`check_digest`: whether this library wrote the file.
+    ``ours`` is set by :meth:`check_digest`: whether this library wrote the file. ``saved_as`` is
+    set by :meth:`places`: each layer's name in the file, which a wrapper may have changed.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        self.saved_as: dict[str, str] = {}
 
     def __enter__(self) -> AdapterTensors:
         try:
@@ -109,8 +127,30 @@ class AdapterTensors:
     def __exit__(self, *raised) -> None:
         self._file.__exit__(*raised)
 
+    def all_keys(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._shape(key))
+
+    def tensor(self, key: str, like: torch.dtype) -> Tensor:
+        """A tensor that can be written into one of dtype ``like``: any float, or the same dtype.
+
+        Raises:
+            ValueError: another dtype.
+        """
+        if like.is_floating_point:
+            return self._tensor(key)
+        tensor = self._file.get_tensor(key)
+        if tensor.dtype != like:
+            raise ValueError(f"{self.path}: expected {key} of dtype {like}, got {tensor.dtype}")
+        return tensor
+
     def check_digest(self, config: Mapping) -> None:
         """Check that ``config`` is the one saved with the tensors; PEFT's files have no digest."""
+        mapping = config.get("auto_mapping")
+        kind = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        self._base = config.get("base_model_name_or_path") or (kind and f"a {kind}")
         saved = (self._file.metadata() or {}).get(_DIGEST)
         self.ours = saved is not None
         if saved is not None and saved != peft_format.digest(config):
@@ -119,24 +159,40 @@ class AdapterTensors:
                 " interrupted between the two files, or one was edited or copied; save again"
             )
 
-    def places(self, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
+    def places(
+        self, modules: Mapping[str, nn.Module], saved: Collection[str] = ()
+    ) -> dict[str, dict[str, str]]:
         """Layer name to parameter name to key.
+
+        Args:
+            saved: the keys of ``modules_to_save``, which belong to no adapter of a layer.
 
         Raises:
             ValueError: a key that belongs to no adapter, or a layer that cannot have this adapter.
         """
         places: dict[str, dict[str, str]] = {}
-        unknown = []
-        keys = self._file.keys()
+        unknown, names = [], set()
+        keys = [key for key in self.all_keys() if key not in saved]
         for key in keys:
             split = peft_format.split_key(key)
             if split is not None:
-                place, parameter = split
+                saved_as, parameter, name = split
+                place = in_model(saved_as, modules)
                 if parameter in places.setdefault(place, {}):
-                    raise ValueError(f"{self.path}: expected one {parameter} for {place}, got two")
+                    raise ValueError(
+                        f"{self.path}: expected one {parameter} for {place}, got two: {key} and"
+                        f" {places[place][parameter]}"
+                    )
                 places[place][parameter] = key
-            elif not self._is_base_weight(key, modules):
+                self.saved_as[place] = saved_as
+                names |= {name} - {None}
+            elif not self._is_base_tensor(key, modules) and not peft_format.is_training_buffer(key):
                 unknown.append(key)
+        if len(names) > 1:
+            raise ValueError(
+                f"{self.path}: expected the tensors of one adapter, got those of"
+                f" {listed(sorted(names))}: save one adapter per directory"
+            )
         if unknown:
             raise ValueError(
                 f"{self.path}: expected tensors of adapters only, got {listed(unknown)}"
@@ -144,9 +200,10 @@ class AdapterTensors:
         if not places:
             raise ValueError(f"{self.path}: expected tensors of adapters, got none")
         seen: dict[nn.Module, str] = {}
+        absent = [place for place in places if place not in modules]
+        if absent:
+            raise ValueError(f"{self.path}: {self._absent(absent, len(places), modules)}")
         for place in places:
-            if place not in modules:
-                raise ValueError(f"{self.path}: expected a module {place} in the model, got none")
             module = modules[place]
             if not isinstance(module, LoRALayer) and layer_class(module) is None:
                 raise ValueError(
@@ -161,30 +218,50 @@ class AdapterTensors:
                 )
         return places
 
-    def _is_base_weight(self, key: str, modules: Mapping[str, nn.Module]) -> bool:
-        """Whether ``key`` is the weight of the model's input or output embedding.
+    def _absent(self, absent: list[str], of: int, modules: Mapping[str, nn.Module]) -> str:
+        """The error of layers that the model does not have."""
+        message = f"expected a module {absent[0]} in the model, got none"
+        if len(absent) > 1:
+            message += f", as of {len(absent)} of the adapter's {of} layers"
+        near = difflib.get_close_matches(absent[0], [name for name in modules if name], n=3)
+        if near:
+            message += f"; similar: {', '.join(near)}"
+        elif has := [name for name, module in modules.items() if name and layer_class(module)]:
+            message += f"; the model's layers have names such as {has[0]}"
+        return message + (f"; the adapter was made for {self._base}" if self._base else "")
 
-        PEFT saves these two with adapters of embeddings. They are not loaded, only compared.
+    def _is_base_tensor(self, key: str, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether ``key`` is a tensor of the base model.
+
+        PEFT saves those of the input and output embeddings beside an adapter, with
+        ``save_embedding_layers`` or if they are adapted. They are not loaded, only compared.
 
         Raises:
-            ValueError: the model's own weight is another.
+            ValueError: the model's own tensor is another.
         """
-        place, _, last = key.removeprefix(peft_format.PREFIX).rpartition(".")
-        place = place.removesuffix(".base_layer")
-        if last != "weight" or not isinstance(modules.get(place), nn.Embedding | nn.Linear):
+        place, _, last = (peft_format.without_prefix(key) or "").rpartition(".")
+        name = in_model(clean(place).removesuffix(".base_layer"), modules)
+        module = modules.get(f"{name}.base_layer", modules.get(name))
+        if isinstance(module, LoRABeside):
+            module = module._modules["base_layer"]
+        if module is None or last not in {**module._parameters, **module._buffers}:
             return False
-        module = modules[place]
-        weight = module.base_weight if isinstance(module, LoRALayer) else module.weight
-        if weight is None or tuple(weight.shape) != tuple(self._shape(key)):
-            same = False
-        else:
-            # PEFT saved its base's dtype, which may differ: compare in the narrower of the two.
-            own, saved = weight.detach().cpu(), self._tensor(key)
-            narrow = min(own.dtype, saved.dtype, key=lambda dtype: torch.finfo(dtype).bits)
-            same = torch.equal(saved.to(narrow), own.to(narrow))
+        with onloaded(module):
+            own = getattr(module, last)
+            if isinstance(module, LoRALayer) and last == "weight":
+                own = module.base_weight
+            if own is not None and (own.dtype not in FLOATS or multiplies_itself(own)):
+                return True  # quantised: its values cannot be compared
+            if own is None or tuple(own.shape) != self.shape(key):
+                same = False
+            else:
+                # PEFT saved its base's dtype, which may differ: compare in the narrower of the two.
+                own, saved = own.detach().cpu(), self._tensor(key)
+                narrow = min(own.dtype, saved.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+                same = torch.equal(saved.to(narrow), own.to(narrow))
         if not same:
             raise ValueError(
-                f"{self.path}: expected {key} to be the model's own weight, got another: the"
+                f"{self.path}: expected {key} to be the model's own {last}, got another: the"
                 " adapter's base model was resized or trained and is not this model"
             )
         return True
@@ -194,17 +271,20 @@ class AdapterTensors:
     ) -> None:
         """Check that the layer ``place`` can have the adapter, and the shapes of its tensors."""
         cls = type(module) if isinstance(module, LoRALayer) else layer_class(module)
-        if module.weight.is_meta:
+        without = cls.weight_like(module).is_meta if cls.runs_base else False
+        if without or not has_values(module, "weight"):
             raise ValueError(
-                f"{self.path}: expected a model with values, got {place} on the meta device"
+                f"{self.path}: expected a model with values, got {place} on the meta device:"
+                " load its weights first"
             )
         try:
             if not isinstance(module, LoRALayer):
                 cls.check_plain(module)
-            cls.check_config(module.weight, config)
+            weight = cls.weight_like(module)
+            cls.check_config(weight, config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.path}: {place}: {error}") from error
-        expected = cls.adapter_shapes(module.weight, config)
+        expected = cls.adapter_shapes(weight, config)
         for parameter in {**expected, **parameters}:
             key = parameters.get(parameter)
             if key is None:
@@ -231,3 +311,11 @@ class AdapterTensors:
         if dtype not in _DTYPES:
             raise ValueError(f"{self.path}: expected {key} in a float dtype, got {dtype}")
         return self._file.get_tensor(key)
+
+
+def in_model(place: str, modules: Container[str]) -> str:
+    """A layer's name in the model, without what wrappers added to it when it was saved."""
+    place = clean(place)
+    while place.startswith("module.") and place not in modules:
+        place = place.removeprefix("module.")
+    return place
