@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,19 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..distributed import sharding
 from ..layers.offload import onloaded
+from .aside import (
+    ASIDE,
+    Aside,
+    MovesAside,
+    copy_of,
+    originals_of,
+    owners_of,
+    present,
+    swap,
+    table_of,
+    trained_tensors,
+    write,
+)
 from .modules_to_save import REMOVE_HOOKS, warn_of_ties
 from .wrappers import clean
 
@@ -26,49 +38,6 @@ _ORDER = (
 )
 _QUANTISED = f"which does not train: {_ORDER}"
 _FROZEN = "does not require grad: requires_grad_(True) lets it train"
-_ASIDE = "_lora_aside"  # in the __dict__ of every module that owns copied tensors
-
-
-@dataclass
-class _Aside:
-    """What a module keeps aside of its own Parameters and buffers, by name.
-
-    Attributes:
-        root: whether this is the module that ``modules_to_save`` names, not a part of it.
-        base: the originals; while ``disabled``, they are in the module and the copies are here.
-        inactive: the copies of the inactive adapters.
-    """
-
-    root: bool
-    base: dict[str, Tensor]
-    inactive: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    disabled: bool = False
-
-
-class _Apply:
-    """An instance's ``_apply`` that also moves the tensors kept aside: ``.to()`` calls it."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def __call__(self, fn, recurse: bool = True) -> nn.Module:
-        aside = self.module.__dict__[_ASIDE]
-        with torch.no_grad():
-            moved = {name: fn(tensor.data) for name, tensor in aside.base.items()}
-            if any(new.is_meta and not aside.base[name].is_meta for name, new in moved.items()):
-                raise RuntimeError(
-                    "expected a device with memory for a module in modules_to_save, got meta, where"
-                    " its original weights would be lost: unload_lora first"
-                )
-            type(self.module)._apply(self.module, fn, recurse)
-            for name, new in moved.items():
-                tensor = aside.base[name]
-                tensor.data = new
-                if tensor.grad is not None:
-                    tensor.grad.data = fn(tensor.grad.data)
-            for adapter, tensors in aside.inactive.items():
-                aside.inactive[adapter] = {name: fn(tensor) for name, tensor in tensors.items()}
-        return self.module
 
 
 def copy_tensors(
@@ -89,7 +58,7 @@ def copy_tensors(
                 if owner in copies:
                     continue
                 tensors = {n: copy.deepcopy(p, memo) for n, p in own_tensors(owner, False).items()}
-                buffers = {n: b.detach().clone() for n, b in _named(owner._buffers).items()}
+                buffers = {n: b.detach().clone() for n, b in present(owner._buffers).items()}
                 if tensors or buffers:
                     copies[owner] = tensors | buffers
     return copies
@@ -101,21 +70,21 @@ def train_copies(
     """Put ``copies`` in the place of the originals, which are kept aside; the copies train."""
     roots = set(found.values())
     for owner, tensors in copies.items():
-        aside = _Aside(owner in roots, tensors, disabled=True)
-        owner.__dict__[_ASIDE] = aside
-        owner.__dict__["_apply"] = _Apply(owner)
-        _swap(owner)
-        for parameter in _named(owner._parameters).values():
+        aside = Aside(owner in roots, tensors, disabled=True)
+        owner.__dict__[ASIDE] = aside
+        owner.__dict__["_apply"] = MovesAside(owner)
+        swap(owner)
+        for parameter in present(owner._parameters).values():
             parameter.requires_grad_(True)
     for root in roots:
-        if _ASIDE not in root.__dict__:  # it owns nothing itself
-            root.__dict__[_ASIDE] = _Aside(True, {})
-            root.__dict__["_apply"] = _Apply(root)
+        if ASIDE not in root.__dict__:  # it owns nothing itself
+            root.__dict__[ASIDE] = Aside(True, {})
+            root.__dict__["_apply"] = MovesAside(root)
 
 
 def is_trained(module: nn.Module) -> bool:
     """Whether ``modules_to_save`` names this module, and not a module around it."""
-    aside = module.__dict__.get(_ASIDE)
+    aside = module.__dict__.get(ASIDE)
     return aside is not None and aside.root
 
 
@@ -128,7 +97,7 @@ def trained_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The Parameters that train in ``modules_to_save``; those of the active adapter."""
     for root in trained_modules(model).values():
         for part in root.modules():
-            aside = part.__dict__.get(_ASIDE)
+            aside = part.__dict__.get(ASIDE)
             disabled = aside is not None and aside.disabled
             yield from (
                 tensor
@@ -172,10 +141,10 @@ def _copies(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """The names of modules and the tensors in them that train, or did when they were copied."""
     for root_name, root in trained_modules(model).items():
         for part_name, part in root.named_modules():
-            aside = part.__dict__.get(_ASIDE, _Aside(False, {}))
+            aside = part.__dict__.get(ASIDE, Aside(False, {}))
             current = aside.base if aside.disabled else part._parameters | part._buffers
             copied = {name for name, t in aside.base.items() if isinstance(t, nn.Parameter)}
-            for name in sorted(copied | _named(part._parameters).keys()):
+            for name in sorted(copied | present(part._parameters).keys()):
                 if current.get(name) is not None:
                     yield ".".join(filter(None, (root_name, part_name))), name, current[name]
 
@@ -192,16 +161,16 @@ def _kind(tensor: Tensor) -> str:
 
 def original_tensors(module: nn.Module) -> list[Tensor]:
     """The originals that ``module`` itself keeps aside."""
-    aside = module.__dict__.get(_ASIDE)
+    aside = module.__dict__.get(ASIDE)
     return [] if aside is None or aside.disabled else list(aside.base.values())
 
 
 def own_tensors(module: nn.Module, buffers: bool = True) -> dict[str, Tensor]:
     """The Parameters of ``module`` itself and the buffers that its ``state_dict`` holds."""
-    named = _named(module._parameters)
+    named = present(module._parameters)
     if buffers:
         transient = module._non_persistent_buffers_set
-        named |= {n: b for n, b in _named(module._buffers).items() if n not in transient}
+        named |= {n: b for n, b in present(module._buffers).items() if n not in transient}
     return named
 
 
@@ -222,11 +191,13 @@ def module_state(root: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     state = {}
     for place, owner in named_parts(root):
         kept = own_tensors(owner)
-        if _ASIDE in owner.__dict__:
+        if ASIDE in owner.__dict__:
             sharding.reshard(owner)
             with onloaded(owner):
                 kept = own_tensors(owner)
-                source = _trained(owner) if name is None else owner.__dict__[_ASIDE].inactive[name]
+                source = (
+                    trained_tensors(owner) if name is None else owner.__dict__[ASIDE].inactive[name]
+                )
                 kept = {n: source.get(n, tensor).detach() for n, tensor in kept.items()}
             _check_gathered(owner, kept)
         state |= {f"{place}.{key}" if place else key: tensor for key, tensor in kept.items()}
@@ -237,17 +208,17 @@ def module_state(root: nn.Module, name: str | None = None) -> dict[str, Tensor]:
 def load_state(root: nn.Module, state: Mapping[str, Tensor], name: str | None = None) -> None:
     """Write a state as :func:`module_state` returns it; an inactive adapter may be a new one."""
     for place, owner in named_parts(root):
-        if _ASIDE not in owner.__dict__:
+        if ASIDE not in owner.__dict__:
             continue
         prefix = f"{place}." if place else ""
         given = {key: state[prefix + key] for key in own_tensors(owner) if prefix + key in state}
         if name is None:
-            _write(_trained(owner), given)
+            write(trained_tensors(owner), given)
             continue
-        inactive = owner.__dict__[_ASIDE].inactive
+        inactive = owner.__dict__[ASIDE].inactive
         if name not in inactive:
-            inactive[name] = {key: _copy(tensor) for key, tensor in _originals(owner).items()}
-        _write(inactive[name], given)
+            inactive[name] = {key: copy_of(tensor) for key, tensor in originals_of(owner).items()}
+        write(inactive[name], given)
 
 
 def add_copies(model: nn.Module, name: str, source: str | None = None) -> None:
@@ -256,13 +227,13 @@ def add_copies(model: nn.Module, name: str, source: str | None = None) -> None:
     Args:
         source: an inactive adapter, or "" for the active one; None for the original.
     """
-    for owner in _owners(model):
-        aside = owner.__dict__[_ASIDE]
+    for owner in owners_of(model):
+        aside = owner.__dict__[ASIDE]
         if source is None:
-            tensors = _originals(owner)
+            tensors = originals_of(owner)
         else:
-            tensors = aside.inactive[source] if source else _trained(owner)
-        aside.inactive[name] = {key: _copy(tensor) for key, tensor in tensors.items()}
+            tensors = aside.inactive[source] if source else trained_tensors(owner)
+        aside.inactive[name] = {key: copy_of(tensor) for key, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -275,22 +246,22 @@ def switch_copies(model: nn.Module, active: str, name: str) -> None:
     """
     check_plain(model, "switch adapters")
     check_copies(model, f"switch to the adapter {name!r}", name)
-    owners = _owners(model)
+    owners = owners_of(model)
     for owner in owners:
         sharding.reshard(owner)
     # All copies before the first write: memory may run out.
-    previous = [{key: _copy(t) for key, t in _trained(owner).items()} for owner in owners]
+    previous = [{key: copy_of(t) for key, t in trained_tensors(owner).items()} for owner in owners]
     for owner, copies in zip(owners, previous, strict=True):
-        inactive = owner.__dict__[_ASIDE].inactive
-        _write(_trained(owner), inactive[name])
+        inactive = owner.__dict__[ASIDE].inactive
+        write(trained_tensors(owner), inactive[name])
         del inactive[name]
         inactive[active] = copies
 
 
 def delete_copies(model: nn.Module, name: str) -> None:
     """Drop the copies of an inactive adapter."""
-    for owner in _owners(model):
-        owner.__dict__[_ASIDE].inactive.pop(name, None)
+    for owner in owners_of(model):
+        owner.__dict__[ASIDE].inactive.pop(name, None)
 
 
 def check_originals(model: nn.Module, doing: str) -> None:
@@ -322,10 +293,10 @@ def check_copies(
     """
     _check_complete(model)
     for place, owner in model.named_modules():
-        if _ASIDE not in owner.__dict__:
+        if ASIDE not in owner.__dict__:
             continue
-        aside = owner.__dict__[_ASIDE]
-        current = {name: _table(owner, name)[name] for name in aside.base}
+        aside = owner.__dict__[ASIDE]
+        current = {name: table_of(owner, name)[name] for name in aside.base}
         _check_gathered(owner, current)
         kept = aside.inactive[source] if source else current if source == "" else aside.base
         whose = f"the adapter {source!r}" if source else "the original"
@@ -345,7 +316,7 @@ def check_copies(
 def _check_complete(model: nn.Module) -> None:
     for place, root in trained_modules(model).items():
         for name, part in root.named_modules():
-            if _ASIDE not in part.__dict__ and own_tensors(part):
+            if ASIDE not in part.__dict__ and own_tensors(part):
                 raise RuntimeError(
                     f"expected the modules that were there when {place or 'a module'} began to"
                     f" train, got a new {type(part).__name__} at {name} in it: replace modules"
@@ -355,79 +326,28 @@ def _check_complete(model: nn.Module) -> None:
 
 def swap_originals(model: nn.Module, disabled: bool) -> list[nn.Module]:
     """Put the originals in place, or the copies again; return the owners that changed."""
-    changed = [owner for owner in _owners(model) if owner.__dict__[_ASIDE].disabled != disabled]
+    changed = [owner for owner in owners_of(model) if owner.__dict__[ASIDE].disabled != disabled]
     for owner in changed:
-        _swap(owner)
+        swap(owner)
     return changed
 
 
 def untrain(model: nn.Module, keep: bool) -> None:
     """Leave plain, frozen modules: with the trained values, or with the originals."""
     swap_originals(model, disabled=not keep)
-    for owner in _owners(model):
-        for parameter in _named(owner._parameters).values():
+    for owner in owners_of(model):
+        for parameter in present(owner._parameters).values():
             parameter.requires_grad_(False)
-        del owner.__dict__[_ASIDE], owner.__dict__["_apply"]
-
-
-def _owners(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if _ASIDE in module.__dict__]
-
-
-def _trained(owner: nn.Module) -> dict[str, Tensor]:
-    """The active adapter's tensors, by name."""
-    aside = owner.__dict__[_ASIDE]
-    if aside.disabled:
-        return aside.base
-    return {name: _table(owner, name)[name] for name in aside.base}
-
-
-def _originals(owner: nn.Module) -> dict[str, Tensor]:
-    aside = owner.__dict__[_ASIDE]
-    if not aside.disabled:
-        return aside.base
-    return {name: _table(owner, name)[name] for name in aside.base}
-
-
-def _swap(owner: nn.Module) -> None:
-    aside = owner.__dict__[_ASIDE]
-    for name, other in aside.base.items():
-        aside.base[name] = _table(owner, name)[name]
-        setattr(owner, name, other)  # not into the table: an LSTM also lists its weights
-    aside.disabled = not aside.disabled
-
-
-def _table(owner: nn.Module, name: str) -> dict[str, Tensor | None]:
-    for table in (owner._parameters, owner._buffers):
-        if table.get(name) is not None:
-            return table
-    raise RuntimeError(
-        f"expected {name} of a {type(owner).__name__} in modules_to_save to be a Parameter or a"
-        " buffer, got one that a parametrization or a wrapper computes: remove it first"
-    )
+        del owner.__dict__[ASIDE], owner.__dict__["_apply"]
 
 
 def _check_gathered(owner: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if not getattr(owner, "_is_fsdp_managed_module", False):
         return
-    for name, original in owner.__dict__[_ASIDE].base.items():
+    for name, original in owner.__dict__[ASIDE].base.items():
         tensor = tensors.get(name, original)
         if not sharding.is_shard(tensor) and tensor.shape != original.shape:
             raise RuntimeError(
                 "expected whole Parameters, got FSDP1's flat ones: do it on every rank within"
                 " FullyShardedDataParallel.summon_full_params(model)"
             )
-
-
-def _write(current: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        current[name].copy_(sharding.like(value, current[name]))
-        current[name].grad = None  # of the previous values
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
-def _named(table: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in table.items() if tensor is not None}
