@@ -7,8 +7,6 @@ The kernel is bound by memory bandwidth: one read of P. The contraction may be s
 the partial sums are added in a fixed order, so results are bitwise reproducible.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +17,7 @@ from .launch import Arguments, launch
 
 
 # M varies between calls; specialising it would compile the kernel again.
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "scale_u"])
 def _shrink(
     u_ptr,
     p_ptr,
@@ -30,6 +28,7 @@ def _shrink(
     M,
     L,
     R,
+    scale_u,
     l_per_split,
     stride_us,
     stride_um,
@@ -98,7 +97,8 @@ def _shrink(
         q_ptrs += advance(BLOCK_L, stride_ql)
     # Once per result, instead of at every entry of P; with splits, ``sum_partials`` does it.
     if HAS_SCALE:
-        acc *= factor * tl.load(scale_ptr).to(tl.float32)
+        # ``scale_u`` is not a constexpr: without the load of the scale, several tiles spill.
+        acc *= factor * tl.where(scale_u != 0, tl.load(scale_ptr).to(tl.float32), 1.0)
     u_ptrs = (
         u_ptr
         + split.to(tl.int64) * stride_us
@@ -112,9 +112,10 @@ def shrink(
     u: torch.Tensor,
     p: torch.Tensor,
     q: torch.Tensor,
-    scale: torch.Tensor | None,
+    scale: torch.Tensor,
     config: ShrinkConfig,
     *,
+    scale_u: bool = True,
     keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
@@ -125,7 +126,8 @@ def shrink(
         u: ``(M, R)`` fp32, inner stride 1.
         p: ``(M, L)``, inner stride 1.
         q: ``(L, R)`` in p's dtype, any strides.
-        scale: 0-d tensor, read on the device, or None for 1.
+        scale: 0-d tensor, read on the device.
+        scale_u: whether the scale multiplies ``u``, as in ``G``; else its factor is 1.
         keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
         inv_keep: factor of the kept entries of ``p``; applied to ``u``.
         input_precision: of fp32 products, "ieee" or "tf32".
@@ -135,26 +137,15 @@ def shrink(
     out = u
     if splits > 1:
         out = torch.empty((splits, M, q.shape[1]), dtype=torch.float32, device=u.device)
-    # Without the load of a scale, several tiles spill.
-    loaded = out if splits > 1 else _one(u.device) if scale is None else scale
-    tensors = out, p, q, keep_bits, loaded
-    launch(_shrink, _arguments, config, tensors, (float(inv_keep),), input_precision)
+    tensors = out, p, q, keep_bits, scale
+    launch(_shrink, _arguments, config, tensors, (float(inv_keep),), scale_u, input_precision)
     if splits > 1:
-        sum_partials(u, out, inv_keep, scale)
+        sum_partials(u, out, inv_keep, scale if scale_u else None)
 
 
-def _one(device: torch.device) -> torch.Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.ones((), device=device)  # belongs to the CUDA graph
-    return _cached_one(device)
-
-
-@lru_cache
-def _cached_one(device: torch.device) -> torch.Tensor:
-    return torch.ones((), device=device)
-
-
-def _arguments(config, out, p, q, keep_bits, scale, input_precision: str) -> Arguments:
+def _arguments(
+    config, out, p, q, keep_bits, scale, scale_u: bool, input_precision: str
+) -> Arguments:
     (M, L), R = p.shape, q.shape[1]
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     l_per_split, splits = split_evenly(L, config.splits, block_l)
@@ -171,6 +162,7 @@ def _arguments(config, out, p, q, keep_bits, scale, input_precision: str) -> Arg
             M,
             L,
             R,
+            int(scale_u),
             l_per_split,
             out.stride(0) if splits > 1 else 0,
             out.stride(-2),

@@ -4,9 +4,9 @@
     U = s · P Z    O = P Q + D(U V) + bias
 
 Forward: the first line, with Z = Aᵀ. Backward: the second, with Z = B. The rest as in
-:mod:`.lora_gemm`. Every column block computes U
-again from the tile of P that it has already read; the first block writes it. There is no mask on P,
-which every column block would have to unpack again: a forward with dropout uses other kernels.
+:mod:`.lora_gemm`. Every column block computes U again from the tile of P that it has already read;
+the first block writes it. There is no mask on P, which every column block would have to unpack
+again: a forward with dropout uses other kernels.
 """
 
 import torch

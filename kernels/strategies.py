@@ -37,7 +37,7 @@ def forward(operands: ForwardOperands, strategy: str) -> tuple[Tensor, Tensor]:
     x = _inner_contiguous(x)
     target = select_config.target_of(x.device)
     if base is not None:
-        S = _shrink(x, lora_A.t(), None, target, keep_bits, inv_keep)
+        S = _shrink(x, lora_A.t(), scale, target, False, keep_bits, inv_keep)
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
         _add(y, S, lora_B.t(), scale, target, base=_inner_contiguous(base), like=x)
         return y, S
@@ -45,7 +45,7 @@ def forward(operands: ForwardOperands, strategy: str) -> tuple[Tensor, Tensor]:
     bias = None if bias is None else bias.contiguous()
     if strategy == "single_pass":
         return _single_pass(x, weight.t(), lora_A.t(), lora_B.t(), scale, target, bias=bias)
-    S = _shrink(x, lora_A.t(), None, target, keep_bits, inv_keep)
+    S = _shrink(x, lora_A.t(), scale, target, False, keep_bits, inv_keep)
     if strategy == "addmm":
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         _add(y, S, lora_B.t(), scale, target, base=y)
@@ -96,7 +96,7 @@ def backward(
     return dx, dA, dB
 
 
-def _shrink(p, q, scale, target, keep_bits=None, inv_keep=1.0) -> Tensor:
+def _shrink(p, q, scale, target, scale_u=True, keep_bits=None, inv_keep=1.0) -> Tensor:
     M, L = p.shape
     R = q.shape[1]
     u = _rank_matrix(M, R, p.device)
@@ -105,7 +105,7 @@ def _shrink(p, q, scale, target, keep_bits=None, inv_keep=1.0) -> Tensor:
     )
     shrink(
         u, p, q.to(p.dtype), scale, config,
-        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
+        scale_u=scale_u, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
     )  # fmt: skip
     return u
 

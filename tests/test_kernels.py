@@ -61,15 +61,17 @@ SHRINK = [
 ]
 
 
+@pytest.mark.parametrize("scale_u", [True, False])
 @pytest.mark.parametrize("case", SHRINK, ids=str)
-def test_shrink(case):
+def test_shrink(case, scale_u):
     M, L, R, dtype, splits, descriptors, masked = case
     p, q = rand(M, L, dtype=dtype), rand(L, R, dtype=dtype)
     keep_bits, mask = random_keep_bits(M, L) if masked else (None, 1.0)
     u = torch.empty(M, R)
     config = ShrinkConfig(4, 2, descriptors, block_m=32, block_l=64, splits=splits)
-    shrink(u, p, q, SCALE, config, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0)
-    check(u, 0.7 * (p.double() * mask) @ q.double(), FP32)
+    masking = {"keep_bits": keep_bits, "inv_keep": INV_KEEP} if masked else {}
+    shrink(u, p, q, SCALE, config, scale_u=scale_u, **masking)
+    check(u, (0.7 if scale_u else 1.0) * (p.double() * mask) @ q.double(), FP32)
 
 
 # M, N, L, R, dtype, adapter dtype, descriptors, transposed, masked, bias
@@ -240,7 +242,7 @@ def test_shipped_tiles_of_shrink(case):
     p, q = rand(M, L, dtype=FP16), rand(L, R, dtype=FP16)
     keep_bits, mask = random_keep_bits(M, L)
     u = torch.empty(M, R)
-    shrink(u, p, q, None, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
+    shrink(u, p, q, SCALE, config, scale_u=False, keep_bits=keep_bits, inv_keep=INV_KEEP)
     check(u, (p.double() * mask) @ q.double(), FP32)
 
 

@@ -95,7 +95,7 @@ class Case:
                 mask["scale_u"] = True
                 return lambda: single_pass(x, u, dy, weight, z, A, scale, config, **mask)
             case "shrink", "S":
-                return lambda: shrink(u, x, A.to(dtype).t(), None, config, **mask)
+                return lambda: shrink(u, x, A.to(dtype).t(), scale, config, scale_u=False, **mask)
             case "shrink", "G":
                 return lambda: shrink(u, dy, B.to(dtype), scale, config)
             case "rank_grad", "dA":

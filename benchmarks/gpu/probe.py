@@ -148,7 +148,7 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
     for config in select_config.shrink_candidates(target, 2, R, describable=True):
         for splits in SPLITS_OF_SHRINK:
             tried = replace(config, splits=splits)
-            shrinks[tile(tried)] = partial(shrink, u, x, A.t(), None, tried)
+            shrinks[tile(tried)] = partial(shrink, u, x, A.t(), scale, tried, scale_u=False)
     yield Race("shrink", 2.0 * M * K, shrinks)
 
     dA = torch.empty(R, K, device=device)

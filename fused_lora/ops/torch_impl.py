@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..kernels.operands import BackwardOperands, ForwardOperands
 from . import dropout
-from .constants import constant
 from .cpu_gemm import HALF, is_widened, sums_apart, thin_products, wide_product, wide_sum
 from .modes import is_observed
 
@@ -185,14 +184,11 @@ def _times(factor: float, a: Tensor, b: Tensor, turned: bool = False) -> Tensor:
         return torch.mm(a, b)
     ignored = _zeros.get(a.dtype) if type(a) is Tensor and a.is_cpu else None
     if ignored is None:
-        ignored = constant(_zero, a.dtype, a.device)
-        if ignored.is_cpu and not is_observed():
+        # Not cached on a GPU, where it may lie in the memory pool of one of inductor's CUDA graphs.
+        ignored = a.new_empty(()) if a.is_cuda else a.new_zeros(())
+        if type(a) is Tensor and a.is_cpu and not is_observed():
             _zeros[a.dtype] = ignored
     return torch.addmm(ignored, a, b, beta=0, alpha=factor)
-
-
-def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=dtype, device=device)
 
 
 def _scaled_mm(

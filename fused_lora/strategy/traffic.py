@@ -151,7 +151,7 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
     kernels = _cast(c.L * c.R, c)
     out = c.M * c.R * 4
     if splits == 1:
-        reads |= _scale(True)  # forward's is 1
+        reads |= _scale(True)
         return [*kernels, Kernel("shrink", reads, {"u": out}, flops)]
     kernels.append(Kernel("shrink", reads, {"u": splits * out}, flops))
     return [*kernels, _sum(splits, out, out, c.backward)]
