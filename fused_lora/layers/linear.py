@@ -40,10 +40,11 @@ class _LinearForward(LoRALayer):
                 sharded weight.
             RuntimeError: disabled while merged with ``keep_base=False``.
         """
-        if is_dynamo_compiling():
+        compiling = is_dynamo_compiling()
+        if compiling:
             self.note_traced_call()
-        else:
-            self.__dict__["has_run"] = True
+        elif not self.has_run:
+            self.has_run = True
         if self.merged or not self.enabled:
             return self._plain_forward(input)
         if self.use_dora:
@@ -64,7 +65,7 @@ class _LinearForward(LoRALayer):
                 lora_A,
                 lora_B,
                 bias,
-                scaling=current_scale(self),  # a method's look-up costs host time
+                scaling=current_scale(self, compiling),  # a method's look-up costs host time
                 dropout_p=self.dropout,
                 training=self.training,
                 impl=self.impl,

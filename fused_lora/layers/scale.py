@@ -63,7 +63,7 @@ class ScaledLayer(nn.Module):
         self._write_scale(float(value))
 
     def _scale(self) -> float | Tensor:
-        return current_scale(self)
+        return current_scale(self, is_dynamo_compiling())
 
     def _tensor_scale(self, tensor: Tensor) -> Tensor:
         weight = self._parameters.get("weight")
@@ -102,7 +102,7 @@ class ScaledLayer(nn.Module):
         tensor.fill_(value)
 
 
-def current_scale(layer: ScaledLayer) -> float | Tensor:
+def current_scale(layer: ScaledLayer, compiling: bool) -> float | Tensor:
     """``s`` for a forward: a number on CPUs, whose ``addmm`` applies it in the same pass.
 
     A tensor on GPUs, where reading it would wait for the device, for compilers and exporters,
@@ -113,7 +113,7 @@ def current_scale(layer: ScaledLayer) -> float | Tensor:
     if not tensor.is_cpu:
         return tensor
     if (  # not is_observed(): on the hot path each check costs host time
-        is_dynamo_compiling()
+        compiling
         or tensor.requires_grad
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0

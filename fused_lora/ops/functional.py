@@ -12,6 +12,7 @@ from .dropout import KEEP_ALL
 from .modes import autocasts, is_exporting, is_observed, is_traced, is_transformed
 from .operands import Operands, pack
 from .validation import (
+    IMPLEMENTATIONS,
     check_base,
     check_options,
     check_passes_gradient,
@@ -65,7 +66,9 @@ def fused_lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3;
     dropout as in PEFT.
     """
-    check_options(impl, dropout_p)
+    # The condition of check_options, whose call costs host time.
+    if impl not in IMPLEMENTATIONS or type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
+        check_options(impl, dropout_p)
     is_plain = check_tensors(x, weight, lora_A, lora_B, bias, scaling)
     operands = pack((x, weight, lora_A, lora_B, bias, scaling, None, KEEP_ALL, impl, None))
     return _route(operands, dropout_p if training else 0.0, is_plain)
