@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import sharding
+from ..ops.modes import is_dynamo_compiling
 from ..ops.validation import check_dtype, check_impl, multiplies_itself
 from . import dora, initialization
 from .config import Adapter, AdapterConfig
@@ -117,6 +118,13 @@ class AdapterLayer(ScaledLayer):
     def _configure(self, config: AdapterConfig) -> None:
         for name, value in vars(config).items():
             setattr(self, name, value)
+
+    def note_call(self) -> None:
+        """Set ``has_run``."""
+        if is_dynamo_compiling():
+            self.note_traced_call()
+        elif not self.has_run:
+            self.has_run = True
 
     def note_traced_call(self) -> None:
         """Set ``has_run`` while Dynamo traces a forward: no side effect enters the graph.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..distributed import sharding
@@ -107,6 +107,22 @@ class LoRALayer(MergeableLayer):
             f"expected layers that TorchScript can compile, got a {type(self).__name__}: use"
             " torch.jit.trace or torch.export, or unload_lora(model) first, which merges"
         )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The plain layer's output, with the adapter unless merged or disabled.
+
+        Raises:
+            RuntimeError: disabled while merged with ``keep_base=False``, or the weight was resized.
+            ValueError: the adapter has no values (meta).
+        """
+        if isinstance(input, Proxy):
+            return leaf_call(self, input)
+        y = self._compute(input)
+        self.note_call()
+        return y
+
+    def _compute(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def check_forward(self) -> None:
         """Raise the TypeError that ``plain`` would; accelerate's hooks go over to the new layer."""

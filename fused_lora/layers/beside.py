@@ -18,7 +18,6 @@ from torch.fx import Proxy
 
 from ..distributed import sharding
 from ..ops.functional import fused_lora_add
-from ..ops.modes import is_dynamo_compiling
 from ..ops.validation import check_passes_gradient, multiplies_itself
 from .adapter import ADAPTER_NAMES
 from .base import LoRALayer, leaf_call
@@ -181,10 +180,7 @@ class LoRABeside(LoRALayer):
             return leaf_call(self, *args, **kwargs)
         base = self._modules[_BASE]
         y = self._sum(base, x, args, kwargs) if self.enabled else base(*args, **kwargs)
-        if is_dynamo_compiling():
-            self.note_traced_call()
-        else:
-            self.__dict__["has_run"] = True
+        self.note_call()
         return y
 
     def _sum(self, base: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 
-from ..ops.modes import is_dynamo_compiling
 from ..ops.reference import add_scaled
-from .base import LoRALayer, leaf_call
+from .base import LoRALayer
 from .config import AdapterConfig
 
 
@@ -68,23 +66,8 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
             "lora_B": (weight.shape[0], config.rank, 1, 1),
         }
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` or ``(C, H, W)``, as for ``nn.Conv2d``.
-
-        Raises:
-            RuntimeError: disabled while merged with ``keep_base=False``, or the weight was resized.
-            ValueError: the adapter has no values (meta).
-        """
-        if isinstance(input, Proxy):
-            return leaf_call(self, input)
-        y = self._compute(input)
-        if is_dynamo_compiling():
-            self.note_traced_call()
-        else:
-            self.__dict__["has_run"] = True
-        return y
-
     def _compute(self, input: Tensor) -> Tensor:
+        """``(N, C, H, W)`` or ``(C, H, W)``, as for ``nn.Conv2d``."""
         if self.merged or not self.enabled:
             return self._conv_forward(input, self.plain_weight(), self.bias)
         weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..distributed.sharding import is_shard
-from ..ops.modes import is_dynamo_compiling
 from ..ops.reference import add_scaled
-from .base import LoRALayer, leaf_call
+from .base import LoRALayer
 from .config import AdapterConfig
 
 
@@ -70,24 +68,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         nn.init.zeros_(lora_A)
         nn.init.normal_(lora_B)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Integer indices ``(...)`` to ``(..., embedding_dim)``.
-
-        Raises:
-            RuntimeError: disabled while merged with ``keep_base=False``, or the embedding was
-                resized.
-            ValueError: the adapter has no values (meta).
-        """
-        if isinstance(input, Proxy):
-            return leaf_call(self, input)
-        y = self._compute(input)
-        if is_dynamo_compiling():
-            self.note_traced_call()
-        else:
-            self.__dict__["has_run"] = True
-        return y
-
     def _compute(self, input: Tensor) -> Tensor:
+        """Integer indices ``(...)`` to ``(..., embedding_dim)``."""
         if self.merged or not self.enabled:
             return self._look_up(input, self.plain_weight())
         weight, lora_A = self.weight, self.lora_A
