@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,22 @@ def by_default(kept: list, cases: Iterable) -> list:
     cases = list(cases)
     assert all(case in cases for case in kept), kept
     return [case if case in kept else pytest.param(case, marks=swept) for case in cases]
+
+
+def caught(function, *arguments, **keywords) -> tuple:
+    """The result of a call, and this library's warnings, each of which names the caller's line."""
+    with warnings.catch_warnings(record=True) as log:
+        warnings.simplefilter("always")
+        result = function(*arguments, **keywords)
+    ours = [w for w in log if "fused_lora" in str(w.message)]
+    tests = Path(__file__).parent
+    assert all(Path(w.filename).parent == tests for w in ours), ours
+    return result, [str(w.message) for w in ours]
+
+
+def warned(function, *arguments, **keywords) -> list[str]:
+    """This library's warnings during a call."""
+    return caught(function, *arguments, **keywords)[1]
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:

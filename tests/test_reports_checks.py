@@ -1,7 +1,6 @@
 """What the checks of idle layers, read weights and fresh heads must tell, and must not tell."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -17,16 +16,7 @@ from fused_lora import (
     save_adapter,
     unload_lora,
 )
-
-
-def caught(function, *arguments) -> tuple:
-    """The result of a call, and this library's warnings."""
-    with warnings.catch_warnings(record=True) as log:
-        warnings.simplefilter("always")
-        result = function(*arguments)
-    ours = [w for w in log if "fused_lora" in str(w.message)]
-    assert all(w.filename == __file__ for w in ours if "first backward" not in str(w.message))
-    return result, [str(w.message) for w in ours]
+from support import caught
 
 
 def product(layer: nn.Linear, x):

@@ -6,7 +6,6 @@ Every test names its source. Right is what PEFT, or the model before saving, com
 import copy
 import json
 import sys
-import warnings
 
 import peft
 import pytest
@@ -17,7 +16,7 @@ from torch import nn
 
 from fused_lora import apply_lora, load_adapter, lora_layers, save_adapter
 from fused_lora.peft.base_model import describe
-from support import by_default
+from support import by_default, warned
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,14 +36,6 @@ def offline(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def told(function, *arguments, **keywords) -> list[str]:
-    """The warnings of this library during a call."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function(*arguments, **keywords)
-    return [text for w in caught if (text := str(w.message)).startswith("fused_lora")]
 
 
 def edit_config(folder, **changes) -> None:
@@ -200,7 +191,7 @@ def test_keys_with_wrappers_and_adapter_names(case, tmp_path):
         name = "default" if case == "default" else "german"
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, adapter_name=name)
         torch.testing.assert_close(theirs.eval()(ids).logits, right)
-    assert not told(load_adapter, base, tmp_path)
+    assert not warned(load_adapter, base, tmp_path)
     torch.testing.assert_close(base(ids).logits, right, rtol=1e-6, atol=1e-6)
 
 
@@ -229,7 +220,7 @@ def test_a_file_of_default_settings_loads_silently(tmp_path):
     """peft#2038: files of newer versions have keys unknown to older ones."""
     base, ids, right = peft_file(tmp_path)
     edit_config(tmp_path, **DEFAULTS, a_key_to_come=None, another_key_to_come=False)
-    assert not told(load_adapter, base, tmp_path)
+    assert not warned(load_adapter, base, tmp_path)
     torch.testing.assert_close(base(ids).logits, right, rtol=1e-6, atol=1e-6)
 
 
@@ -296,7 +287,7 @@ def test_settings_of_training_warn_and_load(tmp_path):
                 if "lora_" in name:
                     parameter.normal_(std=0.2)
         theirs.save_pretrained(tmp_path)
-        texts = told(load_adapter, base, tmp_path)
+        texts = warned(load_adapter, base, tmp_path)
         assert [said in text for text in texts] == ([True] if said else [])
         torch.testing.assert_close(base(ids).logits, theirs(ids).logits, rtol=1e-6, atol=1e-6)
 
@@ -327,7 +318,7 @@ def test_adapters_that_peft_takes_for_fused_experts_are_named(family, tmp_path, 
     model, ids = copy.deepcopy(base), tokens()
     apply_lora(model, rank=4)
     train_like(model)
-    texts = told(save_adapter, model, tmp_path)
+    texts = warned(save_adapter, model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     gap = (theirs(ids).logits - model(ids).logits).abs().max().item()
     assert (gap > 1e-3) == bool(texts)
@@ -345,7 +336,7 @@ def test_adapters_that_peft_takes_for_fused_experts_are_named(family, tmp_path, 
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
     # Without PEFT's conversion the names decide, with the same result.
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert bool(told(save_adapter, model, tmp_path)) == bool(dropped)
+    assert bool(warned(save_adapter, model, tmp_path)) == bool(dropped)
 
 
 CONVOLUTIONS = {
@@ -383,8 +374,8 @@ def test_convolutions_that_peft_computes_otherwise_are_named(case, tmp_path):
         base[0].dilation,
     )
     torch.testing.assert_close(model(x), right, rtol=1e-5, atol=1e-5)
-    saving = told(save_adapter, model, tmp_path)
-    loading = told(load_adapter, copy.deepcopy(base), tmp_path)
+    saving = warned(save_adapter, model, tmp_path)
+    loading = warned(load_adapter, copy.deepcopy(base), tmp_path)
     for texts in (saving, loading):
         assert [("dilation" in text and "0:" in text) for text in texts] == [True] * differs
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()

@@ -8,7 +8,6 @@ import inspect
 import io
 import json
 import pickle
-import warnings
 from pathlib import Path
 
 import peft
@@ -41,18 +40,11 @@ from fused_lora import (
     unmerge_lora,
     unpatch_peft,
 )
+from support import warned
 
 transformers = pytest.importorskip("transformers")
 
 CONFIG = "adapter_config.json"
-
-
-def told(function, *arguments) -> list[str]:
-    """The warnings of this library during a call."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function(*arguments)
-    return [text for w in caught if (text := str(w.message)).startswith("fused_lora")]
 
 
 def adapted(make=stack, **arguments) -> nn.Module:
@@ -65,18 +57,18 @@ def test_a_merged_model_says_that_its_state_is_the_bases(tmp_path):
     """peft#868: save_pretrained after a merge wrote the model without the adapter."""
     model, ids = adapted(llama), tokens()
     right, base = model(ids).logits, copy.deepcopy(model.state_dict())
-    assert not told(merge_lora, model)
-    (text,) = told(model.save_pretrained, tmp_path)
+    assert not warned(merge_lora, model)
+    (text,) = warned(model.save_pretrained, tmp_path)
     assert "base weights" in text
     assert "unload_lora(model) first, then save_pretrained" in text
-    assert not told(model.state_dict)  # once per merge
+    assert not warned(model.state_dict)  # once per merge
     assert all(torch.equal(tensor, base[key]) for key, tensor in model.state_dict().items())
     unmerge_lora(model)
-    assert not told(model.save_pretrained, tmp_path)
+    assert not warned(model.save_pretrained, tmp_path)
     merge_lora(model)
-    assert len(told(model.state_dict)) == 1
+    assert len(warned(model.state_dict)) == 1
     unload_lora(model)
-    assert not told(model.save_pretrained, tmp_path)
+    assert not warned(model.save_pretrained, tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(ids).logits, right, rtol=1e-5, atol=1e-5)
 
@@ -92,7 +84,7 @@ def test_a_copy_exports_the_merged_model(merged, tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(ids).logits, right, rtol=1e-5, atol=1e-5)
     assert lora_layers(model)
-    assert bool(told(model.state_dict)) == merged
+    assert bool(warned(model.state_dict)) == merged
 
 
 def test_what_else_reads_a_merged_models_state():
@@ -101,26 +93,26 @@ def test_what_else_reads_a_merged_models_state():
     model = adapted()
     right = model(x)
     merge_lora(model)
-    assert not told(copy.deepcopy, model)
-    assert not told(pickle.dumps, model)
-    assert not told(torch.export.export, model, (x,))
-    assert not told(model[0].state_dict)  # FSDP takes the states of single layers
-    assert not told(torch.compile(model, backend="eager", fullgraph=True), x)
-    assert len(told(copy.deepcopy(model).state_dict)) == 1
-    assert len(told(nn.DataParallel(model).state_dict)) == 1
-    assert not told(lambda: model.load_state_dict(model.state_dict()))
+    assert not warned(copy.deepcopy, model)
+    assert not warned(pickle.dumps, model)
+    assert not warned(torch.export.export, model, (x,))
+    assert not warned(model[0].state_dict)  # FSDP takes the states of single layers
+    assert not warned(torch.compile(model, backend="eager", fullgraph=True), x)
+    assert len(warned(copy.deepcopy(model).state_dict)) == 1
+    assert len(warned(nn.DataParallel(model).state_dict)) == 1
+    assert not warned(lambda: model.load_state_dict(model.state_dict()))
     torch.testing.assert_close(model(x), right, rtol=1e-5, atol=1e-5)
     for make in (torch.compile, nn.DataParallel):  # merged through a wrapper
         model = adapted()
         merge_lora(make(model))
-        assert len(told(torch.save, model.state_dict, io.BytesIO())) == 0
-        assert len(told(model.state_dict)) == 1
+        assert len(warned(torch.save, model.state_dict, io.BytesIO())) == 0
+        assert len(warned(model.state_dict)) == 1
     inner = nn.ModuleDict({"inner": adapted(), "outer": nn.Linear(2, 2)})
     merge_lora(inner["inner"])
-    assert len(told(inner.state_dict)) == 1
+    assert len(warned(inner.state_dict)) == 1
     final = adapted()
     merge_lora(final, keep_base=False)  # its state is the merged one
-    assert not told(final.state_dict)
+    assert not warned(final.state_dict)
 
 
 def peft_wrapped() -> nn.Module:

@@ -13,7 +13,14 @@ import torch
 from models import assert_unchanged, snapshot, stack, train_like
 from torch import nn
 
-from fused_lora import add_adapter, add_weighted_adapter, apply_lora, lora_layers, lora_param_groups
+from fused_lora import (
+    add_adapter,
+    add_weighted_adapter,
+    apply_lora,
+    disable_lora,
+    lora_layers,
+    lora_param_groups,
+)
 
 SAVE_TWICE = """
 import sys
@@ -53,6 +60,19 @@ def test_a_warning_from_within_a_library_is_its_callers(library):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scope["save"]()
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_a_warning_from_a_with_statement_is_its_lines():
+    """cpython#69403: contextlib's own frame lies between."""
+    model = stack()
+    apply_lora(model, rank=2)
+    model[0] = nn.Linear(8, 8)
+    with (
+        pytest.warns(UserWarning, match="adapted layers were replaced") as caught,
+        disable_lora(model),
+    ):
+        pass
     assert [w.filename for w in caught] == [__file__]
 
 

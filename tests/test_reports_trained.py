@@ -6,7 +6,6 @@ Each test names the public source of the case.
 import copy
 import json
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -31,6 +30,7 @@ from fused_lora import (
     set_adapter,
     unload_lora,
 )
+from support import warned
 
 CURE = "resize, quantise or convert before apply_lora, or call unload_lora first"
 
@@ -47,14 +47,6 @@ def trained(model=None, modules=("head",)) -> nn.Module:
     model = net() if model is None else model
     apply_lora(model, target_modules=["body"], modules_to_save=list(modules))
     return model
-
-
-def caught(function, *arguments) -> list[str]:
-    """This library's warnings during a call."""
-    with warnings.catch_warnings(record=True) as log:
-        warnings.simplefilter("always")
-        function(*arguments)
-    return [str(w.message) for w in log if "fused_lora" in str(w.message)]
 
 
 def replace(model):
@@ -108,7 +100,7 @@ def test_what_became_of_a_trained_module(change, wrapper):
     model = trained()
     now = change(model)
     model, prefix = WRAPPERS[wrapper](model)
-    log = caught(lora_layers, model)
+    log = warned(lora_layers, model)
     if now is None:
         assert log == []
         assert check_adapters(model) == {}
@@ -135,16 +127,16 @@ def test_a_replaced_module_is_told_wherever_it_matters(tmp_path):
         lambda m: merge_lora(copy.deepcopy(m)),
         lambda m: unload_lora(copy.deepcopy(m)),
     ):
-        log = caught(use, model)
+        log = warned(use, model)
         assert len(log) == 1
         assert "modules in modules_to_save were replaced by an nn.Linear at head; th" in log[0]
         assert CURE in log[0]
     before = snapshot(model)
     for switch in (lambda m: disable_lora(m).__enter__(), lambda m: set_adapter(m, "b")):
         with pytest.raises(RuntimeError, match=r"got one replaced by an nn\.Linear at head, whose"):
-            caught(switch, model)
+            warned(switch, model)
         assert_unchanged(model, before)
-    caught(lambda: unload_lora(model, merge=False))
+    warned(lambda: unload_lora(model, merge=False))
     trained(model)
     assert check_adapters(model) == {}
 
@@ -182,7 +174,7 @@ def test_new_tokens_after_the_adapters(tmp_path):
     assert check_adapters(model) == {
         "lm_head": "its trained copy is gone: the module was replaced by an nn.Linear"
     }
-    log = caught(save_adapter, model, tmp_path)
+    log = warned(save_adapter, model, tmp_path)
     assert len(log) == 1  # and no advice to name lm_head in modules_to_save
     assert "were replaced by an nn.Linear at lm_head; their trained copies are gone" in log[0]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -241,7 +233,7 @@ def test_a_copy_that_does_not_train_is_named(change):
     assert found.keys() == expected.keys()
     for name, reason in expected.items():
         assert found[name].startswith(reason)
-    (log,) = caught(lambda: model(torch.randn(2, 8)).sum().backward())
+    (log,) = warned(lambda: model(torch.randn(2, 8)).sum().backward())
     assert log.startswith("fused_lora: after the first backward pass, head.")
     assert all(f"{name}: {found[name]}" in log for name in found)
 
@@ -252,7 +244,7 @@ def test_a_model_that_is_frozen_on_purpose_is_not_named(tmp_path):
     model.requires_grad_(False)
     with disable_lora(model):
         assert check_adapters(model) == {}
-    assert caught(save_adapter, model, tmp_path) == []
+    assert warned(save_adapter, model, tmp_path) == []
     model.body.requires_grad_(True)
     with disable_lora(model):
         assert check_adapters(model).keys() == {"head.0", "head.2"}
@@ -269,7 +261,7 @@ def test_a_quantised_head(tmp_path):
     quantize_(model, Int8WeightOnlyConfig(), lambda m, name: name in ("body", "head.2"))
     words = "whose weight is of class .*Tensor: quantise before apply_lora"
     assert check_adapters(model).keys() == {"head.2"}
-    (log,) = caught(lambda: model(torch.randn(2, 8)).sum().backward())
+    (log,) = warned(lambda: model(torch.randn(2, 8)).sum().backward())
     assert "head.2: its weight is of class" in log
     assert "Tensor, which does not train: quantise before apply_lora" in log
     for use in (lambda: save_adapter(model, tmp_path / "c"), lambda: set_adapter(model, "b")):
@@ -278,7 +270,7 @@ def test_a_quantised_head(tmp_path):
     with pytest.raises(ValueError, match=r"expected float Parameters in modules_to_save, got head"):
         load_adapter(model, tmp_path / "a")
     assert not (tmp_path / "c").exists()
-    caught(save_adapter, model, tmp_path / "b", "b")  # its copy is aside, and whole
+    warned(save_adapter, model, tmp_path / "b", "b")  # its copy is aside, and whole
     with disable_lora(model):
         assert check_adapters(model).keys() == {"head.2"}
     plain, x = net(), torch.randn(2, 8)
@@ -287,7 +279,7 @@ def test_a_quantised_head(tmp_path):
     right(x).sum().backward()
     assert right.head[2].weight.grad is not None
     assert check_adapters(right) == {}
-    assert caught(save_adapter, right, tmp_path / "right") == []
+    assert warned(save_adapter, right, tmp_path / "right") == []
 
 
 def test_a_tensor_subclass_that_trains_is_not_saved(tmp_path):
@@ -323,7 +315,7 @@ def classifier():
 def test_a_head_that_stays_frozen_on_purpose(excluded, silent):
     """peft#2369: a warning of uninitialised weights that is nothing to worry about."""
     targets = {"target_modules": ["query"], "exclude_modules": excluded}
-    log = caught(lambda: apply_lora(classifier(), **targets))
+    log = warned(lambda: apply_lora(classifier(), **targets))
     if silent:
         assert log == []
     else:
@@ -336,7 +328,7 @@ def test_a_head_that_stays_frozen_on_purpose(excluded, silent):
 
 def test_excluding_does_not_hide_an_adapter_on_a_fresh_head():
     """peft#2027: an adapter on a head whose own weights no file holds."""
-    log = caught(
+    log = warned(
         lambda: apply_lora(
             classifier(), target_modules=["query", "dense"], exclude_modules=["classifier"]
         )
@@ -355,10 +347,10 @@ def test_a_head_that_the_checkpoint_has(tmp_path):
     base.save_pretrained(tmp_path / "base")
     loaded = cls.from_pretrained(tmp_path / "whole").to(torch.bfloat16)
     found = []
-    assert caught(lambda: found.extend(apply_lora(loaded))) == []
+    assert warned(lambda: found.extend(apply_lora(loaded))) == []
     assert any(name.startswith("classifier") for name in found)
-    (log,) = caught(lambda: apply_lora(cls.from_pretrained(tmp_path / "base")))
+    (log,) = warned(lambda: apply_lora(cls.from_pretrained(tmp_path / "base")))
     assert "no adapter for classifier, frozen" in log
     resized = cls.from_pretrained(tmp_path / "whole", num_labels=5, ignore_mismatched_sizes=True)
-    (log,) = caught(lambda: apply_lora(resized))
+    (log,) = warned(lambda: apply_lora(resized))
     assert "no adapter for classifier, frozen" in log

@@ -27,7 +27,7 @@ from fused_lora import (
     unload_lora,
 )
 from fused_lora.models.bypass import bypassed
-from support import relative_rms
+from support import caught, relative_rms
 
 HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 NEVER = "never run while others have"
@@ -59,14 +59,6 @@ class Chosen(nn.Module):
         for part in list(self.hidden.values()):
             x = F.linear(x, part.weight, part.bias) if self.bypass else x
         return self.called(x)
-
-
-def caught(function, *arguments) -> tuple:
-    """The result of a call, and this library's warnings."""
-    with warnings.catch_warnings(record=True) as log:
-        warnings.simplefilter("always")
-        result = function(*arguments)
-    return result, [str(w.message) for w in log if "fused_lora" in str(w.message)]
 
 
 def test_all_linear_leaves_out_what_mamba_reads_itself():

@@ -5,7 +5,6 @@ Each test names the public source of the case.
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -26,16 +25,9 @@ from fused_lora import (
     unload_lora,
     unmerge_lora,
 )
+from support import caught
 
 CURE = "resize, quantise or convert before apply_lora, or call unload_lora first"
-
-
-def caught(function, *arguments, **keywords) -> tuple:
-    """The result of a call, and this library's warnings."""
-    with warnings.catch_warnings(record=True) as log:
-        warnings.simplefilter("always")
-        result = function(*arguments, **keywords)
-    return result, [str(w.message) for w in log if "fused_lora" in str(w.message)]
 
 
 def pair() -> nn.Sequential:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FunctionType
@@ -19,6 +18,7 @@ from torch import nn
 from ..layers.replacing import class_name
 from ..ops.validation import listed
 from .modules_to_save import CONTAINERS
+from .warn import warn
 
 # Mamba's kin call these, if at all, only with quantised weights or without their fused kernels.
 # PEFT refuses "out_proj" too.
@@ -84,19 +84,16 @@ def bypassed(model: nn.Module) -> dict[int, Bypass]:
     }
 
 
-def warn_of_readers(
-    found: Mapping[str, nn.Module], readers: Mapping[int, Bypass], stacklevel: int
-) -> None:
+def warn_of_readers(found: Mapping[str, nn.Module], readers: Mapping[int, Bypass]) -> None:
     """Warn of the layers in ``found`` whose weight is read; ``readers`` is of :func:`bypassed`."""
     names: dict[str, list[str]] = {}
     for name, module in found.items():
         if id(module) in readers:
             names.setdefault(readers[id(module)].reason, []).append(name)
     for reason, places in names.items():
-        warnings.warn(
-            f"fused_lora: {listed(places)}: {reason}, and then the adapter has no effect until it"
+        warn(
+            f"{listed(places)}: {reason}, and then the adapter has no effect until it"
             " is merged; check_adapters names the layers that never ran",
-            stacklevel=stacklevel,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from .bypass import Bypass, bypassed, warn_of_readers
 from .parameters import adapted_layers
 from .record import gone_layers
 from .trained_modules import stopped_copies, trained_parameters
+from .warn import warn
 
 _NEVER_RUN = (
     "another module may read its weight without calling it, and then the adapter has no effect"
@@ -130,28 +130,24 @@ def _kind(module: nn.Module) -> type[nn.Module]:
     return type(module._modules.get("_orig_mod", module))
 
 
-def warn_of_idle(model: nn.Module, when: str, stacklevel: int = 3) -> None:
+def warn_of_idle(model: nn.Module, when: str) -> None:
     """Warn of the layers that never ran while others have, and of copies that do not train."""
     layers = adapted_layers(model, missing_ok=True)
     if stopped := _stopped(model, layers):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in stopped.items())
-        warnings.warn(f"fused_lora: {when}, {reasons}", stacklevel=stacklevel)
+        warn(f"{when}, {reasons}")
     idle, _ = _idle(model, layers)
-    _warn_of_idle(idle, len(layers), when, stacklevel + 1)
+    _warn_of_idle(idle, len(layers), when)
 
 
-def _warn_of_idle(idle: Mapping[str, str], total: int, when: str, stacklevel: int) -> None:
+def _warn_of_idle(idle: Mapping[str, str], total: int, when: str) -> None:
     if idle:
         reasons = Counter(idle.values())
         parts = [
             f"{listed([name for name, its in idle.items() if its == reason])}: {reason}"
             for reason in reasons
         ]
-        warnings.warn(
-            f"fused_lora: {when}, {len(idle)} of {total} adapted layers have never run."
-            f" {'; '.join(parts)}",
-            stacklevel=stacklevel,
-        )
+        warn(f"{when}, {len(idle)} of {total} adapted layers have never run. {'; '.join(parts)}")
 
 
 def check_effective(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
@@ -172,8 +168,8 @@ def check_effective(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
             " Merging would change the outputs by what the adapter never did: remove the adapters"
             " with unload_lora(model, merge=False), and adapt without these layers"
         )
-    _warn_of_idle(idle, len(everywhere), "merging", stacklevel=5)
-    warn_of_readers(read, readers, stacklevel=5)
+    _warn_of_idle(idle, len(everywhere), "merging")
+    warn_of_readers(read, readers)
 
 
 def _is_zero(layer: LoRALayer) -> bool:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterator
 
 from torch import nn
 
 from ..ops.validation import listed
 from .modules_to_save import CONTAINERS
+from .warn import warn
 from .wrappers import clean
 
 # Classes whose heads belong to the pretraining, so that a checkpoint has them.
@@ -119,11 +119,10 @@ def warn_of_heads(
     if adapted:
         parts.append(f"an adapter on {listed(adapted)}, whose own weights its file lacks")
     silence = ", or name them in exclude_modules to silence this warning" if frozen else ""
-    warnings.warn(
-        f"fused_lora: {'; '.join(parts)}. Modules outside the pretrained base of"
+    warn(
+        f"{'; '.join(parts)}. Modules outside the pretrained base of"
         f" {type(model).__name__} are freshly initialised unless the checkpoint had them: train and"
         f" save them whole with modules_to_save={[*frozen, *adapted]}{silence}",
-        stacklevel=3,
     )
 
 

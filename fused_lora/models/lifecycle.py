@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
 from operator import methodcaller
-from types import FrameType
 
 import torch
 from torch import nn
@@ -23,8 +20,8 @@ from .check import check_effective
 from .parameters import check_kept, lora_layers
 from .record import forget
 from .trained_modules import check_originals, original_tensors, swap_originals, untrain
+from .warn import warn
 
-_SAVERS = ("torch", "transformers", "accelerate", "safetensors", "peft")
 _TOLD = "_told_of_base_weights"  # in the __dict__ of a merged model: the warning has been given
 
 
@@ -101,27 +98,11 @@ def _tell_of_base_weights(model: nn.Module, prefix: str, keep_vars: bool) -> Non
     if keep_vars or not kept or model.__dict__.get(_TOLD):  # exporters keep the variables
         return
     model.__dict__[_TOLD] = True
-    warnings.warn(
-        "fused_lora: the state_dict() of a merged model has the base weights, and the adapters"
+    warn(
+        "the state_dict() of a merged model has the base weights, and the adapters"
         " apart, so that it loads into an adapted model; to export the merged model, call"
         " unload_lora(model) first, then save_pretrained or state_dict()",
-        stacklevel=_caller(),
     )
-
-
-def _caller() -> int:
-    """The ``stacklevel`` of the nearest caller outside the libraries that save a model's state.
-
-    Python shows a warning once per line: in a library's line it would be one per process.
-    """
-    level, frame = 2, sys._getframe(2)
-    while frame.f_back is not None and _package(frame) in _SAVERS:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def _package(frame: FrameType) -> str:
-    return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def _forget_state_hook(model: nn.Module) -> None:

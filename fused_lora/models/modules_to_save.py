@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.validation import listed
+from .warn import warn
 from .wrappers import WRAPPED, clean
 
 # PEFT's list: these have no forward, or their owner indexes them.
@@ -181,9 +181,8 @@ def warn_of_ties(model: nn.Module, found: Mapping[str, nn.Module], tied: bool) -
     """Warn that copies end a tie, unless ``tied`` keeps it."""
     names = list(find_tied(model, found)) or list(found)
     if names != list(found) or (not tied and share_parameters(found.values())):
-        warnings.warn(
-            f"fused_lora: modules_to_save trains copies of {listed(list(found))}, no longer tied to"
+        warn(
+            f"modules_to_save trains copies of {listed(list(found))}, no longer tied to"
             f" {listed(names)}, as in PEFT: set ensure_weight_tying=True to keep the tie, or the"
             " model's config.tie_word_embeddings to False before saving the whole model",
-            stacklevel=4,
         )

@@ -7,7 +7,6 @@ each layer keeps the others in ``inactive_adapters``, outside ``parameters()`` a
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Mapping
 from numbers import Real
 
@@ -26,6 +25,7 @@ from .trained_modules import (
     switch_copies,
     trained_modules,
 )
+from .warn import warn
 
 COMBINATIONS = ("cat", "svd")
 _MAX = sys.float_info.max  # an int may be too large for math.isfinite
@@ -157,10 +157,9 @@ def set_adapter(model: nn.Module, name: str) -> list[str]:
         layer.inactive_adapters[layer.adapter_name] = previous[place]
         layer.adapter_name = name
     if replaced:
-        warnings.warn(
-            f"fused_lora: the adapter {name!r} has other shapes at {len(replaced)} of"
+        warn(
+            f"the adapter {name!r} has other shapes at {len(replaced)} of"
             f" {len(layers)} layers, whose Parameters are new: create a new optimizer",
-            stacklevel=2,
         )
     return replaced
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
@@ -17,6 +16,7 @@ from ..ops.validation import listed
 from .arguments import check_model, check_without_peft, described
 from .record import Gone, gone_layers
 from .trained_modules import trained_parameters
+from .warn import warn
 
 _CURE = "resize, quantise or convert before apply_lora, or call unload_lora first"
 _ADAPTERS = "their adapters are not trained, merged or saved"
@@ -43,7 +43,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
             parts.append(f"adapted layers were {lost}; {_ADAPTERS}")
         if lost := _described(gone, whole=True):
             parts.append(f"modules in modules_to_save were {lost}; {_COPIES}")
-        warnings.warn(f"fused_lora: {'; '.join(parts)}: {_CURE}", stacklevel=3)
+        warn(f"{'; '.join(parts)}: {_CURE}")
     return layers
 
 
@@ -162,10 +162,9 @@ def _warn_of_unmatched(model: nn.Module, no_decay: set[str]) -> None:
     names = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
     if idle := sorted(no_decay - names):
         near = difflib.get_close_matches(idle[0], sorted(names)) or sorted(names)
-        warnings.warn(
-            f"fused_lora: no_decay has {', '.join(map(repr, idle))}, which names no parameter that"
+        warn(
+            f"no_decay has {', '.join(map(repr, idle))}, which names no parameter that"
             f" trains; such names are {listed(near)}",
-            stacklevel=3,
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
@@ -20,6 +19,7 @@ from ..layers.linear import FusedLoRAConv1D, FusedLoRALinear
 from ..ops.validation import listed
 from .arguments import described
 from .bypass import Bypass, bypassed, warn_of_readers
+from .warn import warn
 
 ALL_LINEAR = "all-linear"
 _NEAR_NAMES = 6  # suggested when nothing matched
@@ -103,7 +103,7 @@ def find_targets(
                 f" out all that target_modules {target_modules!r} names"
             )
         raise ValueError(_no_match(model, target_modules))
-    warn_of_readers(found, readers, stacklevel=4)
+    warn_of_readers(found, readers)
     return found
 
 
@@ -129,14 +129,10 @@ def _all_linear(
             found[name] = module
     if left_out:
         parts = ", ".join(f"{listed(names)} ({reason})" for reason, names in left_out.items())
-        warnings.warn(
-            f"fused_lora: no adapter for {parts}; name them in exclude_modules to silence this"
-            " warning",
-            stacklevel=4,
-        )
+        warn(f"no adapter for {parts}; name them in exclude_modules to silence this warning")
     if not found:
         raise ValueError(_no_linear(model))
-    warn_of_readers(found, readers, stacklevel=5)
+    warn_of_readers(found, readers)
     return found
 
 
@@ -187,10 +183,7 @@ def _warn_of_unmatched(model: nn.Module, argument: str, target: str | Iterable[s
     if idle and (argument != "target_modules" or len(idle) < len(parts)):
         near = difflib.get_close_matches(idle[0], {n.rpartition(".")[2] for n in names})
         hint = f"; similar: {', '.join(near)}" if near else ""
-        warnings.warn(
-            f"fused_lora: {argument} has {', '.join(map(repr, idle))}, which names no module{hint}",
-            stacklevel=4,
-        )
+        warn(f"{argument} has {', '.join(map(repr, idle))}, which names no module{hint}")
 
 
 def _no_match(model: nn.Module, target: str | Iterable[str]) -> str:
@@ -241,10 +234,9 @@ def adapter_configs(
 def warn_of_zero_scales(scales: Mapping[str, float]) -> None:
     """Warn of new adapters that add nothing and do not train: their ``alpha`` is zero."""
     if idle := [name for name, scale in scales.items() if abs(scale) <= _SMALLEST_SCALE]:
-        warnings.warn(
-            f"fused_lora: alpha gives a scale of 0 at {listed(idle)}: there the adapter adds"
+        warn(
+            f"alpha gives a scale of 0 at {listed(idle)}: there the adapter adds"
             " nothing, and its gradients are 0, until the layer's scaling is set",
-            stacklevel=3,
         )
 
 

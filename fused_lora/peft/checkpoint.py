@@ -9,7 +9,6 @@ changes the model.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -51,6 +50,7 @@ from ..models.trained_modules import (
     train_copies,
     trained_modules,
 )
+from ..models.warn import warn
 from ..models.wrappers import plain_names
 from ..ops.validation import check_dtype, check_impl, listed
 from . import format as peft_format
@@ -119,10 +119,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
         for place, layer in layers.items()
     }
     if len({adapter.config.dropout for adapter in adapters.values()}) > 1:
-        warnings.warn(
-            "fused_lora: the layers have different dropouts; PEFT's format holds only one, so the"
+        warn(
+            "the layers have different dropouts; PEFT's format holds only one, so the"
             " most common is saved",
-            stacklevel=2,
         )
     modules = _modules(model)
     _warn_of_places(modules, layers)
@@ -258,7 +257,7 @@ def load_adapter(
         configs = {place: adapter.config for place, adapter in loaded.items()}
         found = {place: modules[place] for place in loaded}
         copies = copy_tensors(model, saved, tied)
-        warn_of_readers(found, bypassed(model), stacklevel=3)
+        warn_of_readers(found, bypassed(model))
         adapt(model, found, configs, impl, adapter_dtype)
         train_copies(saved, copies)
         remember(model)
@@ -368,8 +367,7 @@ def _warn_of_places(modules: Mapping[str, nn.Module], places: Iterable[str]) -> 
         names.setdefault(module, []).append(place)
     for place in places:
         if len(names[modules[place]]) > 1:
-            warnings.warn(
-                f"fused_lora: one module has the names {listed(names[modules[place]])}; here its"
+            warn(
+                f"one module has the names {listed(names[modules[place]])}; here its"
                 " adapter acts under all of them, in PEFT only under the first",
-                stacklevel=3,
             )

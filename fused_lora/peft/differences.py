@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from ..models.warn import warn
 from ..ops.validation import listed
 from . import format as peft_format
 
@@ -28,11 +29,10 @@ def warn_of_convolutions(modules: Mapping[str, nn.Module], places: Iterable[str]
         and any(k > 1 and d > 1 for k, d in zip(module.kernel_size, module.dilation, strict=True))
     ]
     if dilated:
-        warnings.warn(
-            f"fused_lora: {listed(dilated)}: the convolution has a dilation, which its adapter has"
+        warn(
+            f"{listed(dilated)}: the convolution has a dilation, which its adapter has"
             " here and does not have in PEFT up to 0.21: PEFT's output is another, or an error if"
             " the sizes differ; use the adapter in the library that trained it",
-            stacklevel=3,
         )
 
 
@@ -61,11 +61,10 @@ def warn_of_renamed(model: nn.Module, config: Mapping, tensors: Mapping[str, Ten
         names = _EXPERTS.get(families.get(kind), ())
         lost, why = [p for p in _places(tensors) if p.rpartition(".")[2] in names], ""
     if lost:
-        warnings.warn(
-            f"fused_lora: PEFT with transformers 5 does not load the adapters of {listed(lost)}: it"
+        warn(
+            f"PEFT with transformers 5 does not load the adapters of {listed(lost)}: it"
             f" takes their names for those of the fused experts of a {kind} model{why}; load the"
             " files with fused_lora.load_adapter, or leave these layers out with exclude_modules",
-            stacklevel=5,
         )
 
 

@@ -18,7 +18,6 @@ import json
 import math
 import re
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -28,6 +27,7 @@ from ..layers.config import Adapter, AdapterConfig
 from ..layers.embedding import LoRAEmbedding
 from ..layers.linear import FusedLoRAConv1D
 from ..models.targets import compile_pattern, pattern_value
+from ..models.warn import warn
 from ..models.wrappers import WRAPPED
 
 PREFIX = "base_model.model."
@@ -304,10 +304,9 @@ def _check_keys(config: Mapping) -> None:
         if unset or key in _IGNORED or key in _READ or _is_default(key, value):
             continue
         if key in _TRAINING:
-            warnings.warn(
-                f"fused_lora: {key} is not used ({_TRAINING[key]}): it matters in PEFT's training"
+            warn(
+                f"{key} is not used ({_TRAINING[key]}): it matters in PEFT's training"
                 " only, the adapter's outputs are the same",
-                stacklevel=5,
             )
             continue
         why = _CHANGING.get(key, "unknown here, it may change what the adapter computes")

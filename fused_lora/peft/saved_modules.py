@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ..models.modules_to_save import find_modules, find_tied, saved_by, with_tie
 from ..models.parameters import unsaved_parameters
 from ..models.record import gone_layers
 from ..models.trained_modules import module_state, named_parts, own_tensors, trained_modules
+from ..models.warn import warn
 from ..models.wrappers import clean
 from ..ops.validation import listed
 from . import format as peft_format
@@ -52,10 +52,9 @@ def find_saved(
         places |= {name: module for name in names if saved_by(name, entries)}
         partly = [name for name in names if not saved_by(name, entries)]
         if 0 < len(partly) < len(names):
-            warnings.warn(
-                f"fused_lora: one module has the names {listed(names)}; here its trained values act"
+            warn(
+                f"one module has the names {listed(names)}; here its trained values act"
                 f" under all of them, in PEFT not under {listed(partly)}",
-                stacklevel=3,
             )
     return places
 
@@ -109,10 +108,9 @@ def read_states(
         states[place] = _read_state(file, place, module, own_keys)
         adapted = module in trained_modules(module).values()
         if not adapted and (changed := _changed_originals(file, module, own_keys)):
-            warnings.warn(
-                f"fused_lora: {file.path} also has originals of {place}, with another"
+            warn(
+                f"{file.path} also has originals of {place}, with another"
                 f" {listed(changed)} than the model's, which is used while adapters are disabled",
-                stacklevel=3,
             )
     return states
 
@@ -215,9 +213,8 @@ def warn_of_unsaved(model: nn.Module) -> None:
     replaced = tuple(f"{name}." for name, state in gone.items() if state.whole)
     unsaved = [name for name in unsaved_parameters(model) if not name.startswith(replaced)]
     if unsaved:
-        warnings.warn(
-            f"fused_lora: {listed(unsaved)} require grad, but the adapter's file does not hold"
+        warn(
+            f"{listed(unsaved)} require grad, but the adapter's file does not hold"
             " them: name their modules in apply_lora(..., modules_to_save=[...]), or save them"
             " yourself",
-            stacklevel=3,
         )
