@@ -209,8 +209,12 @@ def inputs_of(leaf: bool, layer):
 
 @pytest.mark.parametrize("leaf", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_only_wanted_gradients_are_computed(leaf, p):
-    """No more operations than eager autograd counts, for every subset of the gradients."""
+@pytest.mark.parametrize("root", [False, True])
+def test_only_wanted_gradients_are_computed(leaf, p, root):
+    """No more operations than eager autograd counts, for every subset of the gradients.
+
+    ``root``: the pass starts at the layer's output, as in a pipeline's stages.
+    """
     layer = trained_layer(dtype=WIDE, dropout=p)
     layer.bias.requires_grad_()
 
@@ -232,9 +236,11 @@ def test_only_wanted_gradients_are_computed(leaf, p):
         results, flops = [], []
         for function in (fused, eager):
             tensors = inputs_of(leaf, layer)
-            y = function(tensors["x"]).square().sum()
+            y = function(tensors["x"])
+            start = y if root else y.square().sum()
             with FlopCounterMode(display=False) as counter:
-                results.append(torch.autograd.grad(y, [tensors[name] for name in wanted]))
+                inputs, dy = [tensors[name] for name in wanted], torch.ones_like(start)
+                results.append(torch.autograd.grad(start, inputs, dy))
             flops.append(counter.get_total_flops())
         torch.testing.assert_close(*results)
         assert flops[0] <= flops[1], wanted

@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_lora import LoRAConv2d, LoRAEmbedding, fused_lora_add, fused_lora_linear
+from fused_lora import (
+    FusedLoRALinear,
+    LoRAConv2d,
+    LoRAEmbedding,
+    fused_lora_add,
+    fused_lora_linear,
+)
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.ops import cpu_gemm, custom_ops, dropout, functional, torch_impl
 from fused_lora.ops.operands import pack
@@ -358,3 +364,71 @@ def test_second_derivatives_and_exports_use_the_unscaled_s():
     x = x.detach()
     exported = torch.export.export(Layer(), (x,)).module()(x)
     assert torch.equal(exported.isfinite(), eager(x, weight, A, B, 64).isfinite())
+
+
+WAYS = {  # of calling a layer as plain operators, its scale a tensor
+    "vmap": lambda layer: torch.func.vmap(layer),
+    "jvp": lambda layer: lambda x: torch.func.jvp(layer, (x,), (x,))[0],
+    "export": lambda layer: lambda x: torch.export.export(layer, (x,)).module()(x),
+    "compile": lambda layer: torch.compile(layer, backend="aot_eager"),
+    "eager": lambda layer: layer,  # a number, which torch.add would round
+}
+
+
+def a_linear(alpha):
+    layer = FusedLoRALinear(32, 16, rank=4, alpha=alpha, bias=False, impl="reference").half()
+    return layer, torch.randn(20, 32).half(), F.linear
+
+
+def a_convolution(alpha):
+    plain = torch.nn.Conv2d(4, 6, 3, bias=False)
+    layer = LoRAConv2d.from_conv2d(plain, rank=4, alpha=alpha).half()
+    return layer, torch.randn(2, 4, 6, 6).half(), F.conv2d
+
+
+def an_embedding(alpha):
+    layer = LoRAEmbedding.from_embedding(torch.nn.Embedding(20, 16), rank=4, alpha=alpha).half()
+    return (
+        layer,
+        torch.arange(20),
+        lambda x, w: F.embedding(x, w.t()) if x.dim() < 2 else F.linear(x, w),
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [a_linear, a_convolution, an_embedding])
+@pytest.mark.parametrize("scaling", by_default([1e-6, 1e5], [1e-6, 1e5, -1e5, 1.003]))
+def test_the_scale_is_not_rounded_to_float16(way, kind, scaling):
+    """A 0-d tensor takes the dtype of the other operand: 1e-6 errs by 1 %, 1e5 is infinite."""
+    torch.manual_seed(0)
+    layer, x, product = kind(4 * scaling)
+    if kind is an_embedding and way == "jvp":
+        pytest.skip("indices have no derivative")
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.lora_A.normal_()
+        layer.lora_B.normal_(std=min(300, 10 / abs(scaling)))
+        A, B = layer.lora_A, layer.lora_B
+        exact = scaling * product(
+            product(x.double() if x.is_floating_point() else x, A.double()), B.double()
+        )
+        bound = (scaling * product(product(x, A), B) - exact).norm()
+        assert (WAYS[way](layer)(x) - exact).norm() <= 2 * bound
+
+
+def test_a_dropped_entry_of_an_overflowing_product_has_no_gradient(monkeypatch):
+    """The factor of the kept entries overflows float16 first: 0 · inf is NaN."""
+    monkeypatch.setattr(cpu_gemm, "EMULATED", frozenset())  # products in float16
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x, _, A, B, dy = draw(64, 16, 8, 4, FP16, FP16, dy_size=1e4)
+        A *= 4
+        base, count = torch.zeros(64, 8, dtype=FP16), dropout.keep_count(0.9)
+        torch.manual_seed(seed)
+        bits = dropout.make_keep_bits(dropout.draw_seed(x.device), *x.shape, count)
+        mask = (dropout.keep_mask(bits, 16, FP32) * (dropout.KEEP_ALL / count)).half()
+        expected = results(lambda *t: eager(t[0], None, *t[1:], 1.0, mask, base), x, A, B, dy)[1]  # noqa: B023
+        torch.manual_seed(seed)
+        dx = results(lambda *t: fused_lora_add(base, *t, dropout_p=0.9, impl="torch"), x, A, B, dy)  # noqa: B023
+        assert 0 < expected.isinf().sum() < 1000
+        assert torch.equal(dx[1].isfinite(), expected.isfinite())

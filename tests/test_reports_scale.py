@@ -27,6 +27,7 @@ from fused_lora import (
     save_adapter,
     set_adapter,
 )
+from fused_lora.layers import linear, scale
 from support import by_default
 
 KINDS = {
@@ -167,6 +168,35 @@ def test_a_new_scale_does_not_recompile(kind):
         model[0].scaling = scaling
         torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 1
+
+
+OPTIONS = [(kind, {}) for kind in KINDS] + [("linear", {"impl": "reference"})]
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIONS)
+@pytest.mark.parametrize("mode", ["number", "tensor", "compiled"])
+def test_backward_uses_the_scale_of_its_forward(kind, options, mode, monkeypatch):
+    """Both directions of one slider in one loss. On a GPU the scale is a tensor, set in place."""
+    model, x = adapted(kind, **options), KINDS[kind][1]()
+
+    def gradients(forward):
+        loss = 0.0
+        for scaling in (1.0, -2.0):
+            model[0].scaling = scaling
+            loss = loss + scaling * forward(x).square().sum()
+        return torch.autograd.grad(loss, [model[0].lora_A, model[0].lora_B])
+
+    expected, forward = gradients(model), model
+    if mode == "tensor":
+        for module in (linear, scale):
+            monkeypatch.setattr(module, "current_scale", lambda layer, _: layer._scaling_tensor)
+    elif mode == "compiled":
+        forward = torch.compile(model, backend="aot_eager")
+        if kind != "linear" or options:  # PyTorch recomputes what the graph copies
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                gradients(forward)
+            return
+    torch.testing.assert_close(gradients(forward), expected)
 
 
 COPIES = {

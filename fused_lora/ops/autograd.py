@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch._C import _will_engine_execute_node
+from torch._C import _current_autograd_node, _will_engine_execute_node
 from torch.compiler import is_dynamo_compiling
 
 from ..distributed.sharding import ready
@@ -151,8 +151,8 @@ def _wanted(ctx) -> tuple[bool, ...]:
         ):
             return needs
     except RuntimeError:
-        pass  # see _runs
-    if not _runs(ctx):  # called by hand, within another pass
+        pass  # no pass of the engine, or a leaf: see _runs
+    if _current_autograd_node() is not ctx:  # called by hand, maybe within another pass
         return needs
     nodes = iter([node for node, _ in edges if node is not None])
     return tuple([need and _runs(next(nodes)) for need in needs])
@@ -162,7 +162,7 @@ def _runs(node) -> bool:
     """Whether the engine needs the gradient that flows into ``node``."""
     try:
         return _will_engine_execute_node(node)
-    except RuntimeError:  # no pass of the engine, or a leaf that torch.autograd.grad was given
+    except RuntimeError:  # a leaf that torch.autograd.grad was given
         return True
 
 

@@ -74,7 +74,8 @@ def exported(operands: Operands, dropout_p: float) -> Tensor:
         base = F.linear(x, as_dtype(weight, dtype), None if bias is None else as_dtype(bias, dtype))
     dropped = F.dropout(x, dropout_p) if dropout_p else x
     S = F.linear(dropped, as_dtype(lora_A, dtype))
-    return as_dtype(base + scaling * F.linear(S, as_dtype(lora_B, dtype)), base.dtype)
+    branch = reference.scaled(F.linear(S, as_dtype(lora_B, dtype)), scaling)
+    return as_dtype(base + branch, base.dtype)
 
 
 @torch.library.impl(_library, "lora_linear", "CompositeExplicitAutograd")

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.operands import BackwardOperands
+from .cpu_gemm import HALF
 from .dropout import KEEP_ALL, keep_mask, make_keep_bits
+from .modes import is_differentiated
 from .operands import Operands
 
 
@@ -35,15 +37,33 @@ def lora_linear(
     S = F.linear(dropped, lora_A.to(x.dtype))
     if base is None:
         base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return (base + scaling * F.linear(S, lora_B.to(x.dtype))).to(base.dtype)
+    return (base + scaled(F.linear(S, lora_B.to(x.dtype)), scaling)).to(base.dtype)
+
+
+def scaled(branch: Tensor, scaling: float | Tensor) -> Tensor:
+    """``scaling · branch`` in branch's dtype, the product rounded but not the scale."""
+    if isinstance(scaling, Tensor):
+        return (branch * _one_element(scaling, branch)).to(branch.dtype)
+    return scaling * branch
 
 
 def add_scaled(base: Tensor, branch: Tensor, scaling: float | Tensor) -> Tensor:
     """``base + scaling · branch`` in base's dtype; no half-precision tensor has the scale."""
     if isinstance(scaling, Tensor):
-        # One element of float32 widens the operator; a 0-d tensor would be rounded to half.
-        return torch.addcmul(base, branch, scaling.reshape(1)).to(base.dtype)
-    return torch.add(base, branch, alpha=scaling).to(base.dtype)
+        y = torch.addcmul(base, branch, _one_element(scaling, branch))
+    elif branch.dtype in HALF:  # torch.add would round the scale
+        y = torch.addcmul(base, branch, branch.new_ones(1), value=scaling)
+    else:
+        y = torch.add(base, branch, alpha=scaling)
+    return y.to(base.dtype)
+
+
+def _one_element(scaling: Tensor, branch: Tensor) -> Tensor:
+    """The scale, of no dimension, as ``(1,)``: so a float32 scale widens an operator in half
+    precision instead of being rounded. A copy, if it may be written in place before backward.
+    """
+    scaling = scaling.reshape(1)
+    return scaling.clone() if is_differentiated(branch) else scaling
 
 
 def forward(operands: Operands) -> Tensor:

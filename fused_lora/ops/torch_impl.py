@@ -129,9 +129,13 @@ def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, 
 def _input_gradient(dy, wide_dy, weight: Tensor | None, G, A, inv_keep, mask: Tensor | None):
     """``dY W + inv_keep · mask · G A``; ``wide_dy`` is dY in the dtype of the thin products."""
     if weight is None:
-        dx = _times(inv_keep, G, A)
-        if mask is not None:
-            dx.mul_(mask)
+        if mask is not None and G.dtype == torch.float16:
+            # The mask comes first: the factor may overflow, and 0 · inf is NaN.
+            dx = torch.mm(G, A).mul_(mask).mul_(inv_keep)
+        else:
+            dx = _times(inv_keep, G, A)
+            if mask is not None:
+                dx.mul_(mask)
         return dx if dx.dtype == dy.dtype else dx.to(dy.dtype)
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
@@ -184,8 +188,9 @@ def _times(factor: float, a: Tensor, b: Tensor, turned: bool = False) -> Tensor:
         return torch.mm(a, b)
     ignored = _zeros.get(a.dtype) if type(a) is Tensor and a.is_cpu else None
     if ignored is None:
-        # Not cached on a GPU, where it may lie in the memory pool of one of inductor's CUDA graphs.
-        ignored = a.new_empty(()) if a.is_cuda else a.new_zeros(())
+        # Zeros, since compilers and vmap compute 0 · ignored. Not cached on a GPU, where the tensor
+        # may lie in the memory pool of one of inductor's CUDA graphs.
+        ignored = a.new_zeros(())
         if type(a) is Tensor and a.is_cpu and not is_observed():
             _zeros[a.dtype] = ignored
     return torch.addmm(ignored, a, b, beta=0, alpha=factor)
