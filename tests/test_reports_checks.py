@@ -54,7 +54,7 @@ def test_a_head_that_trains_tells_that_no_adapter_runs(loaded, tmp_path):
     assert len(log) == 1
     assert "after the first backward pass, 1 of 1 adapted layers have never run. body:" in log[0]
     assert caught(lambda: model(x).sum().backward())[1] == []
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in model.head.parameters())
     assert check_adapters(model).keys() == {"body"}
     assert "saving, 1 of 1" in caught(save_adapter, model, tmp_path)[1][0]
     assert "merging, 1 of 1" in caught(merge_lora, model)[1][0]
@@ -243,4 +243,88 @@ def test_regions_that_share_a_trace_raise_no_alarm(tmp_path):
     assert check_adapters(model) == {}
     assert caught(save_adapter, model, tmp_path)[1] == []
     model[3].has_run = False
+    assert check_adapters(model) == {}  # as far as is known
+    regions = torch.compile(model[:3], backend="aot_eager", fullgraph=True)
+    _, log = caught(lambda: regions(x).sum().backward())
+    assert "1 of 4 adapted layers have never run. 3:" in log[0]
     assert check_adapters(model).keys() == {"3"}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.second(self.first(x).relu())
+
+
+class Stack(nn.Module):
+    """Blocks in a loop that Dynamo leaves, so that it compiles one block's code for all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.out = nn.ModuleList(Block() for _ in range(3)), nn.Linear(8, 8)
+        self.skipped = {}  # as LayerDrop skips blocks
+
+    def forward(self, x):
+        for index, block in enumerate(self.blocks):
+            torch._dynamo.graph_break()
+            if index not in self.skipped:
+                x = block(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_graph_break_raises_no_alarm(steps, tmp_path):
+    """transformers' Wav2Vec2, SwitchTransformers: their loops break the graph."""
+    model = Stack()
+    apply_lora(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(2, 8)
+    compiled(x)
+    for _ in range(steps):
+        assert caught(lambda: compiled(x).sum().backward())[1] == []
+        model.zero_grad()
+    assert check_adapters(model) == {}
+    assert caught(save_adapter, model, tmp_path)[1] == []
+    assert caught(unload_lora, model)[1] == []
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_block_skipped_at_random_raises_no_alarm(compiled, tmp_path):
+    """LayerDrop, on by default in Wav2Vec2: in the first step some blocks do not run."""
+    model = Stack()
+    apply_lora(model)
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    model.skipped = {1}
+    assert caught(lambda: forward(torch.randn(2, 8)).sum().backward())[1] == []
+    assert check_adapters(model).keys() == {"blocks.1.first", "blocks.1.second"}
+    model.zero_grad()
+    model.skipped = {0}
+    forward(torch.randn(2, 8)).sum().backward()
+    model.zero_grad()
+    assert check_adapters(model) == {}
+    assert caught(save_adapter, model, tmp_path)[1] == []
+
+
+def test_blocks_that_all_read_their_weights_are_named():
+    """Only blocks beside equal ones that ran count as skipped."""
+    model = nn.Sequential(nn.ModuleList(Headed() for _ in range(2)), nn.Linear(8, 8))
+    apply_lora(model)
+    x = torch.randn(3, 8)
+    _, log = caught(lambda: model[1](product(model[0][0].body, x)).sum().backward())
+    assert "4 of 5 adapted layers have never run. 0.0.body, 0.0.head, 0.1.body" in log[0]
+
+
+@pytest.mark.parametrize("way", ["modules_to_save", "by hand"])
+def test_merging_what_never_ran_is_told_if_a_head_trained(way, tmp_path):
+    model = Headed()
+    apply_lora(model, target_modules=["body"], modules_to_save=["head"] * (way != "by hand"))
+    model.head.requires_grad_(True)
+    model(torch.randn(3, 8)).sum().backward()
+    assert check_adapters(model).keys() == {"body"}
+    assert "saving, 1 of 1" in caught(save_adapter, model, tmp_path)[1][0]
+    assert "merging, 1 of 1" in caught(merge_lora, model)[1][0]

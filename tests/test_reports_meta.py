@@ -20,17 +20,20 @@ from fused_lora import (
     add_adapter,
     add_weighted_adapter,
     apply_lora,
+    check_adapters,
     disable_lora,
     load_adapter,
     lora_layers,
+    lora_param_groups,
     lora_parameters,
     merge_lora,
+    parameter_summary,
     save_adapter,
     set_adapter,
     unload_lora,
     unmerge_lora,
 )
-from support import by_default
+from support import by_default, caught
 
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("accelerate.hooks")
@@ -389,3 +392,32 @@ def test_there_and_back():
     assert layer(x.to("meta")).shape == y.shape
     layer.to_empty(device="cpu").load_state_dict(state)
     assert torch.equal(layer(x), y)
+
+
+def test_training_an_offloaded_adapter_is_told(tmp_path):
+    """accelerate's AlignDevicesHook computes with copies of the Parameters, and drops them."""
+    model, ids = llama(), tokens()
+    apply_lora(model, rank=4)
+    copied = copy.deepcopy(model)
+    to_cpu(model.train(), tmp_path)
+    name = "model.layers.0.self_attn.q_proj"
+    for train in (lambda: list(lora_parameters(model)), lambda: lora_param_groups(model, lr=0.1)):
+        (message,) = caught(train)[1]
+        assert name in message
+        assert "to train, offload before apply_lora" in message
+    assert caught(parameter_summary, model)[1] == []
+    model(ids, labels=ids).loss.backward()
+    assert "gets no gradient" in check_adapters(model)[name]
+    (message,) = caught(save_adapter, model, tmp_path)[1]
+    assert message.count("offloaded by accelerate") == 1
+    model.eval()  # as for inference
+    assert check_adapters(model) == {}
+    assert caught(save_adapter, model, tmp_path)[1] == []
+
+    unload_lora(to_cpu(copied, tmp_path))  # offloaded first: trains
+    apply_lora(copied, rank=4)
+    parameters, log = caught(lambda: list(lora_parameters(copied)))
+    copied.train()(ids, labels=ids).loss.backward()
+    assert log == []
+    assert check_adapters(copied) == {}
+    assert all(parameter.grad is not None for parameter in parameters)

@@ -101,7 +101,7 @@ class AdapterLayer(ScaledLayer):
         self.impl = impl
         self.enabled = True
         self.merged = False
-        self.has_run = False
+        self.has_run = self.was_traced = self.got_gradient = False
         self.adapter_name = "default"
         self.inactive_adapters: dict[str, Adapter] = {}
         # For PiSSA. Not set as an attribute: nn.Module would register it as a Parameter.
@@ -131,7 +131,7 @@ class AdapterLayer(ScaledLayer):
 
         A side effect is an error within an operator such as activation checkpointing.
         """
-        self.__dict__["has_run"] = True
+        self.__dict__["has_run"] = self.__dict__["was_traced"] = True
 
     # Set as torch.compiler.assume_constant_result sets it, without importing Dynamo.
     note_traced_call._dynamo_marked_constant = True

@@ -20,7 +20,8 @@ from .replacing import check_own_forward, class_name, copy_module
 _ADDED = {
     *ADAPTER_NAMES,
     *(field.name for field in fields(AdapterConfig)),
-    *("impl", "enabled", "merged", "has_run", "adapter_name", "inactive_adapters"),
+    *("impl", "enabled", "merged", "adapter_name", "inactive_adapters"),
+    *("has_run", "was_traced", "got_gradient"),
     *("_scaling_tensor", "_base_weight", "_original_weight", "_adapted"),
 }
 
@@ -37,8 +38,10 @@ class LoRALayer(MergeableLayer):
         scaling: ``s``; may be assigned. Kept in one buffer, in float32 or the weight's float64.
         enabled: False computes the base layer alone.
         merged: whether ``weight`` contains the adapter.
-        has_run: whether forward was ever called; a compiler that reuses the code of another layer
-            does not set it.
+        has_run: whether forward was ever called, or a gradient of the adapter arrived.
+        was_traced: whether a compiler traced the forward; it may run that code for other layers,
+            whose ``has_run`` it does not set.
+        got_gradient: whether a backward pass gave the adapter a gradient.
         adapter_name: name of the active adapter; the others are in ``inactive_adapters``.
     """
 

@@ -37,6 +37,11 @@ def has_values(module: nn.Module, *names: str) -> bool:
     return offload_hook(module) is not None or not any(p is not None and p.is_meta for p in found)
 
 
+def has_offloaded_adapter(module: nn.Module) -> bool:
+    """Whether a hook loads the adapter: a backward pass gives its gradient to a copy."""
+    return module.lora_A.is_meta and offload_hook(module) is not None
+
+
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """The Parameter of that name, or the tensor in memory that the module's hook loads it from."""
     parameter = getattr(module, name)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import weakref
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed.sharding import is_shard
 from ..layers.base import LoRALayer
+from ..layers.offload import has_offloaded_adapter
 from ..ops.validation import listed
 from .arguments import check_model
 from .bypass import Bypass, bypassed, warn_of_readers
-from .parameters import adapted_layers
+from .parameters import OFFLOADED, adapted_layers
 from .record import gone_layers
 from .trained_modules import stopped_copies, trained_parameters
 from .warn import warn
@@ -48,8 +46,8 @@ def check_adapters(model: nn.Module) -> dict[str, str]:
     * it trains whole, and a Parameter of it no longer trains: it was quantised or frozen;
     * its adapter no longer fits its weight, for example after ``resize_token_embeddings``.
 
-    A gradient counts as having run. Where several modules of a model are compiled each on their own
-    (``block.compile()``), they share code, and whether a single one ran is not known.
+    A gradient counts as having run. Before the first gradient, a compiled model has no layers that
+    never ran: a compiler traces one of several equal blocks, and runs its code for all.
 
     Returns:
         What is wrong, by the name of the layer; empty if nothing is.
@@ -69,10 +67,16 @@ def check_adapters(model: nn.Module) -> dict[str, str]:
 
 
 def _stopped(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, str]:
-    """The parts of ``modules_to_save`` that do not train, each with the reason and the cure."""
+    """What should train and does not, each with the reason and the cure."""
     adapters = (p for layer in layers.values() for p in layer.adapter_parameters().values())
     training = any(p.requires_grad for p in adapters)  # else all is frozen on purpose
-    return {n: f"its {state}" for n, state in stopped_copies(model, frozen=training).items()}
+    offloaded = {
+        name: f"its adapter is {OFFLOADED}"
+        for name, layer in layers.items()
+        if training and layer.training and layer.has_run and has_offloaded_adapter(layer)
+    }
+    copies = stopped_copies(model, frozen=training)
+    return offloaded | {name: f"its {state}" for name, state in copies.items()}
 
 
 def _idle(
@@ -83,71 +87,76 @@ def _idle(
     waiting = {name: layer for name, layer in layers.items() if not _ran(layer)}
     if not waiting:
         return {}, readers
-    others_ran = len(waiting) < len(layers) or any(
-        parameter.grad is not None for parameter in trained_parameters(model)
+    others_ran = len(waiting) < len(layers) or any(p.grad is not None for p in model.parameters())
+    # The code that a compiler traced for one layer may have run others; a gradient tells.
+    known = any(_got_gradient(layer) for layer in layers.values()) or not any(
+        layer.was_traced for layer in layers.values()
     )
-    unknown = _share_compiled_code(model)
     found = {}
     for name, layer in waiting.items():
         reader = readers.get(id(layer))
-        if reader is not None and (reader.refused or others_ran):
+        if reader is not None and (reader.refused or (others_ran and known)):
             found[name] = f"{reader.reason}, so its adapter has no effect: leave it out"
-        elif others_ran and id(layer) not in unknown:
+        elif others_ran and known:
             found[name] = f"its forward has never run while others have: {_NEVER_RUN}"
     return found, readers
 
 
 def _ran(layer: LoRALayer) -> bool:
-    # A replica of DataParallel marks a copy, but its gradient arrives.
+    return layer.has_run or _got_gradient(layer)
+
+
+def _got_gradient(layer: LoRALayer) -> bool:
+    # Also now: the hooks of :func:`watch_first_backward` are lost with a replaced Parameter.
     parameters = layer.adapter_parameters().values()
-    return bool(layer.__dict__.get("has_run")) or any(p.grad is not None for p in parameters)
+    return layer.got_gradient or any(p.grad is not None for p in parameters)
 
 
-def _share_compiled_code(model: nn.Module) -> set[int]:
-    """Ids of the modules in blocks compiled one by one: one block's code also runs the others."""
-    blocks = [module for module in model.modules() if _is_compiled(module)]
-    kinds = Counter(_kind(block) for block in blocks)
-    shared = [block for block in blocks if kinds[_kind(block)] > 1]
-    shared += [module for module in model.modules() if _has_region(type(module))]
-    return {id(part) for block in shared for part in block.modules()}
+def warn_of_idle(model: nn.Module, when: str, skipped_ok: bool = False) -> None:
+    """Warn of the layers that never ran while others have, and of what should train and does not.
 
-
-@functools.lru_cache(maxsize=1 << 12)
-def _has_region(cls: type[nn.Module]) -> bool:
-    """Whether a method is a ``torch.compiler.nested_compile_region``: traced once for all."""
-    methods = [value for base in cls.__mro__ for value in vars(base).values()]
-    return any("__marked_compile_region_fn__" in getattr(m, "__dict__", ()) for m in methods)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    # Not getattr: torch.jit's forward is a descriptor that only instances have.
-    forward = module.__dict__.get("forward", inspect.getattr_static(type(module), "forward", None))
-    compiled = hasattr(forward, "_torchdynamo_orig_callable")
-    return compiled or module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
-def _kind(module: nn.Module) -> type[nn.Module]:
-    return type(module._modules.get("_orig_mod", module))
-
-
-def warn_of_idle(model: nn.Module, when: str) -> None:
-    """Warn of the layers that never ran while others have, and of copies that do not train."""
+    Args:
+        skipped_ok: be silent about whole blocks that have not run while equal ones have: they are
+            skipped at random (LayerDrop), or experts that no token has reached yet.
+    """
     layers = adapted_layers(model, missing_ok=True)
     if stopped := _stopped(model, layers):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in stopped.items())
-        warn(f"{when}, {reasons}")
+        warn(f"{when}, {_by_reason(stopped)}")
     idle, _ = _idle(model, layers)
+    if idle and skipped_ok:
+        skipped = _skipped(model, {id(layers[name]) for name in idle})
+        idle = {name: reason for name, reason in idle.items() if id(layers[name]) not in skipped}
     _warn_of_idle(idle, len(layers), when)
+
+
+def _skipped(model: nn.Module, idle: set[int]) -> set[int]:
+    """Ids of the layers in blocks of which none ran, where a block of the same class did."""
+    skipped: set[int] = set()
+    for container in model.modules():
+        if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        parts = {
+            block: {id(m) for m in block.modules() if isinstance(m, LoRALayer)}
+            for block in container.children()
+            if not isinstance(block, LoRALayer)
+        }
+        running = {type(block) for block, layers in parts.items() if layers - idle}
+        for block, layers in parts.items():
+            if layers <= idle and type(block) in running:
+                skipped |= layers
+    return skipped
 
 
 def _warn_of_idle(idle: Mapping[str, str], total: int, when: str) -> None:
     if idle:
-        reasons = Counter(idle.values())
-        parts = [
-            f"{listed([name for name, its in idle.items() if its == reason])}: {reason}"
-            for reason in reasons
-        ]
-        warn(f"{when}, {len(idle)} of {total} adapted layers have never run. {'; '.join(parts)}")
+        warn(f"{when}, {len(idle)} of {total} adapted layers have never run. {_by_reason(idle)}")
+
+
+def _by_reason(problems: Mapping[str, str]) -> str:
+    names: dict[str, list[str]] = {}
+    for name, reason in problems.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{listed(places)}: {reason}" for reason, places in names.items())
 
 
 def check_effective(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
@@ -181,29 +190,33 @@ def _is_zero(layer: LoRALayer) -> bool:
 
 
 def watch_first_backward(model: nn.Module) -> None:
-    """At the end of the first backward pass, warn once of the layers that never ran.
+    """Note the layers whose adapters get gradients; after the first backward pass, warn once.
 
     Call it after :func:`train_copies`: if no adapter runs, only ``modules_to_save`` get gradients.
-    The hooks remove themselves. Parameters that are replaced before, as by FSDP, lose them; a copy
-    of the model has none.
+    The hooks remove themselves at the first gradient. Parameters that are replaced before, as by
+    FSDP, lose them; a copy of the model has none.
     """
-    reference = weakref.ref(model)
-    handles: list = []
+    watched = weakref.ref(model)
+    is_first = [True]
 
     def at_end() -> None:
-        watched = reference()
-        if watched is not None:
-            warn_of_idle(watched, "after the first backward pass")
+        if (model := watched()) is not None:
+            warn_of_idle(model, "after the first backward pass", skipped_ok=True)
 
-    def at_first(parameter: Tensor) -> None:
-        if handles:
+    def watch(parameters: Iterable[Tensor], layer: LoRALayer | None = None) -> None:
+        owner = None if layer is None else weakref.ref(layer)
+
+        def at_gradient(_: Tensor) -> None:
             for handle in handles:
                 handle.remove()
-            handles.clear()
-            torch.autograd.Variable._execution_engine.queue_callback(at_end)
+            if owner is not None and (layer := owner()) is not None:
+                layer.has_run = layer.got_gradient = True
+            if is_first:
+                is_first.clear()
+                torch.autograd.Variable._execution_engine.queue_callback(at_end)
 
-    watched = list(trained_parameters(model))
+        handles = [p.register_post_accumulate_grad_hook(at_gradient) for p in parameters]
+
+    watch(trained_parameters(model))
     for layer in adapted_layers(model).values():
-        watched += layer.adapter_parameters().values()
-    for parameter in watched:
-        handles.append(parameter.register_post_accumulate_grad_hook(at_first))
+        watch(layer.adapter_parameters().values(), layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..distributed.sharding import check_original_parameters
 from ..layers.base import LoRALayer
 from ..layers.embedding import LoRAEmbedding
+from ..layers.offload import has_offloaded_adapter
 from ..ops.validation import listed
 from .arguments import check_model, check_without_peft, described
 from .record import Gone, gone_layers
@@ -21,6 +22,7 @@ from .warn import warn
 _CURE = "resize, quantise or convert before apply_lora, or call unload_lora first"
 _ADAPTERS = "their adapters are not trained, merged or saved"
 _COPIES = "their trained copies are gone and not saved"
+OFFLOADED = "offloaded by accelerate and gets no gradient: to train, offload before apply_lora"
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -100,8 +102,20 @@ def _adapted(
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The Parameters of the active adapters: ``lora_A``, ``lora_B``, DoRA's magnitudes."""
-    for layer in lora_layers(model).values():
+    yield from _parameters(_trainable(model))
+
+
+def _parameters(layers: Mapping[str, LoRALayer]) -> Iterator[nn.Parameter]:
+    for layer in layers.values():
         yield from layer.adapter_parameters().values()
+
+
+def _trainable(model: nn.Module) -> dict[str, LoRALayer]:
+    """As :func:`lora_layers`; also warns of adapters that an optimizer cannot train."""
+    layers = lora_layers(model)
+    if offloaded := [name for name, layer in layers.items() if has_offloaded_adapter(layer)]:
+        warn(f"{listed(offloaded)}: the adapter is {OFFLOADED}")
+    return layers
 
 
 def lora_param_groups(
@@ -139,7 +153,7 @@ def lora_param_groups(
             raise ValueError(f"expected {name} >= 0, got {value}")
     fast = {
         id(layer.lora_B)
-        for layer in lora_layers(model).values()
+        for layer in _trainable(model).values()
         if not isinstance(layer, LoRAEmbedding)
     }
     no_decay = set(no_decay)
@@ -199,7 +213,7 @@ def parameter_summary(model: nn.Module) -> ParameterSummary:
     Raises:
         ValueError: the model has no adapters.
     """
-    adapters = sum(p.numel() for p in lora_parameters(model))
+    adapters = sum(p.numel() for p in _parameters(lora_layers(model)))
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return ParameterSummary(
         sum(size for size, trains in sizes if trains),
@@ -236,7 +250,7 @@ def assert_only_lora_gradients(model: nn.Module) -> None:
     """
     check_model(model)
     whole = {id(parameter) for parameter in trained_parameters(model)}
-    adapters = {*whole, *(id(parameter) for parameter in lora_parameters(model))}
+    adapters = {*whole, *map(id, _parameters(lora_layers(model)))}
     strays, missing = [], []
     for name, parameter in model.named_parameters():
         if id(parameter) not in adapters:
