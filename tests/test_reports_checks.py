@@ -115,6 +115,9 @@ SIZES = {
         ("BertModel", "BertForSequenceClassification", "classifier"),
         ("BertForMaskedLM", "BertForTokenClassification", "classifier"),
         ("BertForTokenClassification", "BertForTokenClassification", None),
+        ("BertForMaskedLM", "BertForSequenceClassification", "bert.pooler, classifier"),
+        ("BertForMaskedLM", "BertForMultipleChoice", "bert.pooler, classifier"),
+        ("BertForMaskedLM", "BertModel", "pooler"),
     ],
 )
 def test_a_head_from_the_checkpoint_is_not_fresh(saved, loaded, head, tmp_path):
@@ -129,7 +132,38 @@ def test_a_head_from_the_checkpoint_is_not_fresh(saved, loaded, head, tmp_path):
         return
     assert len(log) == 1
     assert f"no adapter for {head}, frozen" in log[0]
-    assert head not in names
+    fresh = head.split(", ")
+    assert not [name for name in names if name.startswith(tuple(fresh))]
+    again = getattr(T, loaded).from_pretrained(tmp_path).eval()
+    assert caught(apply_lora, again, modules_to_save=fresh)[1] == []
+    train_like(again)
+    ids = torch.arange(8).view(2, 4)
+    if loaded == "BertForMultipleChoice":
+        ids = ids[None]
+    expected = again(ids)[0]
+    assert caught(save_adapter, again, tmp_path / "adapter")[1] == []
+    other = getattr(T, loaded).from_pretrained(tmp_path).eval()
+    load_adapter(other, tmp_path / "adapter")
+    torch.testing.assert_close(other(ids)[0], expected)
+
+
+@pytest.mark.parametrize("change", ["resize", "half", "meta", "copy"])
+def test_what_was_found_and_changed_since_is_not_fresh(change, tmp_path):
+    T = pytest.importorskip("transformers")
+    config = T.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=False)
+    T.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = T.LlamaForCausalLM.from_pretrained(tmp_path)
+    if change == "resize":
+        model.resize_token_embeddings(50)
+    elif change == "half":
+        model.half()
+    elif change == "meta":
+        pytest.importorskip("accelerate").cpu_offload(model, execution_device="cpu")
+    else:
+        model = copy.deepcopy(model)
+    names, log = caught(apply_lora, model)
+    assert log == []
+    assert len(names) == 7
 
 
 def test_a_pretrained_classifier_in_a_model_of_ones_own(tmp_path):
@@ -162,12 +196,21 @@ METADATA = {  # no values are read
     "data detach": "self.p0(x.to(self.p0.weight.data.detach().device))",
     "size": "self.p0(x[..., : self.p0.weight.data.size(1)])",
     "container": "self.p0(x) * (len(self.row) > 0)",
+    "to": "self.p0(x.to(self.p0.weight))",
+    "to copy": "self.p0(x.to(self.p0.weight, copy=True))",
+    "to data": "self.p0(x.to(self.p0.weight.data, True))",
+    "type_as": "self.p0(x.type_as(self.p0.weight))",
+    "zeros_like": "self.p0(x) + torch.zeros_like(self.p0.weight)[0]",
+    "full_like": "self.p0(x) + torch.full_like(self.p0.weight, 2.0)[0]",
+    "new_zeros": "self.p0(x) + self.p0.weight.new_zeros(8)",
 }
 VALUES = {  # values are read, and nothing is called
     "data": "F.linear(x, self.p0.weight.data)",
     "detach": "F.linear(x, self.p0.weight.detach())",
     "transposed": "x @ self.p0.weight.data.t()",
     "length": "F.linear(x, self.row[0].weight) * len(self.row)",
+    "argument": "x.to(self.p0.weight.t() @ self.p0.weight)",
+    "sum": "x.to(self.p0.weight + 1) @ self.p0.weight",
     "flag": 'F.linear(x, self.p0.weight) if getattr(self, "fast", True) else x',
 }
 SOURCE = """

@@ -328,7 +328,9 @@ PRETRAINED = {  # class: layers that a checkpoint has
 def test_fresh_heads_are_left_out(name):
     """peft#2033, where only the first of "score" and "classifier" and one task are known."""
     model = tiny(name)
-    with pytest.warns(UserWarning, match="freshly initialised unless.*modules_to_save=") as caught:
+    with pytest.warns(
+        UserWarning, match="initialised them afresh, unless.*modules_to_save="
+    ) as caught:
         found = apply_lora(model)
     assert len(caught) == 1
     assert __file__ == caught[0].filename

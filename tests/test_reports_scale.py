@@ -206,6 +206,7 @@ COPIES = {
     "bfloat16": lambda model: model.to(torch.bfloat16).float(),
     "meta": lambda model: model.to("meta").to_empty(device="cpu"),
     "assign": lambda model: model if model.load_state_dict(model.state_dict(), assign=True) else 0,
+    "float8": lambda model: model.to(torch.float8_e4m3fn).float(),
 }
 
 

@@ -235,7 +235,7 @@ def test_a_copy_that_does_not_train_is_named(change):
         assert found[name].startswith(reason)
     (log,) = warned(lambda: model(torch.randn(2, 8)).sum().backward())
     assert log.startswith("fused_lora: after the first backward pass, head.")
-    assert all(f"{name}: {found[name]}" in log for name in found)
+    assert all(name in log and found[name] in log for name in found)
 
 
 def test_a_model_that_is_frozen_on_purpose_is_not_named(tmp_path):
@@ -353,4 +353,4 @@ def test_a_head_that_the_checkpoint_has(tmp_path):
     assert "no adapter for classifier, frozen" in log
     resized = cls.from_pretrained(tmp_path / "whole", num_labels=5, ignore_mismatched_sizes=True)
     (log,) = warned(lambda: apply_lora(resized))
-    assert "no adapter for classifier, frozen" in log
+    assert "no adapter for classifier.out_proj, frozen" in log  # the checkpoint has its other part

@@ -85,7 +85,7 @@ class ScaledLayer(nn.Module):
         device = weight.device
         if device.type == "meta":
             device = torch.device("cpu") if tensor is None or tensor.is_meta else tensor.device
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         if dtype == torch.float32 and math.isinf(_float32(value)) and not math.isinf(value):
             raise ValueError(f"expected a scaling in float32's range, got {value}")
         if (

@@ -29,9 +29,15 @@ _METADATA = {
     *("device", "dtype", "shape", "ndim", "layout", "requires_grad", "is_meta", "is_cuda", "grad"),
     *("size", "stride", "dim", "numel", "nelement", "element_size", "data_ptr", "get_device"),
     *("is_floating_point", "is_quantized", "is_sparse", "requires_grad_", "__class__"),
+    *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
 }
 _SAME_METADATA = {"data", "detach"}  # ``self.proj.weight.data.dtype``
 _INSPECTORS = {"isinstance", "hasattr", "getattr", "setattr", "id", "type", "is_tensor", "len"}
+# Of a whole argument: ``x.to(self.proj.weight)``.
+_LIKE = {
+    *("to", "type_as", "view_as", "expand_as", "reshape_as"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+}
 # What follows these on a module may be any child: ``self._modules[name](x)``.
 _CHILDREN = {
     *("_modules", "children", "named_children", "modules", "named_modules", "get_submodule"),
@@ -225,6 +231,9 @@ def _loads_of(code: CodeType, aliases: dict[str, Path]) -> Iterator[Path]:
             is_module = "weight" not in ended
             # ``weight is None`` reads no values.
             compared = "NONE" in operation or (operation == "LOAD_CONST" and value is None)
+            is_inspected = inspector in _INSPECTORS or (
+                not is_module and inspector in _LIKE and _is_whole(operation, after)
+            )
             if is_module and inspector == "getattr":  # getattr(self, f"layer{k}")(x)
                 # A constant is all of the name if the call or a constant default follows.
                 whole = operation == "LOAD_CONST" and after.opname.startswith(
@@ -236,7 +245,7 @@ def _loads_of(code: CodeType, aliases: dict[str, Path]) -> Iterator[Path]:
             elif is_module and operation in ("GET_ITER", "FOR_ITER"):
                 iterated = ended
                 continue
-            elif not ended or compared or inspector in _INSPECTORS:
+            elif not ended or compared or is_inspected:
                 pass
             elif is_module and (
                 operation in ("LOAD_CONST", "LOAD_SMALL_INT")
@@ -259,3 +268,10 @@ def _loads_of(code: CodeType, aliases: dict[str, Path]) -> Iterator[Path]:
         if isinstance(constant, CodeType):
             iterator = {".0": iterators[constant]} if constant in iterators else {}
             yield from _loads_of(constant, aliases | iterator)
+
+
+def _is_whole(operation: str, after: dis.Instruction | None) -> bool:
+    """Whether what was loaded before ``operation`` is a whole argument of a call."""
+    if operation == "LOAD_CONST" and after is not None:  # the next argument, or an operand
+        return after.opname.startswith(("CALL", "KW_NAMES", "LOAD_CONST"))
+    return operation.startswith("CALL")

@@ -1,4 +1,4 @@
-"""Heads outside a pretrained base: ``from_pretrained`` may have made them fresh.
+"""Heads that ``from_pretrained`` may have made fresh, and other parts that it did not find.
 
 ``LlamaForSequenceClassification.score`` is in no file: neither the base model's nor an adapter's.
 """
@@ -27,11 +27,13 @@ _TASK = re.compile(r".*For\w*(Classification|Answering|Choice|Regression)")
 
 
 def fresh_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules with parameters that are outside the pretrained base, by name.
+    """The outermost modules that no checkpoint may hold, by name.
 
-    In a transformers model the base is ``model.base_model``; its output embeddings and the heads of
-    a class for pretraining belong to it, and so does all of a checkpoint of the same class. Of
-    other modules nothing is known, so a head of one's own beside a transformers model is none.
+    transformers 5 marks the Parameters that ``from_pretrained`` found: the others are fresh, within
+    the base too, as a pooler is. Without marks, these are the modules with parameters outside
+    ``model.base_model``; its output embeddings and the heads of a class for pretraining belong to
+    it, and so does all of a checkpoint of the same class. Of other modules nothing is known, so a
+    head of one's own beside a transformers model is none.
     """
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
@@ -39,11 +41,37 @@ def fresh_heads(model: nn.Module) -> dict[str, nn.Module]:
     heads = {}
     for place, pretrained in _outermost(model, transformers.PreTrainedModel):
         prefix = f"{place}." if place else ""
-        inside = _pretrained_parts(pretrained, transformers.PreTrainedModel)
-        for name, head in _outside(pretrained, inside) if inside else ():
-            if not _was_loaded(head, pretrained):
-                heads[prefix + name] = head
+        # A quantiser makes new Parameters of those that were found.
+        marked = any(map(_is_marked, pretrained.parameters()))
+        if marked and getattr(pretrained, "hf_quantizer", None) is None:
+            found = _not_found(pretrained, _embeddings(pretrained))
+        else:
+            inside = _pretrained_parts(pretrained, transformers.PreTrainedModel)
+            outside = _outside(pretrained, inside) if inside else ()
+            found = [(n, head) for n, head in outside if not _was_loaded(head, pretrained)]
+        heads |= {prefix + name: head for name, head in found}
     return heads
+
+
+def _not_found(
+    module: nn.Module, known: list[nn.Module | None], place: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules of which no Parameter was found; those in ``known`` do not count."""
+    for name, child in module.named_children():
+        where = f"{place}.{name}" if place else name
+        fresh = [not (_is_marked(p) or p.is_meta) for p in child.parameters()]
+        if not any(fresh) or any(child is part for part in known):
+            continue
+        parts = next(child.children(), None) is not None
+        if parts and (isinstance(child, CONTAINERS) or not all(fresh)):
+            yield from _not_found(child, known, where)
+        else:
+            yield where, child
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module | None]:
+    """Those that ``resize_token_embeddings`` makes anew."""
+    return [_input_embeddings(model), model.get_output_embeddings()]
 
 
 def _pretrained_parts(model: nn.Module, cls: type) -> list[nn.Module | None]:
@@ -120,9 +148,8 @@ def warn_of_heads(
         parts.append(f"an adapter on {listed(adapted)}, whose own weights its file lacks")
     silence = ", or name them in exclude_modules to silence this warning" if frozen else ""
     warn(
-        f"{'; '.join(parts)}. Modules outside the pretrained base of"
-        f" {type(model).__name__} are freshly initialised unless the checkpoint had them: train and"
-        f" save them whole with modules_to_save={[*frozen, *adapted]}{silence}",
+        f"{'; '.join(parts)}. {type(model).__name__} initialised them afresh, unless a checkpoint"
+        f" had them: train and save them whole with modules_to_save={[*frozen, *adapted]}{silence}"
     )
 
 

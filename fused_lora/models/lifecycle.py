@@ -173,7 +173,11 @@ def _check_unshared(model: nn.Module, layers: Mapping[str, LoRALayer], originals
                 f"expected a weight used by {name} alone, got one that accelerate keeps tied to"
                 " others: untie it before the model is dispatched"
             )
-        others = [u for u, place in users[own[0]] if u != name and overlap(place, own)]
+        others = [
+            user or "the model itself"
+            for user, place in users[own[0]]
+            if user != name and overlap(place, own)
+        ]
         if others:
             raise ValueError(
                 f"expected a weight used by {name} alone, got one shared with {', '.join(others)},"
