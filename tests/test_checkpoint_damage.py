@@ -88,7 +88,10 @@ DAMAGES = {
         edit_config(rank_pattern={f"a{i}": 2 for i in range(10_001)}),
         "at most 10000 patterns in rank_pattern",
     ),
-    "shared embeddings": (edit_config(ensure_weight_tying=True), "ensure_weight_tying = True"),
+    "shared embeddings": (
+        edit_config(ensure_weight_tying=True, target_modules=["embed_tokens"]),
+        "ensure_weight_tying = True",
+    ),
     "wrong rank": (put(KEY, 5, 36), r"hidden.lora_A.weight of shape \(2, 36\).*got \(5, 36\)"),
     "wrong width": (put(KEY, 2, 37), r"of shape \(2, 36\)"),
     "wrong dimensions": (put(KEY, 2), r"got \(2,\)"),

@@ -138,6 +138,14 @@ def test_parameters_that_share_memory_are_tied(make):
     model[1].merge()
 
 
+def test_a_weight_that_the_model_owns_too_is_named():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.register_parameter("own", model[0].weight)
+    apply_lora(model)
+    with pytest.raises(ValueError, match="0 alone, got one shared with the model itself, which"):
+        merge_lora(model)
+
+
 def test_neighbours_in_one_storage_are_not_tied():
     model, rows = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(16, 8)
     model[0].weight, model[1].weight = nn.Parameter(rows[:8]), nn.Parameter(rows[8:])

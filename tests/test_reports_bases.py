@@ -370,7 +370,18 @@ def test_what_no_adapter_can_stand_beside():
 
     model = nn.Sequential(Pair(8, 8))
     apply_lora(model)
-    with pytest.raises(TypeError, match="expected a Tensor from the Pair beside an adapter, got a"):
+    with pytest.raises(TypeError, match=r"\(3, 8\) from the Pair beside an adapter, got a tuple"):
+        model(torch.randn(3, 8))
+
+    class Grouped(nn.Linear):  # transformers' DeepseekV4GroupedLinear
+        def forward(self, x):
+            return super().forward(x)[..., :4]
+
+    model = nn.Sequential(Grouped(8, 8))
+    apply_lora(model)
+    with pytest.raises(
+        TypeError, match=r"the Grouped beside an adapter, got shape \(3, 4\): leave"
+    ):
         model(torch.randn(3, 8))
 
 

@@ -376,3 +376,64 @@ def test_a_fresh_head_can_be_named():
         assert "score" in apply_lora(model, target_modules=["q_proj", "score"])
     with pytest.warns(UserWarning, match="no adapter for score, frozen"):
         apply_lora(tiny("LlamaForSequenceClassification"), target_modules=["q_proj"])
+
+
+def test_more_than_one_tied_embedding_is_told(tmp_path, quiet):
+    """peft#2803: T5 and BART tie the encoder's and the decoder's embedding to the head."""
+    peft = pytest.importorskip("peft")
+    base = tiny("T5ForConditionalGeneration", decoder_start_token_id=0)
+    model, ids = copy.deepcopy(base), torch.arange(8).view(2, 4)
+    names = {"target_modules": ["q"], "modules_to_save": ["shared"]}
+    apply_lora(model, **names, ensure_weight_tying=True)
+    disturb(model)
+    with pytest.warns(UserWarning, match="PEFT up to 0.21 cannot load ensure_weight_tying"):
+        save_adapter(model, tmp_path)
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    loaded = copy.deepcopy(base)
+    load_adapter(loaded, tmp_path)
+    torch.testing.assert_close(loaded(input_ids=ids, decoder_input_ids=ids).logits, expected)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["ensure_weight_tying"]  # the cure
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(theirs(input_ids=ids, decoder_input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["wte", "word_embeddings"])
+def test_tying_that_peft_ignores_is_ignored(name, tmp_path, quiet):
+    """PEFT's EMBEDDING_LAYER_NAMES: under other names it ties nothing, and says so."""
+    peft = pytest.importorskip("peft")
+    kind, target = {"wte": ("GPT2LMHeadModel", "c_attn")}.get(name, ("BertForMaskedLM", "query"))
+    base, ids = tiny(kind), torch.arange(8).view(2, 4)
+    options = {"target_modules": [target], "modules_to_save": [name], "ensure_weight_tying": True}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, **options)).eval()
+    disturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = copy.deepcopy(base)
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits)
+
+
+def test_a_head_with_nan_loads(tmp_path):
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    model = copy.deepcopy(base)
+    apply_lora(model, target_modules=["0"], modules_to_save=["1"])
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    save_adapter(model, tmp_path)
+    load_adapter(base, tmp_path)
+    torch.testing.assert_close(base[1].weight, model[1].weight, equal_nan=True)
+
+
+class Counting(nn.Linear):
+    def get_extra_state(self):
+        return torch.tensor(7)
+
+
+def test_extra_state_is_refused():
+    """No adapter's file holds ``get_extra_state``; PEFT's holds it, and only PEFT reads that."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(Counting(8, 3)))
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"without extra state, .* got 1\.0, a Counting"):
+        apply_lora(model, target_modules=["0"], modules_to_save=["1"])
+    assert_unchanged(model, before)

@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -372,3 +373,24 @@ def test_numbers_of_the_wrong_type_in_a_file(key, tmp_path):
         if isinstance(value, float | str):  # PEFT's own error, from within torch
             with pytest.raises(TypeError):
                 peft.PeftModel.from_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["IA3Config", "LoHaConfig", "OFTConfig", "VeraConfig"])
+def test_a_model_with_another_method_of_peft_is_refused(method):
+    """Its own adapters would be frozen, and the file's keys have PEFT's wrapper in them."""
+    options = {"feedforward_modules": []} if method == "IA3Config" else {}
+    config = getattr(peft, method)(target_modules=["0"], **options)
+    model = peft.get_peft_model(stack(), config)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="got PEFT's PeftModel"):
+        apply_lora(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root reads every file")
+def test_a_file_without_permission_is_not_called_damaged(tmp_path):
+    model = adapted()
+    save_adapter(model, tmp_path)
+    (tmp_path / "adapter_model.safetensors").chmod(0)
+    with pytest.raises(PermissionError, match="adapter_model"):
+        load_adapter(stack(), tmp_path)

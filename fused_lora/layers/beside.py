@@ -190,10 +190,12 @@ class LoRABeside(LoRALayer):
         if lora_A.is_meta and not x.is_meta:
             self.check_values()
         y = base(*args, **kwargs)
-        if not isinstance(y, Tensor):
+        if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], lora_B.shape[0]):
+            expected = (*x.shape[:-1], lora_B.shape[0])
+            got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise TypeError(
-                f"expected a Tensor from the {type(base).__name__} beside an adapter, got a"
-                f" {type(y).__name__}: leave the layer out with exclude_modules"
+                f"expected a Tensor of shape {expected} from the {type(base).__name__} beside an"
+                f" adapter, got {got}: leave the layer out with exclude_modules"
             )
         check_passes_gradient(x, y, type(base).__name__)
         device = lora_A.device

@@ -13,7 +13,7 @@ from ..layers.base import LoRALayer
 from ..layers.beside import LoRABeside
 from ..layers.config import AdapterConfig, check_flag
 from ..ops.validation import check_dtype, check_impl, listed
-from .arguments import check_model, module_names
+from .arguments import check_model, check_without_peft, module_names
 from .check import watch_first_backward
 from .heads import fresh_heads, warn_of_heads
 from .modules_to_save import find_modules, with_tied
@@ -100,6 +100,7 @@ def apply_lora(
     check_flag("ensure_weight_tying", ensure_weight_tying)
     check_contains_layers(model)
     _check_unadapted(model)
+    check_without_peft(model)
     everywhere = dict(model.named_modules(remove_duplicate=False))
     saved = find_modules(everywhere, modules_to_save)
     if ensure_weight_tying:

@@ -122,6 +122,12 @@ def _check_trainable(place: str, module: nn.Module) -> None:
             f"expected modules_to_save to name modules with a forward, got {place}, a"
             f" {type(module).__name__}: name its members, such as {place}.0 or {place}.key"
         )
+    for name, part in module.named_modules():
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            raise TypeError(
+                f"expected modules_to_save without extra state, which no adapter's file holds, got"
+                f" {'.'.join(filter(None, (place, name)))}, a {type(part).__name__}"
+            )
     for name, parameter in module.named_parameters():
         if not parameter.is_floating_point() or is_traceable_wrapper_subclass(parameter):
             raise TypeError(

@@ -55,7 +55,7 @@ from ..models.wrappers import plain_names
 from ..ops.validation import check_dtype, check_impl, listed
 from . import format as peft_format
 from .base_model import describe
-from .differences import warn_of_convolutions, warn_of_renamed
+from .differences import warn_of_convolutions, warn_of_renamed, warn_of_tied
 from .files import CONFIG, WEIGHTS, AdapterTensors, layer_config, read_config, write_adapter
 from .saved_modules import (
     check_shared,
@@ -134,6 +134,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     base_model = describe(model, modules, saved)
     config = peft_format.make_config(layers, adapters, names, base_model, entries, tied)
     warn_of_unsaved(model)
+    warn_of_tied(config, trained)
     parts = {
         peft_format.tensor_key(place, layers[place], parameter): tensor
         for place, adapter in adapters.items()
@@ -210,7 +211,7 @@ def load_adapter(
         The names of the layers that got the adapter.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        OSError: a file is missing or cannot be read.
         RuntimeError: a merged layer.
         TypeError: an argument of the wrong type.
         ValueError: a sharded model, one with PEFT's adapters, damaged or mismatched files, a

@@ -36,6 +36,20 @@ def warn_of_convolutions(modules: Mapping[str, nn.Module], places: Iterable[str]
         )
 
 
+def warn_of_tied(config: Mapping, trained: Iterable[nn.Module]) -> None:
+    """Warn if more modules share one Parameter than an embedding and its head."""
+    users: dict[int, int] = {}
+    for module in trained:
+        for parameter in module.parameters():
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    if config.get("ensure_weight_tying") and max(users.values(), default=0) > 2:
+        warn(
+            "PEFT up to 0.21 cannot load ensure_weight_tying for more modules than an embedding and"
+            f" its head ({', '.join(config['modules_to_save'])}): delete that key from"
+            " adapter_config.json for PEFT, which then loads the same values untied"
+        )
+
+
 def warn_of_renamed(model: nn.Module, config: Mapping, tensors: Mapping[str, Tensor]) -> None:
     """Warn about adapters that PEFT would load into other layers, or not at all.
 

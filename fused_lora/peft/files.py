@@ -115,6 +115,7 @@ class AdapterTensors:
         self.saved_as: dict[str, str] = {}
 
     def __enter__(self) -> AdapterTensors:
+        self.path.open("rb").close()  # safetensors reports a file without permission as missing
         try:
             self._file = safetensors.safe_open(self.path, framework="pt", device="cpu")
             self._file.__enter__()

@@ -291,10 +291,12 @@ def parse_config(text: str) -> dict:
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise ValueError(f"expected modules_to_save as a list of names or null, got {saved!r}")
     if config.get("ensure_weight_tying") and not _names_embedding(saved):
-        raise ValueError(
-            "ensure_weight_tying = True is not supported by fused_lora without embeddings in"
-            " modules_to_save: adapters of tied layers cannot be shared"
-        )
+        if isinstance(targets, str) or _names_embedding(targets):
+            raise ValueError(
+                f"ensure_weight_tying = True is not supported for target_modules = {targets!r}:"
+                " adapters of tied layers cannot be shared"
+            )
+        config["ensure_weight_tying"] = False  # as in PEFT, which then ties nothing
     return config
 
 

@@ -197,7 +197,7 @@ def check_shared(
                 key = id(own) if tied else (module, name)
                 value = states[place][name]
                 other, first = values.setdefault(key, (f"{place}.{name}", value))
-                if not torch.equal(first, value):
+                if first is not value and not torch.equal(first, value):
                     raise ValueError(
                         f"{path}: expected equal values for {other} and {place}.{name}, which the"
                         " model has tied, got two different ones: PEFT trained them separately"
