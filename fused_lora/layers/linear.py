@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..distributed.sharding import is_flat_view, is_shard
-from ..ops.functional import fused_lora_add, fused_lora_linear
-from ..ops.modes import autocasts, is_differentiated, is_dynamo_compiling
+from ..ops.functional import fused_lora_add, fused_lora_linear, linear
+from ..ops.modes import autocasts, is_differentiated, is_dynamo_compiling, is_observed
 from ..ops.validation import check_dtype, check_same_dtype, check_tensors, multiplies_itself
 from . import dora
 from .base import LoRALayer, leaf_call
@@ -40,8 +40,8 @@ class _LinearForward(LoRALayer):
                 sharded weight.
             RuntimeError: disabled while merged with ``keep_base=False``.
         """
-        compiling = is_dynamo_compiling()
-        if compiling:
+        observed = is_observed()  # once: each check costs host time
+        if observed and is_dynamo_compiling():
             self.note_traced_call()
         elif not self.has_run:
             self.has_run = True
@@ -59,16 +59,17 @@ class _LinearForward(LoRALayer):
         if not isinstance(weight, nn.Parameter):
             return self._product(input, weight, lora_A, lora_B, bias, self.dropout)
         try:
-            return fused_lora_linear(
+            return linear(
                 input,
                 self.to_matrix(weight) if self.is_transposed else weight,
                 lora_A,
                 lora_B,
                 bias,
-                scaling=current_scale(self, compiling),  # a method's look-up costs host time
-                dropout_p=self.dropout,
-                training=self.training,
-                impl=self.impl,
+                current_scale(self, observed),  # a method's look-up costs host time
+                self.dropout,
+                self.training,
+                self.impl,
+                observed,
             )
         except TypeError:
             if isinstance(input, Proxy):  # here, because a check before the call costs host time

@@ -11,12 +11,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
 
-from ..ops.modes import is_recorded
+from ..ops.modes import is_observed, is_recorded, is_transformed
 from .config import AdapterConfig, check_scaling
 
 
@@ -63,7 +60,7 @@ class ScaledLayer(nn.Module):
         self._write_scale(float(value))
 
     def _scale(self) -> float | Tensor:
-        return current_scale(self, is_dynamo_compiling())
+        return current_scale(self, is_observed())
 
     def _tensor_scale(self, tensor: Tensor) -> Tensor:
         weight = self._parameters.get("weight")
@@ -102,22 +99,19 @@ class ScaledLayer(nn.Module):
         tensor.fill_(value)
 
 
-def current_scale(layer: ScaledLayer, compiling: bool) -> float | Tensor:
+def current_scale(layer: ScaledLayer, observed: bool) -> float | Tensor:
     """``s`` for a forward: a number on CPUs, whose ``addmm`` applies it in the same pass.
 
     A tensor on GPUs, where reading it would wait for the device, for compilers and exporters,
     whose graphs must not hold its value (``torch.jit.trace`` does record a number), for ``vmap``
     over several models, and for derivatives in the scale, which a number would drop in silence.
+
+    Args:
+        observed: the result of :func:`.modes.is_observed`.
     """
     tensor = layer._buffers["_scaling_tensor"]
     if not tensor.is_cpu:
         return tensor
-    if (  # not is_observed(): on the hot path each check costs host time
-        compiling
-        or tensor.requires_grad
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or (_len_torch_dispatch_stack() and is_recorded())
-    ):
+    if tensor.requires_grad or (observed and (is_recorded() or is_transformed())):
         return layer._tensor_scale(tensor)
     return tensor.item()

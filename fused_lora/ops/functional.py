@@ -66,12 +66,35 @@ def fused_lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3;
     dropout as in PEFT.
     """
+    return linear(
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, impl, is_observed()
+    )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+    training: bool,
+    impl: str,
+    observed: bool,
+) -> Tensor:
+    """As :func:`fused_lora_linear`; ``observed`` is the result of :func:`.modes.is_observed`."""
     # The condition of check_options, whose call costs host time.
     if impl not in IMPLEMENTATIONS or type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
         check_options(impl, dropout_p)
     is_plain = check_tensors(x, weight, lora_A, lora_B, bias, scaling)
     operands = pack((x, weight, lora_A, lora_B, bias, scaling, None, KEEP_ALL, impl, None))
-    return _route(operands, dropout_p if training else 0.0, is_plain)
+    if not training:
+        dropout_p = 0.0
+    if is_plain and not observed and impl != "reference":
+        # Fast path: plain tensors in eager mode, no autocast. No special case of _route applies.
+        return autograd.lora_linear(operands.with_dropout(dropout_p) if dropout_p else operands)
+    return _route(operands, dropout_p)
 
 
 def fused_lora_add(
@@ -111,15 +134,8 @@ def fused_lora_add(
     return _route(operands, dropout_p if training else 0.0)
 
 
-def _route(operands: Operands, dropout_p: float, is_plain: bool = False) -> Tensor:
-    """Compute ``y`` from validated operands: the only path, in every mode.
-
-    Args:
-        is_plain: the result of :func:`.validation.check_tensors`.
-    """
-    if is_plain and operands.impl != "reference" and not is_observed():
-        # Fast path: plain tensors in eager mode, no autocast. No special case below applies.
-        return autograd.lora_linear(operands.with_dropout(dropout_p) if dropout_p else operands)
+def _route(operands: Operands, dropout_p: float) -> Tensor:
+    """Compute ``y`` from validated operands, in every mode."""
     x, weight = operands.x, operands.weight
     if x.is_nested:
         return _on_values(operands, dropout_p)
