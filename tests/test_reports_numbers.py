@@ -435,3 +435,19 @@ def test_a_dropped_entry_of_an_overflowing_product_has_no_gradient(monkeypatch):
         dx = results(lambda *t: fused_lora_add(base, *t, dropout_p=0.9, impl="torch"), x, A, B, dy)  # noqa: B023
         assert 0 < expected.isinf().sum() < 1000
         assert torch.equal(dx[1].isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("kind", [a_linear, a_convolution, an_embedding])
+def test_an_exported_layer_can_be_cast(kind):
+    """A conversion that does nothing would be recorded with an assertion of its dtype."""
+    layer, x, _ = kind(8)
+    layer = layer.float()
+    x = x.float() if x.is_floating_point() else x
+    exported = torch.export.export(layer, (x,)).module()
+    expected = layer(x)
+    if kind is not an_embedding:  # autocast leaves embeddings in float32
+        with torch.autocast("cpu", dtype=BF16):
+            assert exported(x).dtype == BF16
+    y = exported.to(BF16)(x.to(BF16) if x.is_floating_point() else x)
+    assert y.dtype == BF16
+    assert relative_rms(y, expected) < 0.1

@@ -353,4 +353,4 @@ def test_a_head_that_the_checkpoint_has(tmp_path):
     assert "no adapter for classifier, frozen" in log
     resized = cls.from_pretrained(tmp_path / "whole", num_labels=5, ignore_mismatched_sizes=True)
     (log,) = warned(lambda: apply_lora(resized))
-    assert "no adapter for classifier.out_proj, frozen" in log  # the checkpoint has its other part
+    assert "no adapter for classifier, frozen" in log

@@ -363,16 +363,63 @@ def test_a_gradient_counts_as_a_run():
     """A replica of ``nn.DataParallel`` marks a copy of the layer; its gradient arrives."""
     model = blocks()
     apply_lora(model)
-    run(model)
+    y = model(torch.randn(4, 8))
     layers = list(lora_layers(model).values())
     for layer in layers[1:]:
         layer.has_run = False
+    assert len(check_adapters(model)) == len(layers) - 1
+    y.sum().backward()
     assert check_adapters(model) == {}
     model.zero_grad()
     assert check_adapters(model) == {}
-    for layer in layers[1:]:
-        layer.has_run = layer.got_gradient = False
-    assert len(check_adapters(model)) == len(layers) - 1
+
+
+def test_a_gradient_from_before_is_no_run(tmp_path):
+    model = blocks()
+    run(model)
+    apply_lora(model)
+    assert check_adapters(model) == {}
+    assert caught(save_adapter, model, tmp_path)[1] == []
+
+
+@pytest.mark.parametrize("case", ["frozen below", "stop gradient", "reentrant"])
+def test_compiled_blocks_without_gradients_raise_no_alarm(case, tmp_path):
+    model, x = blocks(), torch.randn(4, 8, requires_grad=True)
+    apply_lora(model)
+    torch._dynamo.reset()
+    for block in model:
+        block.compile(backend="eager")
+    if case == "frozen below":
+        for parameter in model[:2].parameters():
+            parameter.requires_grad_(False)
+
+    def step():
+        h = x
+        for index, block in enumerate(model):
+            if case == "reentrant":
+                h = checkpoint(block, h, use_reentrant=True)
+            elif case == "stop gradient" and index < 2:
+                h = block(h).detach()
+            else:
+                h = block(h)
+        h.sum().backward()
+
+    assert caught(step)[1] == []
+    assert check_adapters(model) == {}
+    assert caught(save_adapter, model, tmp_path)[1] == []
+
+
+def test_compiled_autograd_passes_the_hooks():
+    """Dynamo cannot remove a hook in a graph without breaks."""
+    model = blocks()
+    apply_lora(model)
+    torch._dynamo.reset()
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        model(torch.randn(4, 8)).sum().backward()
+    assert_only_lora_gradients(model)
+    run(model)
+    assert not any(p._post_accumulate_grad_hooks for p in lora_parameters(model))
 
 
 def test_copies_and_pickles_are_silent_and_plain_layers_forget():

@@ -101,7 +101,7 @@ class AdapterLayer(ScaledLayer):
         self.impl = impl
         self.enabled = True
         self.merged = False
-        self.has_run = self.was_traced = self.got_gradient = False
+        self.has_run = self.was_traced = False
         self.adapter_name = "default"
         self.inactive_adapters: dict[str, Adapter] = {}
         # For PiSSA. Not set as an attribute: nn.Module would register it as a Parameter.

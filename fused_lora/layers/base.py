@@ -21,7 +21,7 @@ _ADDED = {
     *ADAPTER_NAMES,
     *(field.name for field in fields(AdapterConfig)),
     *("impl", "enabled", "merged", "adapter_name", "inactive_adapters"),
-    *("has_run", "was_traced", "got_gradient"),
+    *("has_run", "was_traced"),
     *("_scaling_tensor", "_base_weight", "_original_weight", "_adapted"),
 }
 
@@ -41,7 +41,6 @@ class LoRALayer(MergeableLayer):
         has_run: whether forward was ever called, or a gradient of the adapter arrived.
         was_traced: whether a compiler traced the forward; it may run that code for other layers,
             whose ``has_run`` it does not set.
-        got_gradient: whether a backward pass gave the adapter a gradient.
         adapter_name: name of the active adapter; the others are in ``inactive_adapters``.
     """
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.reference import add_scaled
+from ..ops.torch_impl import as_dtype
 from .base import LoRALayer
 from .config import AdapterConfig
 
@@ -78,5 +79,5 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         y = self._conv_forward(input, weight, self.bias)
         dropped = F.dropout(input, self.dropout, self.training)
         # A convolution does not mix dtypes: the factors are cast to the input's.
-        S = self._conv_forward(dropped, lora_A.to(input.dtype), None)
-        return add_scaled(y, F.conv2d(S, lora_B.to(S.dtype)), self._scale())
+        S = self._conv_forward(dropped, as_dtype(lora_A, input.dtype), None)
+        return add_scaled(y, F.conv2d(S, as_dtype(lora_B, S.dtype)), self._scale())

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from ..distributed.sharding import is_shard
 from ..layers.base import LoRALayer
@@ -46,8 +47,8 @@ def check_adapters(model: nn.Module) -> dict[str, str]:
     * it trains whole, and a Parameter of it no longer trains: it was quantised or frozen;
     * its adapter no longer fits its weight, for example after ``resize_token_embeddings``.
 
-    A gradient counts as having run. Before the first gradient, a compiled model has no layers that
-    never ran: a compiler traces one of several equal blocks, and runs its code for all.
+    A gradient counts as having run. Compiled code is shared by layers of one class: of those
+    without a gradient it is not known whether they ran, so they have no problem.
 
     Returns:
         What is wrong, by the name of the layer; empty if nothing is.
@@ -87,29 +88,26 @@ def _idle(
     waiting = {name: layer for name, layer in layers.items() if not _ran(layer)}
     if not waiting:
         return {}, readers
-    others_ran = len(waiting) < len(layers) or any(p.grad is not None for p in model.parameters())
-    # The code that a compiler traced for one layer may have run others; a gradient tells.
-    known = any(_got_gradient(layer) for layer in layers.values()) or not any(
-        layer.was_traced for layer in layers.values()
+    others_ran = len(waiting) < len(layers) or any(
+        p.requires_grad and p.grad is not None for p in model.parameters()
     )
+    # The code that a compiler traced for one layer may have run others of its class.
+    traced = {type(layer) for layer in layers.values() if layer.was_traced}
     found = {}
     for name, layer in waiting.items():
         reader = readers.get(id(layer))
-        if reader is not None and (reader.refused or (others_ran and known)):
+        known = others_ran and type(layer) not in traced
+        if reader is not None and (reader.refused or known):
             found[name] = f"{reader.reason}, so its adapter has no effect: leave it out"
-        elif others_ran and known:
+        elif known:
             found[name] = f"its forward has never run while others have: {_NEVER_RUN}"
     return found, readers
 
 
 def _ran(layer: LoRALayer) -> bool:
-    return layer.has_run or _got_gradient(layer)
-
-
-def _got_gradient(layer: LoRALayer) -> bool:
-    # Also now: the hooks of :func:`watch_first_backward` are lost with a replaced Parameter.
+    # Also now: the hooks of watch_first_backward are lost with a replaced Parameter.
     parameters = layer.adapter_parameters().values()
-    return layer.got_gradient or any(p.grad is not None for p in parameters)
+    return layer.has_run or any(p.grad is not None for p in parameters)
 
 
 def warn_of_idle(model: nn.Module, when: str, skipped_ok: bool = False) -> None:
@@ -207,10 +205,12 @@ def watch_first_backward(model: nn.Module) -> None:
         owner = None if layer is None else weakref.ref(layer)
 
         def at_gradient(_: Tensor) -> None:
+            if is_dynamo_compiling():  # compiled autograd traces hooks, and cannot remove them
+                return
             for handle in handles:
                 handle.remove()
             if owner is not None and (layer := owner()) is not None:
-                layer.has_run = layer.got_gradient = True
+                layer.has_run = True
             if is_first:
                 is_first.clear()
                 torch.autograd.Variable._execution_engine.queue_callback(at_end)

@@ -1,4 +1,4 @@
-"""Heads that ``from_pretrained`` may have made fresh, and other parts that it did not find.
+"""Heads outside a pretrained base, and poolers: ``from_pretrained`` may have made them fresh.
 
 ``LlamaForSequenceClassification.score`` is in no file: neither the base model's nor an adapter's.
 """
@@ -27,13 +27,12 @@ _TASK = re.compile(r".*For\w*(Classification|Answering|Choice|Regression)")
 
 
 def fresh_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules that no checkpoint may hold, by name.
+    """The outermost modules with parameters that no checkpoint may hold, by name.
 
-    transformers 5 marks the Parameters that ``from_pretrained`` found: the others are fresh, within
-    the base too, as a pooler is. Without marks, these are the modules with parameters outside
-    ``model.base_model``; its output embeddings and the heads of a class for pretraining belong to
-    it, and so does all of a checkpoint of the same class. Of other modules nothing is known, so a
-    head of one's own beside a transformers model is none.
+    In a transformers model they are outside ``model.base_model``; its output embeddings and the
+    heads of a class for pretraining belong to it, and so does all of a checkpoint of the same
+    class. Within the base they are parts that ``from_pretrained`` did not find, such as a pooler.
+    Of other modules nothing is known, so a head of one's own beside a transformers model is none.
     """
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
@@ -41,37 +40,34 @@ def fresh_heads(model: nn.Module) -> dict[str, nn.Module]:
     heads = {}
     for place, pretrained in _outermost(model, transformers.PreTrainedModel):
         prefix = f"{place}." if place else ""
-        # A quantiser makes new Parameters of those that were found.
-        marked = any(map(_is_marked, pretrained.parameters()))
-        if marked and getattr(pretrained, "hf_quantizer", None) is None:
-            found = _not_found(pretrained, _embeddings(pretrained))
-        else:
-            inside = _pretrained_parts(pretrained, transformers.PreTrainedModel)
-            outside = _outside(pretrained, inside) if inside else ()
-            found = [(n, head) for n, head in outside if not _was_loaded(head, pretrained)]
-        heads |= {prefix + name: head for name, head in found}
+        inside = _pretrained_parts(pretrained, transformers.PreTrainedModel)
+        for name, head in _outside(pretrained, inside) if inside else ():
+            if not _was_loaded(head, pretrained):
+                heads[prefix + name] = head
+        base = pretrained.base_model
+        base_name = next(name for name, module in pretrained.named_modules() if module is base)
+        for name, part in _not_found(base):
+            heads[prefix + f"{base_name}.{name}".lstrip(".")] = part
     return heads
 
 
-def _not_found(
-    module: nn.Module, known: list[nn.Module | None], place: str = ""
-) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules of which no Parameter was found; those in ``known`` do not count."""
-    for name, child in module.named_children():
-        where = f"{place}.{name}" if place else name
-        fresh = [not (_is_marked(p) or p.is_meta) for p in child.parameters()]
-        if not any(fresh) or any(child is part for part in known):
-            continue
-        parts = next(child.children(), None) is not None
-        if parts and (isinstance(child, CONTAINERS) or not all(fresh)):
-            yield from _not_found(child, known, where)
-        else:
-            yield where, child
+def _not_found(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The direct parts of a pretrained base that ``from_pretrained`` did not find.
+
+    It marks the Parameters that it found. Other code makes new Parameters of them, as quantising
+    does, but hardly of all in such a part, and all in float.
+    """
+    if not any(map(_is_marked, base.parameters())):
+        return
+    for name, part in base.named_children():
+        own = list(part.parameters())
+        if any(isinstance(m, nn.Linear) for m in part.modules()) and all(map(_is_fresh, own)):
+            yield name, part
 
 
-def _embeddings(model: nn.Module) -> list[nn.Module | None]:
-    """Those that ``resize_token_embeddings`` makes anew."""
-    return [_input_embeddings(model), model.get_output_embeddings()]
+def _is_fresh(parameter: nn.Parameter) -> bool:
+    plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
+    return plain and not (parameter.is_meta or _is_marked(parameter))
 
 
 def _pretrained_parts(model: nn.Module, cls: type) -> list[nn.Module | None]:

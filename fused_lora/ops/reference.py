@@ -17,6 +17,7 @@ from .cpu_gemm import HALF
 from .dropout import KEEP_ALL, keep_mask, make_keep_bits
 from .modes import is_differentiated
 from .operands import Operands
+from .torch_impl import as_dtype
 
 
 def lora_linear(
@@ -43,27 +44,30 @@ def lora_linear(
 def scaled(branch: Tensor, scaling: float | Tensor) -> Tensor:
     """``scaling · branch`` in branch's dtype, the product rounded but not the scale."""
     if isinstance(scaling, Tensor):
-        return (branch * _one_element(scaling, branch)).to(branch.dtype)
+        return as_dtype(branch * _factor(scaling, branch), branch.dtype)
     return scaling * branch
 
 
 def add_scaled(base: Tensor, branch: Tensor, scaling: float | Tensor) -> Tensor:
     """``base + scaling · branch`` in base's dtype; no half-precision tensor has the scale."""
     if isinstance(scaling, Tensor):
-        y = torch.addcmul(base, branch, _one_element(scaling, branch))
+        y = torch.addcmul(base, branch, _factor(scaling, branch))
     elif branch.dtype in HALF:  # torch.add would round the scale
         y = torch.addcmul(base, branch, branch.new_ones(1), value=scaling)
     else:
         y = torch.add(base, branch, alpha=scaling)
-    return y.to(base.dtype)
+    return as_dtype(y, base.dtype)
 
 
-def _one_element(scaling: Tensor, branch: Tensor) -> Tensor:
-    """The scale, of no dimension, as ``(1,)``: so a float32 scale widens an operator in half
-    precision instead of being rounded. A copy, if it may be written in place before backward.
+def _factor(scaling: Tensor, branch: Tensor) -> Tensor:
+    """The 0-d scale as a factor of ``branch``.
+
+    As one element ``(1,)`` a float32 scale widens an operator in half precision; without a
+    dimension it would be rounded. A copy, if it may be written in place before backward.
     """
-    scaling = scaling.reshape(1)
-    return scaling.clone() if is_differentiated(branch) else scaling
+    if is_differentiated(branch):
+        scaling = scaling.clone()
+    return scaling.reshape(1) if branch.dtype in HALF else scaling
 
 
 def forward(operands: Operands) -> Tensor:

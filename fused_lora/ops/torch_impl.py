@@ -222,5 +222,8 @@ def _scaled_mm(
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``, but without the microsecond that it takes as a no-op."""
+    """``t.to(dtype)``, but without the microsecond that it takes as a no-op.
+
+    An export would record the no-op, with an assertion that refuses a later cast of the model.
+    """
     return t if t.dtype == dtype else t.to(dtype)
