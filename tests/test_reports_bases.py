@@ -380,7 +380,7 @@ def test_what_no_adapter_can_stand_beside():
     model = nn.Sequential(Grouped(8, 8))
     apply_lora(model)
     with pytest.raises(
-        TypeError, match=r"the Grouped beside an adapter, got shape \(3, 4\): leave"
+        ValueError, match=r"the Grouped beside an adapter, got shape \(3, 4\): leave"
     ):
         model(torch.randn(3, 8))
 

@@ -12,6 +12,7 @@ from fused_lora import (
     apply_lora,
     check_adapters,
     load_adapter,
+    lora_layers,
     merge_lora,
     save_adapter,
     unload_lora,
@@ -324,6 +325,10 @@ def test_regions_that_share_a_trace_raise_no_alarm(tmp_path):
         region.part.has_run = region is model[0]
     assert check_adapters(model) == {}
     assert caught(save_adapter, model, tmp_path)[1] == []
+    for layer in lora_layers(model).values():  # as if none of them had been compiled
+        layer.was_traced = False
+    model[3].has_run = False
+    assert check_adapters(model).keys() == {"1.part", "2.part", "3"}
 
 
 class Block(nn.Module):
@@ -341,7 +346,7 @@ class Stack(nn.Module):
     def __init__(self):
         super().__init__()
         self.blocks, self.out = nn.ModuleList(Block() for _ in range(3)), nn.Linear(8, 8)
-        self.skipped = {}  # as LayerDrop skips blocks
+        self.skipped = set()  # as LayerDrop skips blocks
 
     def forward(self, x):
         for index, block in enumerate(self.blocks):

@@ -399,11 +399,13 @@ def test_more_than_one_tied_embedding_is_told(tmp_path, quiet):
     torch.testing.assert_close(theirs(input_ids=ids, decoder_input_ids=ids).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["wte", "word_embeddings"])
-def test_tying_that_peft_ignores_is_ignored(name, tmp_path, quiet):
+@pytest.mark.parametrize(
+    ("kind", "target", "name"),
+    [("GPT2LMHeadModel", "c_attn", "wte"), ("BertForMaskedLM", "query", "word_embeddings")],
+)
+def test_tying_that_peft_ignores_is_ignored(kind, target, name, tmp_path, quiet):
     """PEFT's EMBEDDING_LAYER_NAMES: under other names it ties nothing, and says so."""
     peft = pytest.importorskip("peft")
-    kind, target = {"wte": ("GPT2LMHeadModel", "c_attn")}.get(name, ("BertForMaskedLM", "query"))
     base, ids = tiny(kind), torch.arange(8).view(2, 4)
     options = {"target_modules": [target], "modules_to_save": [name], "ensure_weight_tying": True}
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, **options)).eval()

@@ -192,8 +192,9 @@ class LoRABeside(LoRALayer):
         y = base(*args, **kwargs)
         if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], lora_B.shape[0]):
             expected = (*x.shape[:-1], lora_B.shape[0])
-            got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-            raise TypeError(
+            is_tensor = isinstance(y, Tensor)
+            got = f"shape {tuple(y.shape)}" if is_tensor else f"a {type(y).__name__}"
+            raise (ValueError if is_tensor else TypeError)(
                 f"expected a Tensor of shape {expected} from the {type(base).__name__} beside an"
                 f" adapter, got {got}: leave the layer out with exclude_modules"
             )

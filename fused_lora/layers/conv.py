@@ -17,7 +17,8 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
     Computed in plain PyTorch, as in PEFT: ``A`` is a convolution to ``rank`` channels with the
     layer's kernel size, stride, padding and dilation; ``B`` is a 1×1 convolution. In training mode
-    ``D`` drops single entries of ``x``, not whole channels.
+    ``D`` drops single entries of ``x``, not whole channels. ``x`` is ``(N, C, H, W)`` or
+    ``(C, H, W)``, as for ``nn.Conv2d``.
 
     Created by :meth:`from_conv2d`. Attributes as in :class:`fused_lora.FusedLoRALinear`, with
     ``lora_A (rank, in_channels, kH, kW)`` and ``lora_B (out_channels, rank, 1, 1)``.
@@ -68,7 +69,6 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         }
 
     def _compute(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` or ``(C, H, W)``, as for ``nn.Conv2d``."""
         if self.merged or not self.enabled:
             return self._conv_forward(input, self.plain_weight(), self.bias)
         weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B

@@ -15,6 +15,7 @@ from .config import AdapterConfig
 class LoRAEmbedding(LoRALayer, nn.Embedding):
     """A frozen ``nn.Embedding`` with an adapter: ``y = W[i] + s·(A[:, i])ᵀ Bᵀ``.
 
+    Indices ``(...)`` give ``(..., embedding_dim)``.
     Computed in plain PyTorch: a look-up of ``rank`` numbers per index and a thin product. As in
     PEFT there is no dropout; ``lora_A`` starts at zero and ``lora_B`` with normal random values.
     The sum is computed in the wider of the weight's and the adapter's dtypes and returned in the
@@ -69,7 +70,6 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         nn.init.normal_(lora_B)
 
     def _compute(self, input: Tensor) -> Tensor:
-        """Integer indices ``(...)`` to ``(..., embedding_dim)``."""
         if self.merged or not self.enabled:
             return self._look_up(input, self.plain_weight())
         weight, lora_A = self.weight, self.lora_A

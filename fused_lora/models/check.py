@@ -45,10 +45,11 @@ def check_adapters(model: nn.Module) -> dict[str, str]:
     * it was adapted, or trained whole (``modules_to_save``), and has since been replaced or
       removed, so that its adapter or trained copy is lost;
     * it trains whole, and a Parameter of it no longer trains: it was quantised or frozen;
-    * its adapter no longer fits its weight, for example after ``resize_token_embeddings``.
+    * its adapter no longer fits its weight, for example after ``resize_token_embeddings``;
+    * accelerate offloads its adapter, and the layer is in training mode: it gets no gradient.
 
-    A gradient counts as having run. Compiled code is shared by layers of one class: of those
-    without a gradient it is not known whether they ran, so they have no problem.
+    A gradient counts as having run. Layers of one class share compiled code, which marks only one
+    of them: the others are not named, since they may have run.
 
     Returns:
         What is wrong, by the name of the layer; empty if nothing is.
@@ -105,7 +106,7 @@ def _idle(
 
 
 def _ran(layer: LoRALayer) -> bool:
-    # Also now: the hooks of watch_first_backward are lost with a replaced Parameter.
+    # The hooks of watch_first_backward miss a Parameter that replaced theirs: look at .grad too.
     parameters = layer.adapter_parameters().values()
     return layer.has_run or any(p.grad is not None for p in parameters)
 
@@ -191,8 +192,8 @@ def watch_first_backward(model: nn.Module) -> None:
     """Note the layers whose adapters get gradients; after the first backward pass, warn once.
 
     Call it after :func:`train_copies`: if no adapter runs, only ``modules_to_save`` get gradients.
-    The hooks remove themselves at the first gradient. Parameters that are replaced before, as by
-    FSDP, lose them; a copy of the model has none.
+    The hooks of a layer remove themselves at its first gradient. Parameters that are replaced
+    before, as by FSDP, lose them; a copy of the model has none.
     """
     watched = weakref.ref(model)
     is_first = [True]
