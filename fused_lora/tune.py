@@ -188,14 +188,12 @@ def _directions(layer: Layer, device: torch.device):
     forth = ForwardOperands(x, weight, A, B, bias, scale, keep_bits, inv_keep)
     _, S = torch_impl.forward(forth)
     back = BackwardOperands(dy, x, weight, A, B, S, scale, keep_bits, inv_keep)
-    # Each implementation's backward reads S in the dtype in which its own forward saves it.
-    backs = {False: back, True: back._replace(S=S.to(torch.float32))}
 
     def forward(strategy):
         return run_forward(strategies, strategy, forth)[0]
 
     def backward(strategy):
-        return run_backward(strategies, strategy, backs[strategy != "torch"])[0]
+        return run_backward(strategies, strategy, back)[0]
 
     aligned = is_aligned(K * dtype.itemsize, N * dtype.itemsize)
     for name, run, exact in (("forward", forward, y), ("backward", backward, dx)):

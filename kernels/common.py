@@ -20,6 +20,11 @@ def in_vectors(t: torch.Tensor, n: int = 8) -> bool:
     return t.stride(0) == 1 and t.stride(1) % n == 0 and t.shape[0] % n == 0
 
 
+def vector_of(u: torch.Tensor) -> int:
+    """The most elements, 8, 4 or 1, at whose multiples rows of ``u (M,R)`` start and end."""
+    return next((n for n in (8, 4) if in_vectors(u, n)), 1)
+
+
 def operand(config: Config, t: torch.Tensor, block: tuple[int, int], transposed: bool = False):
     """The kernel's argument for ``t``: the tensor itself, or a descriptor of it in ``block`` tiles.
 
@@ -116,9 +121,9 @@ def add_low_rank(
 
     U and V may have any floating dtype; both are cast to DTYPE before the product.
     """
-    if ALIGN_U:  # 4 elements of an fp32 U are 16 bytes
-        stride_um = multiple(stride_um, 4)
-        R = multiple(R, 4)
+    if ALIGN_U > 1:
+        stride_um = multiple(stride_um, ALIGN_U)
+        R = multiple(R, ALIGN_U)
     if ALIGN_V:
         if V_TRANSPOSED:
             stride_vn = multiple(stride_vn, 8)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, add_low_rank, in_vectors, load_keep_bits, multiple
+from .common import TL_DTYPE, add_low_rank, in_vectors, load_keep_bits, multiple, vector_of
 from .config import AddConfig, cdiv
 from .launch import Arguments, launch
 
@@ -145,7 +145,7 @@ def _arguments(
             "HAS_SCALE": scale is not None,
             "ALIGN_O": in_vectors(o),
             "ALIGN_BASE": base is not None and in_vectors(base),
-            "ALIGN_U": in_vectors(u, 4),
+            "ALIGN_U": vector_of(u),
             "ALIGN_V": in_vectors(v),
             "V_TRANSPOSED": v.stride(1) != 1,
             "INPUT_PRECISION": input_precision,

@@ -20,6 +20,7 @@ from .common import (
     load_keep_bits,
     multiple,
     operand,
+    vector_of,
 )
 from .config import GemmConfig, cdiv
 from .launch import Arguments, launch
@@ -226,7 +227,7 @@ def lora_gemm(
         o: ``(M, N)`` in p's dtype, inner stride 1.
         p: ``(M, L)``, inner stride 1.
         q: ``(L, N)`` in p's dtype, one of its strides 1.
-        u: ``(M, R)`` fp32 or p's dtype, inner stride 1.
+        u: ``(M, R)``, inner stride 1, any floating dtype; cast to p's.
         v: ``(R, N)``, any strides and floating dtype; cast to p's.
         scale: 0-d tensor, read on the device, or None for 1.
         bias: ``(N,)``, contiguous, any floating dtype, or None.
@@ -287,7 +288,7 @@ def _arguments(config, o, p, q, u, v, keep_bits, bias, scale, input_precision: s
             "BLOCK_R": block_r,
             "CHUNKS": chunks,
             "GROUP_M": config.group_m,
-            "ALIGN_U": in_vectors(u, 4),
+            "ALIGN_U": vector_of(u),
             "ALIGN_V": in_vectors(v),
             "V_TRANSPOSED": v.stride(1) != 1,
             "PERSISTENT": config.programs > 0,

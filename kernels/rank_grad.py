@@ -11,7 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, advance, in_vectors, load_keep_bits, multiple, operand, sum_partials
+from .common import (
+    TL_DTYPE,
+    advance,
+    in_vectors,
+    load_keep_bits,
+    multiple,
+    operand,
+    sum_partials,
+    vector_of,
+)
 from .config import RankGradConfig, cdiv, split_evenly
 from .launch import Arguments, launch
 
@@ -50,9 +59,9 @@ def _rank_grad(
     if ALIGN_P:
         stride_pm = multiple(stride_pm, 8)
         L = multiple(L, 8)
-    if ALIGN_U:
-        stride_um = multiple(stride_um, 4)
-        R = multiple(R, 4)
+    if ALIGN_U > 1:
+        stride_um = multiple(stride_um, ALIGN_U)
+        R = multiple(R, ALIGN_U)
     first_l = tl.program_id(0) * BLOCK_L
     split = tl.program_id(1)
     offs_l = first_l + tl.arange(0, BLOCK_L)
@@ -115,7 +124,7 @@ def rank_grad(
 
     Args:
         o: ``(R, L)``, any strides and floating dtype; rounded once, from the fp32 sum.
-        u: ``(M, R)`` fp32 or p's dtype, inner stride 1.
+        u: ``(M, R)``, inner stride 1, any floating dtype; cast to p's.
         p: ``(M, L)``, inner stride 1.
         scale: 0-d tensor, read on the device, or None for 1.
         keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
@@ -164,7 +173,7 @@ def _arguments(config, out, u, p, keep_bits, scale, input_precision: str) -> Arg
             "HAS_FACTOR": keep_bits is not None and splits == 1,
             "HAS_SCALE": scale is not None,
             "ALIGN_P": in_vectors(p),
-            "ALIGN_U": in_vectors(u, 4),
+            "ALIGN_U": vector_of(u),
             "USE_DESC": config.descriptors,
             "INPUT_PRECISION": input_precision,
             "BLOCK_M": block_m,

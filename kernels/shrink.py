@@ -1,6 +1,6 @@
 """The thin product that shrinks to the rank.
 
-    U = s · D(P) Q        P (M,L)   Q (L,R)   U (M,R) fp32
+    U = s · D(P) Q        P (M,L)   Q (L,R)   U (M,R)
 
 Forward: ``S``, without s, from P = x, Q = Aᵀ and the keep bits. Backward: ``G`` from P = dY, Q = B.
 The kernel is bound by memory bandwidth: one read of P. The contraction may be split over programs;
@@ -105,7 +105,7 @@ def _shrink(
         + offs_m.to(tl.int64)[:, None] * stride_um
         + offs_r[None, :]
     )
-    tl.store(u_ptrs, acc, mask=rows & cols)
+    tl.store(u_ptrs, acc.to(u_ptr.dtype.element_ty), mask=rows & cols)
 
 
 def shrink(
@@ -123,7 +123,7 @@ def shrink(
     """Write ``u = scale · D(p) q``.
 
     Args:
-        u: ``(M, R)`` fp32, inner stride 1.
+        u: ``(M, R)``, inner stride 1, any floating dtype; rounded once, from the fp32 sum.
         p: ``(M, L)``, inner stride 1.
         q: ``(L, R)`` in p's dtype, any strides.
         scale: 0-d tensor, read on the device.

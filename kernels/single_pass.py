@@ -1,6 +1,6 @@
 """``shrink`` and ``lora_gemm`` in one launch, for small M.
 
-    U = P Z        O = P Q + s · D(U V) + bias        P (M,L)   Z (L,R)   U (M,R) fp32
+    U = P Z        O = P Q + s · D(U V) + bias        P (M,L)   Z (L,R)   U (M,R)
     U = s · P Z    O = P Q + D(U V) + bias
 
 Forward: the first line, with Z = Aᵀ. Backward: the second, with Z = B. The rest as in
@@ -144,7 +144,11 @@ def _single_pass(
     low = tl.where(offs_r[None, :] < R, low, 0.0)
     if tl.program_id(1) == 0:
         u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
-        tl.store(u_ptrs, low, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R))
+        tl.store(
+            u_ptrs,
+            low.to(u_ptr.dtype.element_ty),
+            mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
+        )
     v_ptrs = (
         v_ptr + offs_r.to(tl.int64)[:, None] * stride_vr + offs_n.to(tl.int64)[None, :] * stride_vn
     )
@@ -184,7 +188,8 @@ def single_pass(
 
     Args:
         o: ``(M, N)`` in p's dtype, inner stride 1.
-        u: ``(M, R)`` fp32, inner stride 1; ``R`` at most :data:`.config.SINGLE_PASS_MAX_RANK`.
+        u: ``(M, R)``, inner stride 1, any floating dtype; ``R`` at most
+            :data:`.config.SINGLE_PASS_MAX_RANK`.
         p: ``(M, L)``, inner stride 1.
         q: ``(L, N)`` in p's dtype, one of its strides 1.
         z: ``(L, R)`` in p's dtype, any strides.

@@ -29,7 +29,7 @@ __all__ = ["INTERPRETED", "backward", "dropout_mask", "forward"]
 
 
 def forward(operands: ForwardOperands, strategy: str) -> tuple[Tensor, Tensor]:
-    """``y (M,N)`` in x's dtype (with a base, in the base's) and the unscaled ``S (M,R)`` in fp32.
+    """``y (M,N)`` in x's dtype (with a base, in the base's) and the unscaled ``S (M,R)`` in x's dtype.
 
     No dimension may be 0, and the scale must be a tensor.
     """
@@ -59,7 +59,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dA, dB)``, each in the dtype of its tensor.
 
-    ``S`` must be fp32, and the scale a tensor.
+    The scale must be a tensor.
     """
     dy, x, weight, lora_A, lora_B, S, scale, keep_bits, inv_keep, needs = operands
     dy = _inner_contiguous(dy)
@@ -99,7 +99,7 @@ def backward(
 def _shrink(p, q, scale, target, scale_u=True, keep_bits=None, inv_keep=1.0) -> Tensor:
     M, L = p.shape
     R = q.shape[1]
-    u = _rank_matrix(M, R, p.device)
+    u = _rank_matrix(M, R, p)
     config = _config(
         select_config.shrink_config, target, p.element_size(), M, L, R, describable=_describable(p)
     )
@@ -138,7 +138,7 @@ def _add(o, u, v, scale, target, keep_bits=None, inv_keep=1.0, base=None, like=N
 def _single_pass(p, q, z, v, scale, target, scale_u=False, bias=None, keep_bits=None, inv_keep=1.0):
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
-    u = _rank_matrix(p.shape[0], z.shape[1], p.device)
+    u = _rank_matrix(p.shape[0], z.shape[1], p)
     config = _config(
         select_config.single_pass_config,
         target,
@@ -191,10 +191,10 @@ def _config(choose, *args, **kwargs) -> Config:
     return choose(*args, **kwargs)
 
 
-def _rank_matrix(M: int, R: int, device: torch.device) -> Tensor:
-    """An uninitialised fp32 ``(M, R)`` matrix whose rows start on 16-byte boundaries."""
-    pitch = cdiv(R * 4, VECTOR_BYTES) * VECTOR_BYTES // 4
-    return torch.empty((M, pitch), dtype=torch.float32, device=device)[:, :R]
+def _rank_matrix(M: int, R: int, like: Tensor) -> Tensor:
+    """An uninitialised ``(M, R)`` in ``like``'s dtype whose rows start on 16-byte boundaries."""
+    vector = VECTOR_BYTES // like.element_size()
+    return like.new_empty((M, cdiv(R, vector) * vector))[:, :R]
 
 
 def _inner_contiguous(t: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def test_bytes_of_the_split_strategy():
     gemm = by_name["_lora_gemm"][0]
     assert gemm.read_unique["p_ptr"] == 2 * M * K
     assert gemm.read_unique["q_ptr"] == 2 * N * K
-    assert gemm.read_unique["u_ptr"] == 4 * M * R
+    assert gemm.read_unique["u_ptr"] == 2 * M * R
     assert gemm.written == {"o_ptr": 2 * M * N}
     assert gemm.read_total["p_ptr"] == 3 * gemm.read_unique["p_ptr"]  # per block of 64 columns
     for launch, length in zip(by_name["_shrink"], (K, N), strict=True):

@@ -73,7 +73,8 @@ class Case:
         R, dtype = self.rank, DTYPES[self.dtype]
         x, dy, weight = _empty(M, K, dtype), _empty(M, N, dtype), _empty(N, K, dtype)
         A, B = (_empty(*shape, ADAPTER_DTYPES[self.dtype]) for shape in ((R, K), (N, R)))
-        u = _empty(M, -(-R // 4) * 4, torch.float32)[:, :R]  # aligned rows, as in strategies.py
+        vector = 16 // dtype.itemsize  # aligned rows, as in strategies.py
+        u = _empty(M, -(-R // vector) * vector, dtype)[:, :R]
         scale, config = torch.tensor(1.0), self.config
         keep_bits = dropout.empty_keep_bits(M, K, x.device) if self.masked else None
         mask = {"keep_bits": keep_bits, "inv_keep": 1.25 if self.masked else 1.0}

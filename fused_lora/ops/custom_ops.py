@@ -229,7 +229,7 @@ def _on_host(scaling: Tensor) -> float | Tensor:
 
 def _rank_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which ``S`` is returned: lossless, and the same for every implementation."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
 
 
 def _no_keep_bits(x: Tensor) -> Tensor:

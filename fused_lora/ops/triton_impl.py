@@ -41,9 +41,9 @@ def run_backward(strategies, strategy: str, operands: BackwardOperands):
     """The backward with ``strategy``, whichever implementation's forward computed ``S``."""
     if strategy == "torch":
         return torch_impl.backward(operands)
-    S = operands.S
-    if S is not None and S.dtype != torch.float32:  # as torch_impl returns it
-        operands = operands._replace(S=S.float())
+    S, dtype = operands.S, operands.dy.dtype
+    if S is not None and S.dtype != dtype:  # wider, as compiled code keeps it on a CPU
+        operands = operands._replace(S=S.to(dtype))
     return strategies.backward(_with_scale_tensor(operands, operands.dy.device), strategy)
 
 
@@ -97,7 +97,7 @@ class TritonRunner:
         """The dtype in which :meth:`forward` returns ``S`` for ``x (M,K)``."""
         if self.decision.forward == "torch" or self.key in _failed:
             return torch_impl.rank_dtype(x, lora_A)
-        return torch.float32  # as the kernels store it
+        return x.dtype  # as the kernels store it
 
     def backward(self, operands: BackwardOperands):
         """Same operands and results as :func:`.torch_impl.backward`."""

@@ -149,12 +149,12 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
         reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
     flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
     kernels = _cast(c.L * c.R, c)
-    out = c.M * c.R * 4
+    out, partial = c.M * c.R * c.itemsize, c.M * c.R * 4
     if splits == 1:
         reads |= _scale(True)
         return [*kernels, Kernel("shrink", reads, {"u": out}, flops)]
-    kernels.append(Kernel("shrink", reads, {"u": splits * out}, flops))
-    return [*kernels, _sum(splits, out, out, c.backward)]
+    kernels.append(Kernel("shrink", reads, {"u": splits * partial}, flops))
+    return [*kernels, _sum(splits, partial, out, c.backward)]
 
 
 def lora_gemm(device: Device, c: Product) -> Kernel:
@@ -202,7 +202,7 @@ def single_pass(device: Device, c: Product) -> list[Kernel]:
     reads = _operands(c) | {"z": c.L * c.R * c.itemsize} | _low_rank(c, config.block_n)
     del reads["u"]
     reads |= _scale(True)
-    written = {"o": c.M * c.N * c.itemsize, "u": c.M * c.R * 4}
+    written = {"o": c.M * c.N * c.itemsize, "u": c.M * c.R * c.itemsize}
     # With few rows each panel of Q is read once: no later wave reads it again.
     kernel = Kernel("single_pass", reads, written, flops, gemm=1.0, speed=device.gemm_ratio)
     return [*_cast(c.L * c.R, c), kernel]
@@ -214,14 +214,13 @@ def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
     Args:
         scaled: whether the scale multiplies it, as in ``dB``.
     """
-    p, u = c.M * c.L * c.itemsize, c.M * c.R * 4
+    p, u = c.M * c.L * c.itemsize, c.M * c.R * c.itemsize
     out = c.R * c.L * c.adapter_itemsize
     masked = c.masked == "operand"
     if not rank_grad_applies(c.M, c.R, masked=masked):
-        narrow, result = c.M * c.R * c.itemsize, c.R * c.L * 4
+        result = c.R * c.L * 4
         return [
-            _torch("cast", {"u": u}, {"u": narrow}),
-            _torch("mm", {"u": narrow, "p": p}, {"o": result}, 2.0 * c.M * c.L * c.R),
+            _torch("mm", {"u": u, "p": p}, {"o": result}, 2.0 * c.M * c.L * c.R),
             _torch("mul" if scaled else "copy", {"o": result} | _scale(scaled), {"o": out}),
         ]
     config = select_config.rank_grad_config(
@@ -328,7 +327,7 @@ def _operands(c: Product) -> dict[str, int]:
 
 def _low_rank(c: Product, block_n: int) -> dict[str, int]:
     """Bytes that the low-rank product and the rest of the epilogue read."""
-    reads = {"u": c.M * c.R * 4, "v": c.R * c.N * c.adapter_itemsize}
+    reads = {"u": c.M * c.R * c.itemsize, "v": c.R * c.N * c.adapter_itemsize}
     if c.masked == "output":
         reads["keep_bits"] = _mask_bytes(c.M, c.N, block_n)
     if c.bias:
