@@ -29,7 +29,7 @@ __all__ = ["INTERPRETED", "backward", "dropout_mask", "forward"]
 
 
 def forward(operands: ForwardOperands, strategy: str) -> tuple[Tensor, Tensor]:
-    """``y (M,N)`` in x's dtype (with a base, in the base's) and the unscaled ``S (M,R)`` in x's dtype.
+    """``y (M,N)`` in x's dtype (with a base, in the base's); the unscaled ``S (M,R)`` in x's.
 
     No dimension may be 0, and the scale must be a tensor.
     """
