@@ -1,8 +1,14 @@
 """Forward and backward of the layer as sequences of kernels.
 
-A strategy is "split" (``shrink`` then ``lora_gemm``), "single_pass", or "addmm" (the vendor's
-GEMM, ``shrink`` and ``lora_add``). All three save the same state: ``x``, ``S`` and the keep bits,
-so backward need not use the forward's strategy. ``p``, ``q``, ``u``, ``v`` and ``o`` are the
+A strategy is one of these; all save the same state, ``x``, ``S`` and the keep bits, so backward need
+not use the forward's:
+
+    split         ``shrink``, then ``lora_gemm``
+    single_pass   both in one kernel, for small M
+    seeded        ``shrink``; ``lora_add`` writes the low-rank product and the bias, and the vendor's
+                  GEMM accumulates onto it in place
+    addmm         ``shrink`` and the vendor's GEMM, onto whose result ``lora_add`` adds
+ ``p``, ``q``, ``u``, ``v`` and ``o`` are the
 operands of the kernels, in their notation.
 """
 
@@ -46,7 +52,11 @@ def forward(operands: ForwardOperands, strategy: str) -> tuple[Tensor, Tensor]:
     if strategy == "single_pass":
         return _single_pass(x, weight.t(), lora_A.t(), lora_B.t(), scale, target, bias=bias)
     S = _shrink(x, lora_A.t(), scale, target, False, keep_bits, inv_keep)
-    if strategy == "addmm":
+    if strategy == "seeded":
+        y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        _add(y, S, lora_B.t(), scale, target, bias=bias)
+        y.addmm_(x, weight.t())
+    elif strategy == "addmm":
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         _add(y, S, lora_B.t(), scale, target, base=y)
     else:
@@ -78,7 +88,11 @@ def backward(
             )  # fmt: skip
         else:
             G = _shrink(dy, lora_B, scale, target)
-            if strategy == "addmm":
+            if strategy == "seeded":
+                dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
+                _add(dx, G, lora_A, None, target, keep_bits, inv_keep)
+                dx.addmm_(dy, weight)
+            elif strategy == "addmm":
                 dx = torch.mm(dy, weight)
                 _add(dx, G, lora_A, None, target, keep_bits, inv_keep, base=dx)
             else:
@@ -124,13 +138,18 @@ def _gemm(p, q, u, v, scale, target, bias=None, keep_bits=None, inv_keep=1.0) ->
     return o
 
 
-def _add(o, u, v, scale, target, keep_bits=None, inv_keep=1.0, base=None, like=None) -> None:
-    """Write ``o = base + scale · D(u v)``; ``like`` has the product's dtype, by default o's."""
+def _add(
+    o, u, v, scale, target, keep_bits=None, inv_keep=1.0, base=None, bias=None, like=None
+) -> None:
+    """Write ``o = base + scale · D(u v) + bias``.
+
+    ``like`` has the product's dtype, by default o's.
+    """
     like = o if like is None else like
     config = _config(select_config.add_config, target, like.element_size(), *o.shape, u.shape[1])
     lora_add(
         o, u, v, scale, config,
-        base=base, dot_dtype=like.dtype,
+        base=base, dot_dtype=like.dtype, bias=bias,
         keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(like),
     )  # fmt: skip
 

@@ -36,6 +36,8 @@ CASES = [
     (64, 128, 192, 16, BF16, "split", False),
     (17, 300, 123, 24, BF16, "addmm", True),
     (1, 1, 1, 1, FP32, "addmm", False),
+    (17, 300, 123, 24, BF16, "seeded", True),
+    (64, 128, 192, 16, FP16, "seeded", False),
     (65, 64, 63, 200, FP32, "addmm", True),
     (17, 123, 65, 64, FP16, "single_pass", False),
     (64, 128, 64, 16, BF16, "single_pass", False),

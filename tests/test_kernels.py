@@ -321,7 +321,7 @@ def test_what_a_descriptor_can_address():
     assert not strategies._describable(aligned[:, ::2])
 
 
-@pytest.mark.parametrize("how", ["split", "single_pass", "addmm"])
+@pytest.mark.parametrize("how", ["split", "single_pass", "seeded", "addmm"])
 def test_the_thin_product_has_the_dtype_of_x(how):
     inputs = make_inputs(17, 40, 24, 5, BF16)
     inputs["scaling"] = torch.tensor(inputs["scaling"])

@@ -25,7 +25,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (0, 1, 17, 63, 123, 300)
 RANKS = (1, 4, 8, 16, 24, 64, 100, 200)
 LAYOUTS = ("plain", "1d", "3d", "4d", "row-strided", "transposed", "offset", "expanded-dy")
-TRITON = ("split", "single_pass", "addmm")
+TRITON = ("split", "single_pass", "seeded", "addmm")
 
 
 def sample_cases(count: int, seed: int) -> list[tuple]:

@@ -26,7 +26,7 @@ NAMES = ("y", "dx", "dA", "dB")
 P = 0.3
 # The scale and the size of x: the report's examples; then zero, huge and tiny ones, either sign.
 SCALES = [(64, 3e3), (1e-3, 1e-3), (-2.0, 1.0), (0.0, 1.0), (1e4, 1.0), (-1e-6, 1.0)]
-STRATEGIES = ["triton:split", "triton:addmm", "triton:single_pass"]
+STRATEGIES = ["triton:split", "triton:seeded", "triton:addmm", "triton:single_pass"]
 
 
 def eager(x, weight, A, B, scaling, mask=None, base=None):
@@ -206,7 +206,7 @@ def test_s_is_unscaled_and_the_same_for_all():
     expected = (x * dropout.keep_mask(keep_bits, 64, FP32)).double() @ A.double().t() * inv_keep
     scale = torch.tensor(1e3)
     ran = {"torch": torch_impl.forward, "number": torch_impl.forward}
-    for strategy in ("split", "addmm"):
+    for strategy in ("split", "seeded", "addmm"):
         ran[strategy] = lambda given, strategy=strategy: strategies.forward(given, strategy)
     for name, forward in ran.items():
         s = 1e3 if name == "number" else scale

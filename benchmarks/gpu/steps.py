@@ -94,7 +94,7 @@ def preflight(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
     with gpu.device:
         inputs, dy = make_inputs(*shape, torch.bfloat16), torch.randn(shape[0], shape[2]).bfloat16()
     exact, eager = in_float64(inputs, dy), in_eager(inputs, dy)
-    for impl in ("triton:split", "triton:addmm", "torch"):
+    for impl in ("triton:split", "triton:seeded", "triton:addmm", "torch"):
         failures = []
         for run in ("first", "second"):
             leaves = {k: inputs[k].detach().requires_grad_() for k in ("x", "lora_A", "lora_B")}

@@ -26,7 +26,7 @@ class _Sizes:
     def frozen(self) -> tuple[Kernel, Kernel]:
         """``x Wᵀ`` and ``dY W``."""
         c = self.c
-        forward = vendor_gemm("y", self.sms, c.M, c.L, c.N, c.itemsize, c.bias)
+        forward = vendor_gemm("y", self.sms, c.M, c.L, c.N, c.itemsize, bias=c.bias)
         return forward, vendor_gemm("dx", self.sms, c.M, c.N, c.L, c.itemsize)
 
     def dropout(self) -> list[Kernel]:

@@ -52,8 +52,8 @@ def fused_lora_linear(
             kept entries are divided by ``1 - dropout_p``. Rounded to a multiple of 2⁻¹⁶.
         training: if False, ``D`` is the identity.
         impl: "auto" (Triton on a GPU that can run it, else PyTorch), "triton", "torch", or
-            "reference" (eager autograd); "triton:split", "triton:addmm" and "triton:single_pass"
-            prescribe the strategy too. See :func:`fused_lora.explain`.
+            "reference" (eager autograd); "triton:split", "triton:seeded", "triton:addmm" and
+            "triton:single_pass" prescribe the strategy too. See :func:`fused_lora.explain`.
 
     Returns:
         ``(..., out)`` in x's dtype; under autocast, in autocast's.

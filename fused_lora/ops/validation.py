@@ -15,6 +15,7 @@ IMPLEMENTATIONS = (
     "auto",
     "triton",
     "triton:split",
+    "triton:seeded",
     "triton:addmm",
     "triton:single_pass",
     "torch",

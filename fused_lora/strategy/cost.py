@@ -92,7 +92,7 @@ def choose_strategy(
         return ("single_pass" if few_rows else "split"), "the interpreter runs Triton's own GEMM"
     # With few rows the columns provide the parallelism: half of the SMs at least need a program.
     single = few_rows and device.target.sms / 2 <= cdiv(N, SINGLE_PASS_COLUMNS)
-    candidates, reason = ["torch"] if with_torch else [], None
+    candidates, reason = ["seeded", "torch"] if with_torch else ["seeded"], None
     if itemsize == 4:
         reason = "float32 products are faster in the vendor's GEMM"
     elif not aligned:

@@ -120,13 +120,23 @@ def panel_reads(M: int, N: int, tile: tuple[int, int, int], sms: int) -> tuple[f
 
 
 def vendor_gemm(
-    name: str, sms: int, M: int, L: int, N: int, itemsize: int = 2, bias: bool = False
+    name: str,
+    sms: int,
+    M: int,
+    L: int,
+    N: int,
+    itemsize: int = 2,
+    *,
+    bias: bool = False,
+    seeded: bool = False,
 ) -> Kernel:
-    """The large product ``P Q`` in the vendor's library."""
+    """The large product ``P Q`` in the vendor's library; ``seeded``: accumulated onto ``O``."""
     row, column = panel_reads(M, N, VENDOR_TILE, sms)
     reads = {"p": M * L * itemsize, "q": L * N * itemsize}
     if bias:
         reads["bias"] = N * itemsize
+    if seeded:
+        reads["seed"] = M * N * itemsize
     written = {"o": M * N * itemsize}
     again = {"p": row, "q": column}
     return Kernel(name, reads, written, 2.0 * M * L * N, again, gemm=1.0, is_torch=True)
@@ -177,15 +187,22 @@ def lora_gemm(device: Device, c: Product) -> Kernel:
     )
 
 
-def lora_add(device: Device, c: Product) -> Kernel:
-    """``O += D(U V)`` after the vendor's product, which adds the bias."""
+def lora_add(device: Device, c: Product, *, seeds: bool = False) -> Kernel:
+    """``O += D(U V)`` after the vendor's product, which adds the bias.
+
+    Args:
+        seeds: whether ``O = D(U V) + bias`` is written for the vendor's product to accumulate on.
+    """
     config = select_config.add_config(device.target, c.itemsize, c.M, c.N, c.R)
     out = c.M * c.N * c.itemsize
-    reads = {"o": out} | _low_rank(c, config.block_n)
-    reads.pop("bias", None)
+    reads = _low_rank(c, config.block_n)
+    if not seeds:
+        reads.pop("bias", None)
+        reads["o"] = out
     # Programs walk down one block of columns after another, so U is read again for each block
     # unless it stays in the cache meanwhile.
-    between = reads["u"] + 2 * c.M * config.block_n * c.itemsize
+    passes = 1 if seeds else 2
+    between = reads["u"] + passes * c.M * config.block_n * c.itemsize
     again = cdiv(c.N, config.block_n) if between > device.cache > 0 else 1
     flops = 2.0 * c.M * c.N * _padded(c.R, config.rank_blocks(c.R)[0])
     return Kernel("lora_add", reads, {"o": out}, flops, {"u": again})
@@ -249,8 +266,11 @@ def product(device: Device, strategy: str, c: Product) -> list[Kernel]:
         return single_pass(device, c)
     if strategy == "split":
         return [*shrink(device, c), lora_gemm(device, c)]
-    gemm = vendor_gemm("mm", device.target.sms, c.M, c.L, c.N, c.itemsize, c.bias)
-    return [*shrink(device, c), gemm, lora_add(device, c)]
+    shape = device.target.sms, c.M, c.L, c.N, c.itemsize
+    if strategy == "seeded":
+        gemm = vendor_gemm("addmm_", *shape, seeded=True)
+        return [*shrink(device, c), lora_add(device, c, seeds=True), gemm]
+    return [*shrink(device, c), vendor_gemm("mm", *shape, bias=c.bias), lora_add(device, c)]
 
 
 def torch_operators(device: Device, c: Product) -> list[Kernel]:
@@ -270,7 +290,7 @@ def torch_operators(device: Device, c: Product) -> list[Kernel]:
     if c.backward and is_half:
         kernels.append(_torch("cast", {"u": wide}, {"u": thin}))
     kernels += [
-        vendor_gemm("mm", device.target.sms, c.M, c.L, c.N, c.itemsize, c.bias),
+        vendor_gemm("mm", device.target.sms, c.M, c.L, c.N, c.itemsize, bias=c.bias),
         *_cast(c.R * c.N, c),
     ]
     low_rank, flops = {"u": thin, "v": c.R * c.N * c.itemsize}, 2.0 * c.M * c.N * c.R

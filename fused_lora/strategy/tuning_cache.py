@@ -23,7 +23,7 @@ import torch
 from ..kernels.config import single_pass_applies
 
 FORMAT = 2
-KERNEL_STRATEGIES = ("single_pass", "split", "addmm")
+KERNEL_STRATEGIES = ("single_pass", "split", "seeded", "addmm")
 STRATEGIES = (*KERNEL_STRATEGIES, "torch")
 _MOST_BYTES = 8 << 20  # about 50,000 entries
 _LOCK_SECONDS = 60.0
