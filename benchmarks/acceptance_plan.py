@@ -93,12 +93,15 @@ def both_ways(shape, dtype: torch.dtype, p: float, strategy: str) -> None:
     x, dy, weight, bias = make(M, K), make(M, N), make(N, K), make(N)
     A, B = make(R, K), make(N, R)
     scale = torch.empty((), device=META)
-    keep_bits, inv_keep = None, 1.0
+    seed, keep_bits, inv_keep = None, None, 1.0
     if p:
-        keep_bits, inv_keep = dropout.empty_keep_bits(M, K, META), 1.1
-        strategies.dropout_mask(keep_bits, torch.empty((), dtype=torch.int64, device=META), 1, 16)
-    forward = ForwardOperands(x, weight, A, B, bias, scale, keep_bits, inv_keep)
-    _, S = strategies.forward(forward, strategy)
+        seed, keep_bits = (
+            torch.empty((), dtype=torch.int64, device=META),
+            dropout.empty_keep_bits(M, K, META),
+        )
+        inv_keep = 1.1
+    forward = ForwardOperands(x, weight, A, B, bias, scale, seed, dropout.keep_count(p))
+    _, S = strategies.forward(forward, strategy, keep_bits)
     backward = BackwardOperands(dy, x, weight, A, B, S, scale, keep_bits, inv_keep)
     strategies.backward(backward, strategy)
 

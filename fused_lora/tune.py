@@ -166,7 +166,7 @@ def _directions(layer: Layer, device: torch.device):
     weight, bias = (make(N, K) / K**0.5).to(dtype), make(N).to(dtype)
     A, B = (make(R, K) / K**0.5).to(dtype), (make(N, R) / R**0.5).to(dtype)
     keep_count = dropout.keep_count(p)
-    keep_bits, inv_keep = None, dropout.KEEP_ALL / keep_count
+    seed, keep_bits, inv_keep = None, None, dropout.KEEP_ALL / keep_count
     if keep_count < dropout.KEEP_ALL:
         seed = torch.zeros((), dtype=torch.int64, device=device)
         keep_bits = dropout.make_keep_bits(seed, M, K, keep_count)
@@ -185,8 +185,8 @@ def _directions(layer: Layer, device: torch.device):
         low = _masked(scale * (dy[rows].to(wide) @ B.to(wide)) @ A.to(wide), mask)
         return dy[rows].to(wide) @ weight.to(wide) + low
 
-    forth = ForwardOperands(x, weight, A, B, bias, scale, keep_bits, inv_keep)
-    _, S = torch_impl.forward(forth)
+    forth = ForwardOperands(x, weight, A, B, bias, scale, seed, keep_count)
+    _, S, _ = torch_impl.forward(forth)
     back = BackwardOperands(dy, x, weight, A, B, S, scale, keep_bits, inv_keep)
 
     def forward(strategy):

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .config import DIGITS
+
 
 class ForwardOperands(NamedTuple):
     """The operands of ``y (M,N)`` and ``S (M,R)``.
@@ -22,8 +24,8 @@ class ForwardOperands(NamedTuple):
         lora_B: ``(N, R)``.
         bias: ``(N,)`` or None.
         scaling: ``s``, a float or a 0-d tensor.
-        keep_bits: the packed dropout mask, int32 ``(M, words)``, or None.
-        inv_keep: the factor of kept entries.
+        seed: of dropout, a 0-d int64 tensor, or None.
+        keep_count: the probability that an entry is kept, in units of ``2**-DIGITS``.
         base: ``(M, N)``, which replaces ``x Wᵀ + bias``; ``y`` has its dtype. Or None.
     """
 
@@ -33,8 +35,8 @@ class ForwardOperands(NamedTuple):
     lora_B: Tensor
     bias: Tensor | None
     scaling: float | Tensor
-    keep_bits: Tensor | None = None
-    inv_keep: float = 1.0
+    seed: Tensor | None = None
+    keep_count: int = 1 << DIGITS
     base: Tensor | None = None
 
 
@@ -45,7 +47,9 @@ class BackwardOperands(NamedTuple):
         dy: ``(M, N)``.
         x: ``(M, K)``; None if ``dA`` is not needed.
         weight: ``(N, K)``; None for the adapter's part of ``dx`` alone.
-        lora_A, lora_B, scaling, keep_bits, inv_keep: as in :class:`ForwardOperands`.
+        lora_A, lora_B, scaling: as in :class:`ForwardOperands`.
+        keep_bits: the packed dropout mask, int32 ``(M, words)``, or None.
+        inv_keep: the factor of kept entries.
         S: ``(M, R)`` from the forward; None if ``dB`` is not needed.
         needs: which of ``dx``, ``dA``, ``dB`` to compute; the others are None.
     """

@@ -1,12 +1,12 @@
 """Forward and backward of the layer as sequences of kernels.
 
-A strategy is one of these; all save the same state, ``x``, ``S`` and the keep bits, so backward need
-not use the forward's:
+A strategy is one of these. All save the same state, ``x``, ``S`` and the keep bits, so backward
+need not use the forward's.
 
     split         ``shrink``, then ``lora_gemm``
     single_pass   both in one kernel, for small M
-    seeded        ``shrink``; ``lora_add`` writes the low-rank product and the bias, and the vendor's
-                  GEMM accumulates onto it in place
+    seeded        ``shrink``; ``lora_add`` writes the low-rank product and the bias, and the
+                  vendor's GEMM accumulates onto it in place
     addmm         ``shrink`` and the vendor's GEMM, onto whose result ``lora_add`` adds
  ``p``, ``q``, ``u``, ``v`` and ``o`` are the
 operands of the kernels, in their notation.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import select_config
-from .config import VECTOR_BYTES, Config, cdiv, is_aligned, rank_grad_applies
+from .config import DIGITS, VECTOR_BYTES, Config, cdiv, is_aligned, rank_grad_applies
 from .dropout import dropout_mask
 from .interpreter import INTERPRETED
 from .lora_add import lora_add
@@ -34,13 +34,21 @@ from .single_pass import single_pass
 __all__ = ["INTERPRETED", "backward", "dropout_mask", "forward"]
 
 
-def forward(operands: ForwardOperands, strategy: str) -> tuple[Tensor, Tensor]:
+def forward(
+    operands: ForwardOperands, strategy: str, keep_bits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``y (M,N)`` in x's dtype (with a base, in the base's); the unscaled ``S (M,R)`` in x's.
 
     No dimension may be 0, and the scale must be a tensor.
+
+    Args:
+        keep_bits: the packed mask int32 ``(M, words)``, written; needed if there is a seed.
     """
-    x, weight, lora_A, lora_B, bias, scale, keep_bits, inv_keep, base = operands
+    x, weight, lora_A, lora_B, bias, scale, seed, keep_count, base = operands
     x = _inner_contiguous(x)
+    inv_keep = (1 << DIGITS) / keep_count
+    if seed is not None:
+        dropout_mask(keep_bits, seed, keep_count, DIGITS)
     target = select_config.target_of(x.device)
     if base is not None:
         S = _shrink(x, lora_A.t(), scale, target, False, keep_bits, inv_keep)

@@ -11,7 +11,6 @@ from access_recorder import AccessError, assert_guards, guarded, record
 
 from fused_lora.kernels import strategies
 from fused_lora.kernels.config import (
-    DIGITS,
     AddConfig,
     GemmConfig,
     RankGradConfig,
@@ -55,14 +54,13 @@ def layer(case):
 def run_both_directions(case, tensors):
     M, K, _, _, _, strategy, dropped = case
     x, weight, A, B, dy = (tensors[n] for n in ("x", "weight", "lora_A", "lora_B", "dy"))
-    keep_bits = None
+    seed, keep_bits = None, None
     if dropped:
-        keep_bits = dropout.empty_keep_bits(M, K, x.device)
-        strategies.dropout_mask(keep_bits, torch.tensor(7), 50_000, DIGITS)
+        seed, keep_bits = torch.tensor(7), dropout.empty_keep_bits(M, K, x.device)
     bias = torch.randn(weight.shape[0])
     scale = torch.tensor(2.0)
-    forward = ForwardOperands(x, weight, A, B, bias, scale, keep_bits, 1.3)
-    _, S = strategies.forward(forward, strategy)
+    forward = ForwardOperands(x, weight, A, B, bias, scale, seed, 50_000)
+    _, S = strategies.forward(forward, strategy, keep_bits)
     strategies.backward(BackwardOperands(dy, x, weight, A, B, S, scale, keep_bits, 1.3), strategy)
 
 

@@ -62,7 +62,7 @@ def test_which_rows_are_few(rows, rank, adapter_dtype, widened, with_instruction
     """Widen only small products, as measured: their overhead costs more than their arithmetic."""
     x, weight = torch.randn(rows, 40).bfloat16(), torch.randn(24, 40).bfloat16()
     A, B = torch.randn(rank, 40, dtype=adapter_dtype), torch.randn(24, rank, dtype=adapter_dtype)
-    y, S = torch_impl.forward(ForwardOperands(x, weight, A, B, None, 1.0))
+    y, S, _ = torch_impl.forward(ForwardOperands(x, weight, A, B, None, 1.0))
     assert y.dtype == torch.bfloat16
     assert S.dtype == (torch.float32 if widened else torch.bfloat16)
 

@@ -19,6 +19,7 @@ from fused_lora import (
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.ops import cpu_gemm, custom_ops, dropout, functional, torch_impl
 from fused_lora.ops.operands import pack
+from fused_lora.ops.triton_impl import run_forward
 from support import UNIT_ROUNDOFF, by_default, needs_triton, relative_rms
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -201,17 +202,20 @@ def test_s_is_unscaled_and_the_same_for_all():
     from fused_lora.kernels import strategies
 
     x, weight, A, B, dy = draw(20, 64, 48, 4, FP32, FP32)
-    keep_bits = dropout.make_keep_bits(torch.tensor(1), *x.shape, 40_000)
+    seed = torch.tensor(1)
+    keep_bits = dropout.make_keep_bits(seed, *x.shape, 40_000)
     inv_keep = dropout.KEEP_ALL / 40_000
     expected = (x * dropout.keep_mask(keep_bits, 64, FP32)).double() @ A.double().t() * inv_keep
     scale = torch.tensor(1e3)
     ran = {"torch": torch_impl.forward, "number": torch_impl.forward}
     for strategy in ("split", "seeded", "addmm"):
-        ran[strategy] = lambda given, strategy=strategy: strategies.forward(given, strategy)
+        ran[strategy] = lambda given, strategy=strategy: run_forward(strategies, strategy, given)
     for name, forward in ran.items():
         s = 1e3 if name == "number" else scale
-        given = ForwardOperands(x, weight, A, B, None, s, keep_bits, inv_keep)
-        torch.testing.assert_close(forward(given)[1].double(), expected, rtol=1e-5, atol=1e-5)
+        given = ForwardOperands(x, weight, A, B, None, s, seed, 40_000)
+        _, S, made = forward(given)
+        torch.testing.assert_close(S.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(made, keep_bits)
     _, S = strategies.forward(ForwardOperands(x, weight, A, B, None, scale), "single_pass")
     torch.testing.assert_close(S.double(), x.double() @ A.double().t(), rtol=1e-5, atol=1e-5)
     back = BackwardOperands(dy, x, weight, A, B, S, scale)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fused_lora.kernels import select_config
-from fused_lora.kernels.config import DIGITS
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.ops import dropout
 from fused_lora.strategy import traffic
@@ -133,13 +132,13 @@ def recorded(case) -> list[tuple[str, dict, dict]]:
     M, K, N, R, dtype, adapter_dtype, strategy, dropped = case
     inputs = make_inputs(M, K, N, R, dtype, adapter_dtype)
     x, weight, A, B, bias = (inputs[n] for n in ("x", "weight", "lora_A", "lora_B", "bias"))
-    dy, keep_bits, scale = torch.randn(M, N).to(dtype), None, torch.tensor(2.0)
+    dy, scale = torch.randn(M, N).to(dtype), torch.tensor(2.0)
+    seed, keep_bits = None, None
     with record() as launches:
         if dropped:
-            keep_bits = dropout.empty_keep_bits(M, K, x.device)
-            strategies.dropout_mask(keep_bits, torch.tensor(7), 50_000, DIGITS)
-        forward = ForwardOperands(x, weight, A, B, bias, scale, keep_bits, 1.3)
-        _, S = strategies.forward(forward, strategy)
+            seed, keep_bits = torch.tensor(7), dropout.empty_keep_bits(M, K, x.device)
+        forward = ForwardOperands(x, weight, A, B, bias, scale, seed, 50_000)
+        _, S = strategies.forward(forward, strategy, keep_bits)
         backward = BackwardOperands(dy, x, weight, A, B, S, scale, keep_bits, 1.3)
         strategies.backward(backward, strategy)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fused_lora.kernels.config import DIGITS
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 
 
@@ -50,13 +49,13 @@ class Forced(torch.autograd.Function):
 
         keep_count = dropout.keep_count(p)
         ctx.inv_keep = dropout.KEEP_ALL / keep_count
-        keep_bits = None
+        seed, keep_bits = None, None
         if keep_count != dropout.KEEP_ALL:
+            seed = dropout.draw_seed(x.device)
             keep_bits = dropout.empty_keep_bits(*x.shape, x.device)
-            strategies.dropout_mask(keep_bits, dropout.draw_seed(x.device), keep_count, DIGITS)
         scale = constant(scalar, float(scaling), x.device)
-        operands = ForwardOperands(x, weight, lora_A, lora_B, bias, scale, keep_bits, ctx.inv_keep)
-        y, S = strategies.forward(operands, strategy)
+        operands = ForwardOperands(x, weight, lora_A, lora_B, bias, scale, seed, keep_count)
+        y, S = strategies.forward(operands, strategy, keep_bits)
         ctx.save_for_backward(x, weight, lora_A, lora_B, S, scale, keep_bits)
         ctx.strategy = strategy
         return y

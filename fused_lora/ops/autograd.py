@@ -50,10 +50,8 @@ def forward(operands: Operands):
     if base is not None:
         base = _flatten(base)
     runner = dispatch.choose(flat, weight, lora_B, impl, seed is not None, base)
-    keep_bits = None if seed is None else runner.make_keep_bits(seed, *flat.shape, keep_count)
-    inv_keep = dropout.KEEP_ALL / keep_count
-    y, S = runner.forward(
-        pack_forward((flat, weight, lora_A, lora_B, bias, scaling, keep_bits, inv_keep, base))
+    y, S, keep_bits = runner.forward(
+        pack_forward((flat, weight, lora_A, lora_B, bias, scaling, seed, keep_count, base))
     )
     if x.dim() != 2:
         # Not ``view``: autograd forbids in-place changes to a view that a Function returns.

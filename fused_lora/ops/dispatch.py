@@ -56,7 +56,7 @@ def choose(
     dropped: bool,
     base: Tensor | None = None,
 ):
-    """The runner for ``x (M,K)``: an object with ``make_keep_bits``, ``forward`` and ``backward``.
+    """The runner for ``x (M,K)``: an object with ``forward`` and ``backward``.
 
     ``base``, if given, replaces the product with the weight.
     """

@@ -22,8 +22,6 @@ from . import dropout
 from .cpu_gemm import HALF, is_widened, sums_apart, thin_products, wide_product, wide_sum
 from .modes import is_observed
 
-make_keep_bits = dropout.make_keep_bits
-
 _zeros: dict[torch.dtype, Tensor] = {}  # on the CPU, by dtype
 
 
@@ -31,13 +29,17 @@ _zeros: dict[torch.dtype, Tensor] = {}  # on the CPU, by dtype
 # caches a Python call costs about 1 µs.
 
 
-def forward(operands: ForwardOperands) -> tuple[Tensor, Tensor]:
-    """``y (M,N)`` and ``S (M,R)``, in x's dtype; ``S`` is unscaled.
+def forward(
+    operands: ForwardOperands, keep_bits: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``y (M,N)`` and ``S (M,R)``, in x's dtype, and the keep bits or None; ``S`` is unscaled.
 
-    ``S`` may be row-major or column-major. Its dtype is that of :func:`.cpu_gemm.thin_products`,
-    which can be wider.
+    With a seed, ``keep_bits`` are computed from it unless they are given. ``S`` may be row-major or
+    column-major. Its dtype is that of :func:`.cpu_gemm.thin_products`, which can be wider.
     """
-    x, weight, lora_A, lora_B, bias, scaling, keep_bits, inv_keep, base = operands
+    x, weight, lora_A, lora_B, bias, scaling, seed, keep_count, base = operands
+    if seed is not None and keep_bits is None:
+        keep_bits = dropout.make_keep_bits(seed, *x.shape, keep_count)
     given = x.dtype
     dtype, turned = thin_products(x, lora_A)
     A = lora_A if lora_A.dtype == dtype else lora_A.to(dtype)
@@ -50,7 +52,7 @@ def forward(operands: ForwardOperands) -> tuple[Tensor, Tensor]:
     if keep_bits is None and not turned:
         S = torch.mm(operand, A.t())
     else:
-        S = _times(inv_keep, operand, A.t(), turned)
+        S = _times(dropout.KEEP_ALL / keep_count, operand, A.t(), turned)
     Bt = B.t()
     if base is None:
         # After S, so that y is still in the cache when S Bᵀ is added: saves 5 % of a CPU's step.
@@ -62,18 +64,19 @@ def forward(operands: ForwardOperands) -> tuple[Tensor, Tensor]:
             if keep_bits is not None:
                 del operand  # D(x); the base product reads x
                 operand = x.to(dtype)
-            return wide_product(operand, weight.t(), S, Bt, scaling, given, bias=bias), S
+            y = wide_product(operand, weight.t(), S, Bt, scaling, given, bias=bias)
+            return y, S, keep_bits
         y = F.linear(x, weight, bias)
         is_common = dtype is given and type(scaling) is float and scaling and not turned
         if is_common and B.stride(1) == 1:
-            return y.addmm_(S, Bt, alpha=scaling), S
+            return y.addmm_(S, Bt, alpha=scaling), S, keep_bits
     else:
         del operand
         is_common = base.dtype == dtype and type(scaling) is float and scaling
         if is_common and Bt.stride(0) == 1 and (not turned or sums_apart(S, Bt.shape[1])):
-            return torch.addmm(base, S, Bt, alpha=scaling), S
+            return torch.addmm(base, S, Bt, alpha=scaling), S, keep_bits
         y = base.clone(memory_format=torch.contiguous_format)
-    return _add_product(y, S, Bt, scaling), S
+    return _add_product(y, S, Bt, scaling), S, keep_bits
 
 
 def rank_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:

@@ -26,15 +26,22 @@ _CURES = (
 )
 
 
-def run_forward(strategies, strategy: str, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
-    """The forward with ``strategy``; "torch" is :func:`.torch_impl.forward`.
+def run_forward(strategies, strategy: str, operands: ForwardOperands):
+    """The forward with ``strategy``; results as of :func:`.torch_impl.forward`.
 
     Args:
         strategies: the module :mod:`fused_lora.kernels.strategies`, whose import needs Triton.
+        strategy: "torch" is :func:`.torch_impl.forward` with the kernel's keep bits.
     """
+    x, keep_bits = operands.x, None
     if strategy == "torch":
-        return torch_impl.forward(operands)
-    return strategies.forward(_with_scale_tensor(operands, operands.x.device), strategy)
+        if operands.seed is not None:
+            keep_bits = _make_keep_bits(strategies, operands.seed, *x.shape, operands.keep_count)
+        return torch_impl.forward(operands, keep_bits)
+    if operands.seed is not None:
+        keep_bits = dropout.empty_keep_bits(*x.shape, x.device)
+    operands = _with_scale_tensor(operands, x.device)
+    return *strategies.forward(operands, strategy, keep_bits), keep_bits
 
 
 def run_backward(strategies, strategy: str, operands: BackwardOperands):
@@ -81,15 +88,15 @@ class TritonRunner:
         self.device = device
         self.key = fallback_key
 
-    def make_keep_bits(self, seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
-        """Keep bits, int32 ``(rows, words)``; see :mod:`.dropout`."""
-        kernel = partial(_make_keep_bits, self.strategies)
-        return self._run(kernel, torch_impl.make_keep_bits, seed, rows, columns, keep_count)
-
-    def forward(self, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
+    def forward(self, operands: ForwardOperands):
         """Same operands and results as :func:`.torch_impl.forward`."""
         if self.decision.forward == "torch":
-            return torch_impl.forward(operands)
+            keep_bits = None
+            if operands.seed is not None:  # Triton's failure must not be mistaken for PyTorch's
+                kernel = partial(_make_keep_bits, self.strategies)
+                args = operands.seed, *operands.x.shape, operands.keep_count
+                keep_bits = self._run(kernel, dropout.make_keep_bits, *args)
+            return torch_impl.forward(operands, keep_bits)
         kernels = partial(run_forward, self.strategies, self.decision.forward)
         return self._run(kernels, torch_impl.forward, operands)
 
