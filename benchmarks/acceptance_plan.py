@@ -117,10 +117,7 @@ def seconds_of(layer: steps.Layer) -> float:
             masked=call.masked, backward=direction == "backward",
         )  # fmt: skip
         for name in call.strategies:
-            kernels = traffic.product(H100, name, case)
-            if direction == "backward":
-                kernels += traffic.rank_gradients(H100, name, case)
-            total += cost.seconds(kernels, H100)
+            total += cost.seconds(traffic.direction(H100, name, case), H100)
     return total
 
 

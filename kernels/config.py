@@ -12,6 +12,7 @@ MAX_BLOCK_R = 32  # larger ranks are chunked: at 64, U's fp32 tile spills on sm_
 MAX_THIN_BLOCK_R = 256  # in shrink and rank_grad: larger ranks are split over several programs
 SINGLE_PASS_MAX_ROWS = 64
 SINGLE_PASS_MAX_RANK = 64
+THIN_PAIR_MAX_RANK = 32  # its partial sums grow with the rank
 BARRIER_BYTES = 256  # barriers of NVIDIA's pipelined copies, in addition to the tiles
 DIGITS = 16  # binary digits of a keep probability, with one random word per digit
 # With fewer rows, one partial sum of rank_grad (fp32, written and read) would exceed a quarter of a
@@ -172,6 +173,30 @@ class RankGradConfig(Config):
         loop = self.num_stages * self.block_m * (self.block_l * itemsize + block_r * 4)
         loop += self.block_m * (self.block_l * 4 + block_r * itemsize)
         return max(loop, block_r * self.block_l * 4)
+
+
+@dataclass(frozen=True)
+class ThinPairConfig(Config):
+    """``thin_pair``; ``splits`` divides the rows."""
+
+    block_m: int = 32
+    block_l: int = 256
+    splits: int = 1
+
+    def block_r(self, rank: int) -> int:
+        """The whole rank, in one block."""
+        return padded_rank(rank, THIN_PAIR_MAX_RANK)
+
+    def tile(self, rank: int) -> tuple[int, int]:
+        """See :class:`Config`; of ``O``."""
+        return self.block_l, self.block_r(rank)
+
+    def shared_bytes(self, itemsize: int, rank: int) -> int:
+        """Upper bound on the bytes of shared memory that a thread block's tiles take."""
+        block_r = self.block_r(rank)
+        step = self.block_m * (self.block_l + block_r) * itemsize
+        loop = self.num_stages * step + self.block_l * block_r * itemsize
+        return max(loop + self.block_m * block_r * 4, self.block_l * block_r * 4)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from . import tile_tables
 from .config import (
+    THIN_PAIR_MAX_RANK,
     AddConfig,
     Config,
     GemmConfig,
@@ -20,8 +21,10 @@ from .config import (
     ShrinkConfig,
     SinglePassConfig,
     Target,
+    ThinPairConfig,
     cdiv,
     is_valid,
+    split_evenly,
 )
 
 # The most shared memory that a thread block may use (CUDA C programming guide, table of compute
@@ -35,6 +38,11 @@ SHARED_BYTES = {
     "sm_120": 101_376,
     "gfx950": 163_840,
 }
+# What a kernel that streams one operand needs to reach the bandwidth of DRAM: bytes in flight per
+# SM, by Little's law (3.35 TB/s for 0.7 µs on an H100's 132 SMs), and a share of the SMs. The share
+# is an assumption: an SM can load several times its own part of the bandwidth.
+BYTES_IN_FLIGHT = 18_432
+STREAMING_SMS = 0.7
 DEFAULT_SHARED_BYTES = 65_536  # other gfx9 GPUs; also the smallest of any GPU Triton supports
 INTERPRETER = Target("interpreter", sms=4, shared_bytes=1 << 30)
 
@@ -199,22 +207,86 @@ def rank_grad_candidates(
 def rank_grad_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> RankGradConfig:
-    """The tile and splits of ``rank_grad``; rules and arguments as in :func:`shrink_config`."""
+    """The tile and splits of ``rank_grad`` that take the least time, by :func:`_stream_cost`.
+
+    Arguments as in :func:`shrink_config`.
+    """
+
+    def cost(config: RankGradConfig) -> float:
+        columns, rank_blocks = cdiv(L, config.block_l), cdiv(rank, config.block_r(rank))
+        # Every block of ranks reads P, every block of columns reads U.
+        moved = itemsize * M * (L * rank_blocks + rank * columns) + _partials(config, L, rank)
+        step = config.block_m * (config.block_l + config.block_r(rank)) * itemsize
+        return _stream_cost(config, target, step, columns * rank_blocks, moved)
+
     candidates = rank_grad_candidates(target, itemsize, rank, describable=describable)
     split = [split_rank_grad(config, target, itemsize, M, L, rank) for config in candidates]
-    return _choose(split, target, rank, L, rank)
+    return min(split, key=cost)
 
 
 def split_rank_grad(
     config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
 ) -> RankGradConfig:
-    """``config`` with the rows split so that each SM has 128 columns, of at least 256 rows.
-
-    These are two programs of 64 columns or one of 128: two of 128 would double the partial sums,
-    which costs more.
-    """
-    wanted = min(cdiv(128 * target.sms, L), cdiv(M, 256))
+    """``config`` with the rows split for enough programs, each of at least 256 rows."""
+    step = config.block_m * (config.block_l + config.block_r(rank)) * itemsize
+    blocks = cdiv(L, config.block_l) * cdiv(rank, config.block_r(rank))
+    wanted = min(round(_programs(config, target, step) / blocks), cdiv(M, 256))
     return replace(config, splits=_capped(wanted, itemsize * M, rank))
+
+
+def _programs(config: Config, target: Target, step: int) -> float:
+    """How many programs, each loading ``step`` bytes per stage, reach the bandwidth of DRAM."""
+    in_flight = max(1, config.num_stages - 1) * step
+    return target.sms * max(STREAMING_SMS, BYTES_IN_FLIGHT / in_flight)
+
+
+def _stream_cost(config: Config, target: Target, step: int, blocks: int, moved: int) -> float:
+    """Bytes ``moved``, over the share of DRAM's bandwidth that ``splits`` times ``blocks`` reach.
+
+    For kernels that read one large operand and are bound by bandwidth.
+    """
+    return moved / min(1.0, config.splits * blocks / _programs(config, target, step))
+
+
+def _partials(config: Config, columns: int, rank: int) -> int:
+    """Bytes of the partial sums, written and read in fp32."""
+    return 8 * config.splits * columns * rank if config.splits > 1 else 0
+
+
+def thin_pair_candidates(target: Target, itemsize: int, rank: int) -> list[ThinPairConfig]:
+    """The valid configurations, from which :func:`thin_pair_config` chooses; there may be none."""
+    if itemsize != 2 or rank > THIN_PAIR_MAX_RANK:
+        return []
+    bands = tile_tables.THIN_PAIR.get(target.arch, tile_tables.THIN_PAIR["any"])
+    rows = tile_tables.band(bands, rank)
+    return _valid(
+        [ThinPairConfig(warps, stages, False, *block) for warps, stages, *block in rows],
+        target, itemsize, rank,
+    )  # fmt: skip
+
+
+def thin_pair_config(
+    target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
+) -> ThinPairConfig | None:
+    """The tile and splits of ``thin_pair`` for ``P (M, L)``, chosen as for ``rank_grad``.
+
+    None if the partial sums would move as many bytes as P, whose second read they replace.
+
+    Args:
+        describable: as for :func:`shrink_config`.
+    """
+    options = []
+    for config in thin_pair_candidates(target, itemsize, rank) if describable else ():
+        blocks = cdiv(L, config.block_l)
+        step = config.block_m * (config.block_l + config.block_r(rank)) * itemsize
+        wanted = min(round(_programs(config, target, step) / blocks), cdiv(M, config.block_m))
+        config = replace(config, splits=max(1, wanted))
+        _, splits = split_evenly(M, config.splits, config.block_m)
+        partial = 8 * rank * (blocks * M + splits * L)  # written and read in fp32
+        if partial < itemsize * M * L:
+            moved = itemsize * M * (L + rank * blocks) + partial
+            options.append((_stream_cost(config, target, step, blocks, moved), config))
+    return min(options, key=lambda option: option[0], default=(0, None))[1]
 
 
 def _capped(wanted: int, bytes_per_row: int, rank: int) -> int:

@@ -30,6 +30,7 @@ from .operands import BackwardOperands, ForwardOperands
 from .rank_grad import rank_grad
 from .shrink import shrink
 from .single_pass import single_pass
+from .thin_pair import thin_pair
 
 __all__ = ["INTERPRETED", "backward", "dropout_mask", "forward"]
 
@@ -83,8 +84,10 @@ def backward(
     dy = _inner_contiguous(dy)
     target = select_config.target_of(dy.device)
     G = dx = dA = dB = None
+    if needs[2] and (needs[0] or needs[1]) and strategy != "single_pass":
+        G, dB = _thin_pair(dy, S, lora_B, scale, target)
     if needs[0] and weight is None:
-        G = _shrink(dy, lora_B, scale, target)
+        G = _shrink(dy, lora_B, scale, target) if G is None else G
         dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=dy.dtype, device=dy.device)
         _add(dx, G, lora_A, None, target, keep_bits, inv_keep)
     elif needs[0]:
@@ -95,7 +98,7 @@ def backward(
                 scale_u=True, keep_bits=keep_bits, inv_keep=inv_keep,
             )  # fmt: skip
         else:
-            G = _shrink(dy, lora_B, scale, target)
+            G = _shrink(dy, lora_B, scale, target) if G is None else G
             if strategy == "seeded":
                 dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
                 _add(dx, G, lora_A, None, target, keep_bits, inv_keep)
@@ -107,12 +110,12 @@ def backward(
                 dx = _gemm(
                     dy, weight, G, lora_A, None, target, keep_bits=keep_bits, inv_keep=inv_keep
                 )
-    elif needs[1]:
+    elif needs[1] and G is None:
         G = _shrink(dy, lora_B, scale, target)
     if needs[1]:
         dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
         _rank_grad(dA, G, _inner_contiguous(x), None, target, keep_bits, inv_keep)
-    if needs[2]:
+    if needs[2] and dB is None:
         dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
         _rank_grad(dB.t(), _inner_contiguous(S), dy, scale, target)
     return dx, dA, dB
@@ -201,6 +204,26 @@ def _rank_grad(o, u, p, scale, target, keep_bits=None, inv_keep=1.0) -> None:
         o, u, p, scale, config,
         keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
     )  # fmt: skip
+
+
+def _thin_pair(dy, S, lora_B, scale, target) -> tuple[Tensor | None, Tensor | None]:
+    """``G`` and ``dB`` in one pass over dY; None for both if two passes move fewer bytes."""
+    (M, N), R = dy.shape, lora_B.shape[1]
+    config = _config(
+        select_config.thin_pair_config,
+        target,
+        dy.element_size(),
+        M,
+        N,
+        R,
+        describable=_describable(dy),
+    )
+    if config is None:
+        return None, None
+    G = _rank_matrix(M, R, dy)
+    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
+    thin_pair(G, dB, dy, lora_B.to(dy.dtype), _inner_contiguous(S), scale, config)
+    return G, dB
 
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:

@@ -179,6 +179,18 @@ RANK_GRAD: dict[str, dict[str, dict[int, Rows]]] = {
     "fp32 narrow": {"any": _RANK_GRAD_FP32},
 }
 
+# By largest rank: warps, stages, step of the rows, columns; for aligned rows in half precision
+_NO_PAIR = {256: ()}  # on AMD's GPUs a load whose result two products read is not pipelined
+THIN_PAIR: dict[str, dict[int, Rows]] = {
+    "gfx90a": _NO_PAIR,
+    "gfx942": _NO_PAIR,
+    "gfx950": _NO_PAIR,
+    "any": {
+        16: ((4, 4, 32, 512), (4, 4, 32, 256), (4, 4, 32, 128)),
+        32: ((8, 4, 32, 512), (4, 4, 32, 256), (4, 4, 32, 128)),
+    },
+}
+
 # warps, rows, columns; for aligned and "narrow" rows alike
 ADD: dict[str, dict[str, Rows]] = {
     "half": {

@@ -142,9 +142,10 @@ def draw(case, impl) -> tuple[dict, dict, dict]:
 def test_sampled(case, strategy):
     M, K, N, R, *_, how = case
     impl = strategy(how)
-    # Few results, or few shared intermediates (S, G), are too small a sample of errors: pool eight.
-    fewest = min(size for size in (M * R, M * N, M * K, N) if size) if M * K * N else 64
-    draws = [draw(case, impl) for _ in range(1 if fewest >= 16 else 8)]
+    # Few results (R K of dA, R N of dB), or few shared intermediates (S, G), are too small a sample
+    # of errors: pool several draws.
+    fewest = min(size for size in (M * R, M * N, M * K, R * K, N) if size) if M * K * N else 64
+    draws = [draw(case, impl) for _ in range(1 if fewest >= 16 else 8 if fewest >= 4 else 32)]
     assert_as_good_as_eager(*(pooled(list(results)) for results in zip(*draws, strict=True)))
 
 

@@ -116,6 +116,7 @@ RECORDED = [
     (300, 17, 33, 1, FP32, FP32, "split", False),
     (64, 128, 192, 16, BF16, BF16, "addmm", False),
     (63, 600, 80, 8, BF16, FP32, "seeded", True),
+    (600, 100, 304, 8, BF16, FP32, "seeded", True),
     (64, 128, 192, 16, FP16, FP16, "seeded", False),
     (1, 1, 1, 1, FP32, FP32, "addmm", False),
     (17, 300, 123, 24, BF16, FP32, "single_pass", False),
@@ -178,5 +179,5 @@ def test_the_recorded_cases_cover_every_kernel():
         names |= {k.name for k in traffic.layer(INTERPRETER, case, strategy, strategy)}
     assert names == {
         "dropout_mask", "shrink", "sum_partials", "lora_gemm", "lora_add", "rank_grad",
-        "single_pass", "mm", "addmm_", "mul", "cast", "copy",
+        "single_pass", "thin_pair", "sum_pair", "mm", "addmm_", "mul", "cast", "copy",
     }  # fmt: skip

@@ -332,9 +332,7 @@ def comparison(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
             )  # fmt: skip
             row = {"case": call.key}
             for name in entry.microseconds:
-                kernels = traffic.product(device, name, product)
-                if direction == "backward":
-                    kernels += traffic.rank_gradients(device, name, product)
+                kernels = traffic.direction(device, name, product)
                 busy = 1e6 * cost.seconds(kernels, device)
                 host = 1e6 * cost.host_seconds(kernels, repeated=launch.REPEATS)
                 row[name] = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ..kernels.config import cdiv, single_pass_applies
 from .devices import Device
-from .traffic import Kernel, Product, product, rank_gradients
+from .traffic import Kernel, Product, direction
 
 # Share of the peak that cuBLAS reaches in large products: 716 of 989 TFLOPS on H100 (P. Shankhdhar,
 # "Outperforming cuBLAS on H100", 2024), 1610 of 2250 on B200 (pyptx.dev/performance, 2025).
@@ -106,9 +106,7 @@ def choose_strategy(
     case = Product(M, L, N, rank, itemsize, masked=masked, backward=gradients)
 
     def expected(strategy: str) -> float:
-        kernels = product(device, strategy, case)
-        if gradients:
-            kernels += rank_gradients(device, strategy, case)
+        kernels = direction(device, strategy, case)
         return max(seconds(kernels, device), host_seconds(kernels, repeated=repeated))
 
     addmm = expected("addmm")

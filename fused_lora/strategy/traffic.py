@@ -255,22 +255,27 @@ def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
     return [kernel, _sum(splits, partial, out, scaled)]
 
 
-def product(device: Device, strategy: str, c: Product) -> list[Kernel]:
+def product(
+    device: Device, strategy: str, c: Product, thin: list[Kernel] | None = None
+) -> list[Kernel]:
     """The kernels of one direction, as ``kernels/strategies.py`` launches them for ``strategy``.
 
-    "torch" is PyTorch's operators only.
+    Args:
+        strategy: "torch" is PyTorch's operators only.
+        thin: the kernels that compute ``U``; by default, those of :func:`shrink`.
     """
     if strategy == "torch":
         return torch_operators(device, c)
     if strategy == "single_pass":
         return single_pass(device, c)
+    thin = shrink(device, c) if thin is None else thin
     if strategy == "split":
-        return [*shrink(device, c), lora_gemm(device, c)]
+        return [*thin, lora_gemm(device, c)]
     shape = device.target.sms, c.M, c.L, c.N, c.itemsize
     if strategy == "seeded":
         gemm = vendor_gemm("addmm_", *shape, seeded=True)
-        return [*shrink(device, c), lora_add(device, c, seeds=True), gemm]
-    return [*shrink(device, c), vendor_gemm("mm", *shape, bias=c.bias), lora_add(device, c)]
+        return [*thin, lora_add(device, c, seeds=True), gemm]
+    return [*thin, vendor_gemm("mm", *shape, bias=c.bias), lora_add(device, c)]
 
 
 def torch_operators(device: Device, c: Product) -> list[Kernel]:
@@ -305,12 +310,41 @@ def torch_operators(device: Device, c: Product) -> list[Kernel]:
     return [*kernels, _torch("addcmul_", {"o": out, "branch": out} | factor, {"o": out})]
 
 
-def rank_gradients(device: Device, strategy: str, back: Product) -> list[Kernel]:
-    """Both gradients of the adapter, for the backward product ``back``, ``dY W``.
+def thin_pair(device: Device, c: Product) -> list[Kernel] | None:
+    """``G`` and ``dB`` in one pass over dY, if ``kernels/strategies.py`` launches it."""
+    config = select_config.thin_pair_config(
+        device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned
+    )
+    if config is None:
+        return None
+    _, splits = split_evenly(c.M, config.splits, config.block_m)
+    u, q = c.M * c.R * c.itemsize, c.L * c.R * c.itemsize
+    parts = {
+        "v_parts": cdiv(c.L, config.block_l) * c.M * c.R * 4,
+        "o_parts": splits * c.L * c.R * 4,
+    }
+    flops = 4.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
+    written = {"v": u, "o": c.L * c.R * c.adapter_itemsize}
+    return [
+        *_cast(c.L * c.R, c),
+        Kernel("thin_pair", {"p": c.M * c.L * c.itemsize, "q": q, "u": u}, parts, flops),
+        Kernel("sum_pair", parts | _scale(True), written),
+    ]
 
-    ``dA = Gᵀ D(x)`` reads ``x``, whose shape is that of the product's output; ``dB = dYᵀ S`` reads
-    its operand ``dY``.
-    """
+
+def direction(device: Device, strategy: str, c: Product) -> list[Kernel]:
+    """All kernels of a forward, or of a backward with ``dA`` and ``dB``, but those of the mask."""
+    if not c.backward:
+        return product(device, strategy, c)
+    pair = None if strategy in ("torch", "single_pass") else thin_pair(device, c)
+    if pair is None:
+        return product(device, strategy, c) + _rank_gradients(device, strategy, c)
+    ahead = replace(c, L=c.N, N=c.L, masked="operand" if c.masked else None)
+    return product(device, strategy, c, pair) + rank_grad(device, ahead, scaled=False)
+
+
+def _rank_gradients(device: Device, strategy: str, back: Product) -> list[Kernel]:
+    """Both gradients of the adapter, each with a pass over dY or x of its own."""
     ahead = replace(back, L=back.N, N=back.L, masked="operand" if back.masked else None)
     if strategy != "torch":
         return rank_grad(device, ahead, scaled=False) + rank_grad(device, back, scaled=True)
@@ -337,8 +371,7 @@ def layer(device: Device, c: Product, forward: str, backward: str) -> list[Kerne
     back = replace(c, L=c.N, N=c.L, masked="output" if c.masked else None)
     back = replace(back, bias=False, backward=True)
     kernels = [dropout_mask(c.M, c.L)] if c.masked else []
-    kernels += product(device, forward, c) + product(device, backward, back)
-    return kernels + rank_gradients(device, backward, back)
+    return kernels + direction(device, forward, c) + direction(device, backward, back)
 
 
 def _operands(c: Product) -> dict[str, int]:
