@@ -154,7 +154,8 @@ def thin_pair(
     """Write ``v = scale · p q`` and ``o = scale · pᵀ u``, each rounded once, from fp32 sums.
 
     Args:
-        v: ``(M, R)``, inner stride 1, any floating dtype.
+        v: ``(M, R)``, inner stride 1, any floating dtype; ``R`` at most
+            :data:`.config.THIN_PAIR_MAX_RANK`.
         o: ``(L, R)``, any strides and floating dtype.
         p: ``(M, L)`` in half precision, inner stride 1.
         q: ``(L, R)`` in p's dtype, any strides.
@@ -191,7 +192,8 @@ def _arguments(config, v_parts, o_parts, p, q, u) -> Arguments:
 
 def _sum_arguments(_, v, o, v_parts, o_parts, scale) -> Arguments:
     (M, R), L = v.shape, o.shape[0]
-    block, block_r = 64, padded_rank(R)
+    block_r = padded_rank(R)
+    block = 1024 // block_r
     return Arguments(
         grid=(cdiv(M, block) + cdiv(L, block),),
         operands=(v, o, v_parts, o_parts, scale),

@@ -16,6 +16,7 @@ from fused_lora.kernels.config import (
     RankGradConfig,
     ShrinkConfig,
     SinglePassConfig,
+    ThinPairConfig,
 )
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
@@ -23,6 +24,7 @@ from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
+from fused_lora.kernels.thin_pair import thin_pair
 from fused_lora.ops import dropout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -37,6 +39,7 @@ CASES = [
     (1, 1, 1, 1, FP32, "addmm", False),
     (17, 300, 123, 24, BF16, "seeded", True),
     (64, 128, 192, 16, FP16, "seeded", False),
+    (300, 64, 184, 5, BF16, "seeded", True),
     (65, 64, 63, 200, FP32, "addmm", True),
     (17, 123, 65, 64, FP16, "single_pass", False),
     (64, 128, 64, 16, BF16, "single_pass", False),
@@ -101,6 +104,10 @@ def test_tiles_wider_than_the_matrix(M, N, L, R, transposed, masked):
                 shrink(torch.empty(M, R), p, z, scale, thin, **over_p)
                 grad = RankGradConfig(4, 2, block_m=16, block_l=block, splits=splits)
                 rank_grad(torch.empty(R, L), u, p, scale, grad, **over_p)
+                pair = ThinPairConfig(4, 2, block_m=16, block_l=block, splits=splits)
+                half = p.half(), z[:, :32].half(), u[:, :32].half()
+                results = torch.empty(M, min(R, 32)), torch.empty(L, min(R, 32))
+                thin_pair(*results, *half, scale, pair)
     assert len(launches) >= 16
 
 

@@ -19,6 +19,7 @@ from fused_lora.kernels.config import (
     ShrinkConfig,
     SinglePassConfig,
     Target,
+    ThinPairConfig,
 )
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
@@ -26,6 +27,7 @@ from fused_lora.kernels.operands import ForwardOperands
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
+from fused_lora.kernels.thin_pair import thin_pair
 from fused_lora.ops import dropout
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -147,6 +149,32 @@ def test_rank_grad(case):
     config = RankGradConfig(4, 2, descriptors, block_m=32, block_l=64, splits=splits)
     rank_grad(o, u, p, SCALE, config, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0)
     check(o, 0.7 * u.to(dtype).double().t() @ (p.double() * mask), out_dtype)
+
+
+# M, L, R, dtype, splits
+THIN_PAIR = [
+    (63, 72, 16, BF16, 1),
+    (300, 520, 8, BF16, 3),
+    (129, 123, 5, FP16, 2),
+    (1, 1, 1, FP16, 4),
+    (65, 64, 32, BF16, 9),
+]
+
+
+@pytest.mark.parametrize("case", THIN_PAIR, ids=str)
+def test_thin_pair(case):
+    M, L, R, dtype, splits = case
+    p, q, u = rand(M, L, dtype=dtype), rand(L, R, dtype=dtype), rand(M, R, dtype=dtype)
+    config = ThinPairConfig(4, 2, block_m=32, block_l=64, splits=splits)
+    v, o = 0.7 * p.double() @ q.double(), 0.7 * p.double().t() @ u.double()
+    for out_dtype in (FP32, dtype):
+        wide = [torch.full((n, 2 * R), torch.nan, dtype=out_dtype)[:, :R] for n in (M, L)]
+        thin_pair(*wide, p, q, u, SCALE, config)
+        check(wide[0], v, out_dtype)
+        check(wide[1], o, out_dtype)
+        again = [torch.empty(M, R, dtype=out_dtype), torch.empty(R, L, dtype=out_dtype).t()]
+        thin_pair(*again, p, q, u, SCALE, config)
+        assert all(map(torch.equal, again, wide))
 
 
 # M, N, L, R, dtype, adapter dtype, descriptors, transposed, masked, bias

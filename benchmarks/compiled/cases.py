@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fused_lora.kernels.common import sum_partials
-from fused_lora.kernels.config import BARRIER_BYTES, DIGITS, Config
+from fused_lora.kernels.config import BARRIER_BYTES, DIGITS, Config, ThinPairConfig
 from fused_lora.kernels.dropout import dropout_mask
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
+from fused_lora.kernels.thin_pair import thin_pair
 from fused_lora.ops import dropout
 
 from .report import Expected
@@ -31,10 +32,12 @@ PRODUCTS = {
     "single_pass": ("y", "dx"),
     "shrink": ("S", "G"),
     "rank_grad": ("dA", "dB"),
+    "thin_pair": ("G, dB",),
+    "sum_pair": ("G, dB",),
     "dropout_mask": ("keep_bits",),
     "sum_partials": ("S", "dB"),
 }
-LOOPING = ("lora_gemm", "single_pass", "shrink", "rank_grad")
+LOOPING = ("lora_gemm", "single_pass", "shrink", "rank_grad", "thin_pair")
 MASKED = {("lora_gemm", "dx"), ("lora_add", "dx"), ("single_pass", "dx")} | {
     ("shrink", "S"),
     ("rank_grad", "dA"),
@@ -58,7 +61,7 @@ class Case:
     def expected(self) -> Expected:
         """The properties that the compiled kernel must have."""
         config, itemsize = self.config, DTYPES[self.dtype].itemsize
-        matrix = "any" if self.kernel in ("shrink", "rank_grad") else "widest"
+        matrix = "any" if self.kernel in ("shrink", "rank_grad", "thin_pair") else "widest"
         return Expected(
             matrix="none" if config is None or itemsize == 4 else matrix,
             pipelined=self.kernel in LOOPING and (self.rows != "narrow" or itemsize == 4),
@@ -103,6 +106,10 @@ class Case:
                 return lambda: rank_grad(A, u, x, None, config, **mask)
             case "rank_grad", "dB":
                 return lambda: rank_grad(B.t(), u, dy, scale, config)
+            case "thin_pair" | "sum_pair", _:
+                config = config or ThinPairConfig(4, 2)
+                v = torch.empty_like(u)
+                return lambda: thin_pair(v, B, dy, B.to(dtype), u, scale, config)
             case "sum_partials", "S":
                 parts = torch.empty(4, M, R)
                 return lambda: sum_partials(u, parts, 1.25)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 from fused_lora.kernels import select_config
-from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, Config
+from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, THIN_PAIR_MAX_RANK, Config
 
 from . import limits
 from .cases import DTYPES, MASKED, PRODUCTS, SIZES, Case
@@ -14,7 +14,8 @@ from .cases import DTYPES, MASKED, PRODUCTS, SIZES, Case
 ARCHS = tuple(limits.LIMITS)
 RANKS = (8, 16, 32, 64, 128, 256)
 VECTOR_RANKS = (16, 64)  # for rows that end within a block: the code hardly depends on the rank
-THIN = ("dropout_mask", "sum_partials")  # kernels without a config and without a product
+# Kernels without a config and without a product
+THIN = ("dropout_mask", "sum_partials", "sum_pair")
 
 SLICE_ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 SLICE = (
@@ -40,6 +41,8 @@ def shipped(arch: str, kernel: str, dtype: str, rank: int, rows: str) -> list[Co
             return select_config.shrink_candidates(target, itemsize, rank, describable=aligned)
         case "rank_grad":
             return select_config.rank_grad_candidates(target, itemsize, rank, describable=aligned)
+        case "thin_pair":
+            return select_config.thin_pair_candidates(target, itemsize, rank) if aligned else []
     return [None]
 
 
@@ -55,6 +58,8 @@ def full(
         if rows == "vector" and rank not in VECTOR_RANKS:
             continue
         if kernel in THIN and (dtype, rows) != (dtypes[0], "even"):
+            continue
+        if kernel == "sum_pair" and rank > THIN_PAIR_MAX_RANK:
             continue
         for config, made in product(shipped(arch, kernel, dtype, rank, rows), PRODUCTS[kernel]):
             for masked in dropout:
