@@ -30,13 +30,18 @@ MODELS = {
     "square": SQUARE,
 }
 GPUS = ["a100", "h100", "h200", "b200", "rtx4090", "mi300x"]
-OURS = ("split", "addmm")
+OURS = ("split", "seeded", "addmm")
 TRITON = ("lorafusion", "split")  # their frozen products run in Triton, the others' in vendor GEMMs
-TITLE = "{:<24}{:^49}{:^17}{:^56}"
+TITLE = "{:<24}{:^57}{:^17}{:^64}"
 HEAD = (
     f"{'layer':<15}{'M':>6}   {'eager GiB':>9}{'chained':>10}{'lorafusion':>12}{'split':>8}"
-    f"{'addmm':>8}  {'vendor':>8}{'split':>7}  {'frozen µs':>10}{'eager':>7}{'chained':>9}"
-    f"{'lorafusion':>12}{'split':>7}{'addmm':>7}{'auto':>7}  auto's strategies"
+    f"{'seeded':>8}{'addmm':>8}  {'vendor':>8}{'split':>7}  {'frozen µs':>10}{'eager':>7}"
+    f"{'chained':>9}{'lorafusion':>12}{'split':>7}{'seeded':>8}{'addmm':>7}{'auto':>7}"
+    "  auto's strategies"
+)
+OVERHEAD_HEAD = (
+    f"{'layer':<15}{'M':>6}   {'strategy':<22}{'passes':>8}{'launches':>10}"
+    f"{'forward':>10}{'backward':>10}{'both':>8}"
 )
 
 
@@ -86,15 +91,42 @@ class Row:
         thin, floor = self.thin("eager"), self.seconds("frozen")
         cells = f"{self.layer:<15}{self.product.M:>6} {' ' if self.valid else '*'} "
         cells += f"{thin / 2**30:>9.3f}"
-        for name, width in (("chained", 10), ("lorafusion", 12), ("split", 8), ("addmm", 8)):
+        widths = {"chained": 10, "lorafusion": 12, **dict.fromkeys(OURS, 8)}
+        for name, width in widths.items():
             cells += f"{self.thin(name) / thin:>{width}.3f}"
         cells += f"  {self.gemm('frozen') / 2**30:>8.2f}{self.gemm('split') / 2**30:>7.2f}"
         cells += f"  {floor * 1e6:>10.0f}"
-        widths = {"eager": 7, "chained": 9, "lorafusion": 12, "split": 7, "addmm": 7, "auto": 7}
+        widths = {"eager": 7, "chained": 9, "lorafusion": 12}
+        widths |= {"split": 7, "seeded": 8, "addmm": 7, "auto": 7}
         for name, width in widths.items():
             time = self.seconds(name)
             cells += f"{'-':>{width}}" if time is None else f"{time / floor:>{width}.2f}"
         return f"{cells}  {' / '.join(self.auto)}"
+
+    def overhead(self) -> str:
+        """What each strategy adds to the frozen layer: one line per strategy, and auto's choice."""
+        c, device, lines = self.product, self.device, []
+        frozen = [cost.seconds([kernel], device) for kernel in self.schedules["frozen"]]
+        for names in (*((name, name) for name in OURS), self.auto):
+            both = [
+                traffic.direction(device, *call)
+                for call in zip(names, (c, traffic.back(c)), strict=True)
+            ]
+            kernels = both[0] + both[1]
+            passes = sum(kernel.thin_bytes for kernel in kernels) / (c.M * c.L * c.itemsize)
+            times = [cost.seconds(one, device) for one in both]
+            times, floors = [*times, sum(times)], [*frozen, sum(frozen)]
+            if "split" in names and not device.has_gemm_ratio:
+                cells = [f"{'-':>{width}}" for width in (10, 10, 8)]
+            else:
+                cells = [
+                    f"{time / floor - 1:>+{width}.1%}"
+                    for time, floor, width in zip(times, floors, (10, 10, 8), strict=True)
+                ]
+            name = f"auto: {' / '.join(names)}" if names is self.auto else names[0]
+            start = f"{self.layer:<15}{c.M:>6} {' ' if self.valid else '*'} {name:<22}"
+            lines.append(f"{start}{passes:>8.2f}{len(kernels):>10}{''.join(cells)}")
+        return "\n".join(lines)
 
     def record(self) -> dict:
         """The row as JSON-compatible data."""
@@ -174,6 +206,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     tokens = [128, 2048, 8192, 32_768]
     add("--tokens", nargs="+", type=_positive, default=tokens, metavar="M")
     add("--dropout", nargs="+", type=_probability, default=[0.0, 0.1], metavar="P")
+    add(
+        "--overhead", action="store_true", help="passes over x, launches and time of our strategies"
+    )
     add("--json", type=Path, metavar="F", help="also write every row to a file")
     return parser.parse_args(argv)
 
@@ -201,9 +236,16 @@ def main(argv: list[str] | None = None) -> int:
     print("backward: eager's thin bytes and the frozen layer's time, then ratios to these.")
     print("* x or y is under 1.5 times the cache before DRAM: outside the model's validity.")
     print("- nobody has published how fast Triton's products are on this architecture.")
+    if args.overhead:
+        print("Overhead is the time beyond the frozen layer's, in parts of it; a pass is one of x.")
     records = []
     for title, rows in make_tables(args):
         print(f"\n{title}")
+        if args.overhead:
+            print(OVERHEAD_HEAD)
+            for row in rows:
+                print(row.overhead())
+            continue
         print(
             TITLE.format("", "modelled thin bytes", "modelled GEMM GiB", "modelled time").rstrip()
         )

@@ -333,9 +333,10 @@ def thin_pair(device: Device, c: Product) -> list[Kernel] | None:
 
 
 def direction(device: Device, strategy: str, c: Product) -> list[Kernel]:
-    """All kernels of a forward, or of a backward with ``dA`` and ``dB``, but those of the mask."""
+    """All kernels of a forward, or of a backward with ``dA`` and ``dB``."""
     if not c.backward:
-        return product(device, strategy, c)
+        mask = [dropout_mask(c.M, c.L)] if c.masked else []
+        return mask + product(device, strategy, c)
     pair = None if strategy in ("torch", "single_pass") else thin_pair(device, c)
     if pair is None:
         return product(device, strategy, c) + _rank_gradients(device, strategy, c)
@@ -366,12 +367,15 @@ def _rank_gradients(device: Device, strategy: str, back: Product) -> list[Kernel
     return kernels
 
 
+def back(c: Product) -> Product:
+    """The product of backward, ``dY W``, for that of forward."""
+    masked = "output" if c.masked else None
+    return replace(c, L=c.N, N=c.L, masked=masked, bias=False, backward=True)
+
+
 def layer(device: Device, c: Product, forward: str, backward: str) -> list[Kernel]:
     """The forward of ``c`` with one strategy, and all three gradients with another."""
-    back = replace(c, L=c.N, N=c.L, masked="output" if c.masked else None)
-    back = replace(back, bias=False, backward=True)
-    kernels = [dropout_mask(c.M, c.L)] if c.masked else []
-    return kernels + direction(device, forward, c) + direction(device, backward, back)
+    return direction(device, forward, c) + direction(device, backward, back(c))
 
 
 def _operands(c: Product) -> dict[str, int]:
