@@ -74,51 +74,72 @@ def forward(
 
 
 def backward(
-    operands: BackwardOperands, strategy: str
+    operands: BackwardOperands, strategy: str, side: torch.cuda.Stream | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dA, dB)``, each in the dtype of its tensor.
 
     The scale must be a tensor.
+
+    Args:
+        side: a stream on which ``dA`` and ``dB`` are computed beside ``dx``; None: the current one.
+            Not used by the library, since nobody has measured it.
     """
-    dy, x, weight, lora_A, lora_B, S, scale, keep_bits, inv_keep, needs = operands
-    dy = _inner_contiguous(dy)
+    dy, _, weight, lora_A, lora_B, S, scale, keep_bits, inv_keep, needs = operands
+    operands = operands._replace(dy=(dy := _inner_contiguous(dy)))
     target = select_config.target_of(dy.device)
-    G = dx = dA = dB = None
+    G = dx = None
+    # Allocated on the current stream, whose allocator then knows when they are free.
+    dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if needs[1] else None
+    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs[2] else None
+    missing_dB = dB
     if needs[2] and (needs[0] or needs[1]) and strategy != "single_pass":
-        G, dB = _thin_pair(dy, S, lora_B, scale, target)
-    if needs[0] and weight is None:
-        G = _shrink(dy, lora_B, scale, target) if G is None else G
-        dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=dy.dtype, device=dy.device)
-        _add(dx, G, lora_A, None, target, keep_bits, inv_keep)
-    elif needs[0]:
-        weight = weight.to(dy.dtype)
-        if strategy == "single_pass":
-            dx, G = _single_pass(
-                dy, weight, lora_B, lora_A, scale, target,
-                scale_u=True, keep_bits=keep_bits, inv_keep=inv_keep,
-            )  # fmt: skip
-        else:
-            G = _shrink(dy, lora_B, scale, target) if G is None else G
-            if strategy == "seeded":
-                dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
-                _add(dx, G, lora_A, None, target, keep_bits, inv_keep)
-                dx.addmm_(dy, weight)
-            elif strategy == "addmm":
-                dx = torch.mm(dy, weight)
-                _add(dx, G, lora_A, None, target, keep_bits, inv_keep, base=dx)
-            else:
-                dx = _gemm(
-                    dy, weight, G, lora_A, None, target, keep_bits=keep_bits, inv_keep=inv_keep
-                )
-    elif needs[1] and G is None:
+        G = _thin_pair(dB, dy, S, lora_B, scale, target)
+        missing_dB = dB if G is None else None
+    if needs[0] and strategy == "single_pass" and weight is not None:
+        dx, G = _single_pass(
+            dy, weight.to(dy.dtype), lora_B, lora_A, scale, target,
+            scale_u=True, keep_bits=keep_bits, inv_keep=inv_keep,
+        )  # fmt: skip
+    elif G is None and (needs[0] or needs[1]):
         G = _shrink(dy, lora_B, scale, target)
-    if needs[1]:
-        dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
-        _rank_grad(dA, G, _inner_contiguous(x), None, target, keep_bits, inv_keep)
-    if needs[2] and dB is None:
-        dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
-        _rank_grad(dB.t(), _inner_contiguous(S), dy, scale, target)
+    if side is None:
+        dx = _input_gradient(operands, G, strategy, target) if needs[0] and dx is None else dx
+        _adapter_gradients(operands, G, dA, missing_dB, target)
+        return dx, dA, dB
+    main = torch.cuda.current_stream(dy.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        _adapter_gradients(operands, G, dA, missing_dB, target)
+    dx = _input_gradient(operands, G, strategy, target) if needs[0] and dx is None else dx
+    main.wait_stream(side)
     return dx, dA, dB
+
+
+def _input_gradient(operands: BackwardOperands, G: Tensor, strategy: str, target) -> Tensor:
+    dy, _, weight, lora_A, _, _, _, keep_bits, inv_keep, _ = operands
+    masking = keep_bits, inv_keep
+    if weight is not None:
+        weight = weight.to(dy.dtype)
+        if strategy == "split":
+            return _gemm(
+                dy, weight, G, lora_A, None, target, keep_bits=keep_bits, inv_keep=inv_keep
+            )
+        if strategy == "addmm":
+            dx = torch.mm(dy, weight)
+            _add(dx, G, lora_A, None, target, *masking, base=dx)
+            return dx
+    dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=dy.dtype, device=dy.device)
+    _add(dx, G, lora_A, None, target, *masking)
+    return dx if weight is None else dx.addmm_(dy, weight)
+
+
+def _adapter_gradients(operands: BackwardOperands, G, dA, dB, target) -> None:
+    """Write ``dA`` and ``dB``, if they are not None."""
+    dy, x, _, _, _, S, scale, keep_bits, inv_keep, _ = operands
+    if dA is not None:
+        _rank_grad(dA, G, _inner_contiguous(x), None, target, keep_bits, inv_keep)
+    if dB is not None:
+        _rank_grad(dB.t(), _inner_contiguous(S), dy, scale, target)
 
 
 def _shrink(p, q, scale, target, scale_u=True, keep_bits=None, inv_keep=1.0) -> Tensor:
@@ -206,8 +227,8 @@ def _rank_grad(o, u, p, scale, target, keep_bits=None, inv_keep=1.0) -> None:
     )  # fmt: skip
 
 
-def _thin_pair(dy, S, lora_B, scale, target) -> tuple[Tensor | None, Tensor | None]:
-    """``G`` and ``dB`` in one pass over dY; None for both if two passes move fewer bytes."""
+def _thin_pair(dB: Tensor, dy, S, lora_B, scale, target) -> Tensor | None:
+    """Write ``dB`` and return ``G``, in one pass over dY; None if two passes move fewer bytes."""
     (M, N), R = dy.shape, lora_B.shape[1]
     config = _config(
         select_config.thin_pair_config,
@@ -219,11 +240,10 @@ def _thin_pair(dy, S, lora_B, scale, target) -> tuple[Tensor | None, Tensor | No
         describable=_describable(dy),
     )
     if config is None:
-        return None, None
+        return None
     G = _rank_matrix(M, R, dy)
-    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
     thin_pair(G, dB, dy, lora_B.to(dy.dtype), _inner_contiguous(S), scale, config)
-    return G, dB
+    return G
 
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:

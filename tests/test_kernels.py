@@ -1,5 +1,6 @@
 """Each kernel alone, under the interpreter, with explicit configs, against float64."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -23,7 +24,7 @@ from fused_lora.kernels.config import (
 )
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
-from fused_lora.kernels.operands import ForwardOperands
+from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
@@ -356,6 +357,42 @@ def test_the_thin_product_has_the_dtype_of_x(how):
     y, S = strategies.forward(ForwardOperands(**inputs), how)
     assert (y.dtype, S.dtype, S.shape) == (BF16, BF16, (17, 5))
     assert S.stride(0) * 2 % 16 == 0  # rows start on 16-byte vectors
+
+
+def test_gradients_of_the_adapter_beside_dx(monkeypatch):
+    """With a stream of their own they start after G, and the current stream waits for them."""
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    def named(name):
+        run = getattr(strategies, name)
+        return lambda *args: (events.append(name), run(*args))[1]
+
+    main, side = Stream("main"), Stream("side")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    for name in ("_shrink", "_thin_pair", "_input_gradient", "_adapter_gradients"):
+        monkeypatch.setattr(strategies, name, named(name))
+    for R in (4, 16):  # with these, one pass over dY and two
+        x, dy, S = rand(40, 32, dtype=BF16), rand(40, 64, dtype=BF16), rand(40, R, dtype=BF16)
+        weight, A, B = rand(64, 32, dtype=BF16), rand(R, 32, dtype=BF16), rand(64, R, dtype=BF16)
+        operands = BackwardOperands(dy, x, weight, A, B, S, SCALE)
+        expected = strategies.backward(operands, "seeded")
+        events.clear()
+        got = strategies.backward(operands, "seeded", side)
+        assert all(map(torch.equal, got, expected))
+        assert events[-4:] == [
+            "side waits for main",
+            "_adapter_gradients",
+            "_input_gradient",
+            "main waits for side",
+        ]
 
 
 def test_rows_two_to_the_31_elements_apart(tmp_path):
