@@ -207,21 +207,24 @@ def rank_grad_candidates(
 def rank_grad_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> RankGradConfig:
-    """The tile and splits of ``rank_grad`` that take the least time, by :func:`_stream_cost`.
+    """The tile and splits of ``rank_grad`` with the least :func:`rank_grad_cost`.
 
     Arguments as in :func:`shrink_config`.
     """
-
-    def cost(config: RankGradConfig) -> float:
-        columns, rank_blocks = cdiv(L, config.block_l), cdiv(rank, config.block_r(rank))
-        # Every block of ranks reads P, every block of columns reads U.
-        moved = itemsize * M * (L * rank_blocks + rank * columns) + _partials(config, L, rank)
-        step = config.block_m * (config.block_l + config.block_r(rank)) * itemsize
-        return _stream_cost(config, target, step, columns * rank_blocks, moved)
-
     candidates = rank_grad_candidates(target, itemsize, rank, describable=describable)
     split = [split_rank_grad(config, target, itemsize, M, L, rank) for config in candidates]
-    return min(split, key=cost)
+    return min(split, key=lambda config: rank_grad_cost(config, target, itemsize, M, L, rank))
+
+
+def rank_grad_cost(
+    config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
+) -> float:
+    """The bytes that SMs load and store, over the share of DRAM's bandwidth that is reached."""
+    columns, rank_blocks = cdiv(L, config.block_l), cdiv(rank, config.block_r(rank))
+    # Every block of ranks reads P, every block of columns reads U.
+    moved = itemsize * M * (L * rank_blocks + rank * columns) + _partials(config, L, rank)
+    step = config.block_m * (config.block_l + config.block_r(rank)) * itemsize
+    return _stream_cost(config, target, step, columns * rank_blocks, moved)
 
 
 def split_rank_grad(

@@ -89,7 +89,10 @@ def _tiles(arch: str, kernel: str, itemsize: int, narrow: bool) -> Iterator[Conf
 
 
 def score(case: Case, row: Row, shape: tuple[int, int]) -> float:
-    """A candidate's score: product share times intensity times fill; 0 if it has a fault."""
+    """A candidate's score; 0 if it has a fault.
+
+    Product share times intensity times fill; for ``rank_grad``, the bytes of P over its cost.
+    """
     if row.faults:
         return 0.0
     (rows, columns), config, target = shape, case.config, limits.target(case.arch)
@@ -97,7 +100,8 @@ def score(case: Case, row: Row, shape: tuple[int, int]) -> float:
     if case.kernel == "shrink":
         config, columns = select_config.split_shrink(config, *split), case.rank
     elif case.kernel == "rank_grad":
-        config, rows = select_config.split_rank_grad(config, *split), case.rank
+        config = select_config.split_rank_grad(config, *split)
+        return split[1] * rows * columns / select_config.rank_grad_cost(config, *split)
     filled = select_config.fill(config, target, rows, columns, case.rank)
     return row.share * select_config.intensity(config, case.rank) * filled
 
