@@ -37,6 +37,8 @@ class Kernel:
         writes: compulsory bytes written per operand.
         flops: operations of the matrix products, with the rank padded to whole blocks.
         rereads: how often an operand is read from DRAM, if not once.
+        loads: bytes that all programs together load per operand, most of them from the cache; of
+            the operands that several programs load, and of the one that a thin kernel streams.
         gemm: factor on the traffic of the large product's own operands, ``p``, ``q`` and ``o``; 0
             for a kernel without a large product.
         speed: speed of its products relative to the vendor's.
@@ -49,6 +51,7 @@ class Kernel:
     writes: dict[str, int]
     flops: float = 0.0
     rereads: dict[str, float] = field(default_factory=dict)
+    loads: dict[str, int] = field(default_factory=dict)
     gemm: float = 0.0
     speed: float = 1.0
     integers: float = 0.0
@@ -158,12 +161,16 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
     if c.masked == "operand":
         reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
     flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
+    loads = {
+        "p": reads["p"] * cdiv(c.R, config.block_r(c.R)),
+        "q": reads["q"] * cdiv(c.M, config.block_m),
+    }
     kernels = _cast(c.L * c.R, c)
     out, partial = c.M * c.R * c.itemsize, c.M * c.R * 4
     if splits == 1:
         reads |= _scale(True)
-        return [*kernels, Kernel("shrink", reads, {"u": out}, flops)]
-    kernels.append(Kernel("shrink", reads, {"u": splits * partial}, flops))
+        return [*kernels, Kernel("shrink", reads, {"u": out}, flops, loads=loads)]
+    kernels.append(Kernel("shrink", reads, {"u": splits * partial}, flops, loads=loads))
     return [*kernels, _sum(splits, partial, out, c.backward)]
 
 
@@ -181,6 +188,7 @@ def lora_gemm(device: Device, c: Product) -> Kernel:
         {"o": c.M * c.N * c.itemsize},
         2.0 * c.M * c.N * inner,
         {"p": row, "u": row, "q": column, "v": column},
+        _low_rank_loads(c, config),
         gemm=TRITON_TRAFFIC,
         # The ratio is of large products; ``fill`` is for the SMs that a smaller one leaves idle.
         speed=device.gemm_ratio * select_config.fill(config, target, c.M, c.N),
@@ -205,7 +213,7 @@ def lora_add(device: Device, c: Product, *, seeds: bool = False) -> Kernel:
     between = reads["u"] + passes * c.M * config.block_n * c.itemsize
     again = cdiv(c.N, config.block_n) if between > device.cache > 0 else 1
     flops = 2.0 * c.M * c.N * _padded(c.R, config.rank_blocks(c.R)[0])
-    return Kernel("lora_add", reads, {"o": out}, flops, {"u": again})
+    return Kernel("lora_add", reads, {"o": out}, flops, {"u": again}, _low_rank_loads(c, config))
 
 
 def single_pass(device: Device, c: Product) -> list[Kernel]:
@@ -248,10 +256,11 @@ def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
     if masked:
         reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
     flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
+    loads = {"p": p * cdiv(c.R, config.block_r(c.R)), "u": u * cdiv(c.L, config.block_l)}
     if splits == 1:
-        return [Kernel("rank_grad", reads | _scale(scaled), {"o": out}, flops)]
+        return [Kernel("rank_grad", reads | _scale(scaled), {"o": out}, flops, loads=loads)]
     partial = c.R * c.L * 4
-    kernel = Kernel("rank_grad", reads, {"o": splits * partial}, flops)
+    kernel = Kernel("rank_grad", reads, {"o": splits * partial}, flops, loads=loads)
     return [kernel, _sum(splits, partial, out, scaled)]
 
 
@@ -325,9 +334,11 @@ def thin_pair(device: Device, c: Product) -> list[Kernel] | None:
     }
     flops = 4.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
     written = {"v": u, "o": c.L * c.R * c.adapter_itemsize}
+    reads = {"p": c.M * c.L * c.itemsize, "q": q, "u": u}
+    loads = reads | {"q": q * splits, "u": u * cdiv(c.L, config.block_l)}
     return [
         *_cast(c.L * c.R, c),
-        Kernel("thin_pair", {"p": c.M * c.L * c.itemsize, "q": q, "u": u}, parts, flops),
+        Kernel("thin_pair", reads, parts, flops, loads=loads),
         Kernel("sum_pair", parts | _scale(True), written),
     ]
 
@@ -390,6 +401,12 @@ def _low_rank(c: Product, block_n: int) -> dict[str, int]:
     if c.bias:
         reads["bias"] = c.N * c.itemsize
     return reads | _scale(not c.backward)
+
+
+def _low_rank_loads(c: Product, config) -> dict[str, int]:
+    """Bytes of U and V that all tiles together load."""
+    u, v = c.M * c.R * c.itemsize, c.R * c.N * c.adapter_itemsize
+    return {"u": u * cdiv(c.N, config.block_n), "v": v * cdiv(c.M, config.block_m)}
 
 
 def _scale(is_read: bool) -> dict[str, int]:
