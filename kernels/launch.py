@@ -84,7 +84,8 @@ def launch(
         arguments: a function whose result depends only on the config, the flags and the tensors'
             shapes, strides, dtypes and alignment to 16 bytes; its operands are among ``tensors``.
         config: identified by ``id``: pass the same object each time; None if the kernel has none.
-        tensors: the possible operands; None for one that is omitted.
+        tensors: the possible operands, on the current device; None for one that is omitted. Only
+            Triton's own launch, so the first of each key, notices a tensor in the CPU's memory.
         scalars: floats, and 32-bit integers that the kernel does not specialise.
         flags: hashable arguments of ``arguments``.
     """
