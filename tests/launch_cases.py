@@ -4,18 +4,25 @@ Nothing is compiled: a binary is an object that Triton creates per specialisatio
 launched plainly, then twice through ``kernels/launch.py``. The second of these must pass the driver
 the same binary, grid and arguments without running Triton's launch code. Needs TRITON_INTERPRET to
 be unset. Prints the cases that differ, as JSON.
+
+With ``launch_cases.py ARCH launcher`` a binary has the launcher of Triton's backend for ARCH, and
+what is compared is its call of a function in C. Triton 3.6 compiles that function: not for it.
 """
 
 import json
 import random
 import sys
 import tempfile
+from collections.abc import Hashable
 from functools import lru_cache
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 import triton.compiler
 from fake_driver import FakeDriver
+from triton.backends.amd import driver as amd
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -42,11 +49,15 @@ class Binary(triton.compiler.CompiledKernel):
     """A stand-in for a compiled kernel that records its launches."""
 
     recorded = True
+    launcher = None  # the class of a launcher to use, not to record only
 
     def __init__(self, src):
         self.src, self.name, self.module, self.function = src, src.fn.__name__, object(), object()
-        self.packed_metadata = object()
+        self.packed_metadata, self.metadata = object(), LAUNCHER_METADATA
         self._run = self._record if self.recorded else lambda *arguments: None
+        if self.launcher is not None:
+            self._run = self.launcher(src, self.metadata)
+            binaries[self.function] = self
 
     def _record(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
         assert (function, packed) == (self.function, self.packed_metadata)
@@ -56,10 +67,30 @@ class Binary(triton.compiler.CompiledKernel):
         self.module = None
 
 
+# What the launchers of Triton's backends read of a binary.
+LAUNCHER_METADATA = SimpleNamespace(
+    num_ctas=1, warp_size=32, launch_cooperative_grid=False, launch_pdl=False,
+    global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
+    tensordesc_meta=[],
+)  # fmt: skip
+binaries: dict[object, Binary] = {}  # by function
+
+
+def record_in_c(*arguments) -> None:
+    """Stands in for a backend's function in C; the kernel's arguments are its last."""
+    *before, given = arguments
+    binary = next(binaries[a] for a in before if isinstance(a, Hashable) and a in binaries)
+    hooks = before.index(binary.packed_metadata) + 1
+    del before[hooks : hooks + 3]  # with the launch's metadata: nothing is observed
+    launched.append((binary, tuple(before), tuple(map(described, given))))
+
+
 def described(argument):
     """An argument as the driver sees it, whichever Python object holds it."""
     if isinstance(argument, torch.Tensor):
-        return "tensor", argument.data_ptr(), argument.dtype
+        return int, argument.data_ptr()
+    if isinstance(argument, launch._Address):
+        return int, argument.address
     if isinstance(argument, TensorDescriptor):
         base, shape, strides = argument.base, tuple(argument.shape), tuple(argument.strides)
         place = base.data_ptr(), base.dtype, shape, strides, tuple(argument.block_shape)
@@ -73,6 +104,18 @@ def make_driver(arch: str) -> FakeDriver:
     triton.compiler.compile = lambda src, **options: Binary(src)
     triton.runtime.driver.set_active(made)
     return made
+
+
+def use_launcher(arch: str, active: FakeDriver) -> None:
+    """Give binaries the launcher of Triton's backend, above :func:`record_in_c`."""
+    backend = nvidia if arch.startswith("sm_") else amd
+    backend.PyKernelArg = SimpleNamespace
+    active.utils.launch, active.utils.build_signature_metadata = record_in_c, bytes_of
+    Binary.launcher = backend.CudaLauncher if backend is nvidia else backend.HIPLauncher
+
+
+def bytes_of(signature) -> bytes:
+    return repr(signature).encode()
 
 
 @lru_cache
@@ -265,13 +308,17 @@ def compare(made: dict[str, object], active: FakeDriver, caught=caught) -> dict[
     return result | {"binaries": len(binaries)}
 
 
-def main(arch: str) -> None:
+def main(arch: str, above: str = "") -> None:
     """Print the result of :func:`compare` for all cases, as JSON."""
     active = make_driver(arch)
     launch._BUFFERS_HAVE_SIZES = arch.startswith("gfx")
+    if above == "launcher":
+        use_launcher(arch, active)
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(compare(cases(arch, folder), active)))
+        result = compare(cases(arch, folder), active)
+    in_c = [plan.entry.function is record_in_c for plan in launch._plans.values()]
+    print(json.dumps(result | {"plans": len(in_c), "in C": sum(in_c)}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

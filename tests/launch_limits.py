@@ -6,6 +6,7 @@ Prints, as JSON, the launches that went through Triton per setting, and what is 
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 
 import torch
 from launch_cases import add, caught, gemm, launched, make_driver
@@ -95,6 +96,34 @@ def what_is_kept() -> dict[str, bool]:
     }
 
 
+class Launcher:
+    """A launcher in the form of Triton's, that passes the kernel's arguments with ``pack``."""
+
+    def __init__(self, pack, scratch: int = 0):
+        self.pack, self.global_scratch_size = pack, scratch
+        self.launch = launched.append
+
+    def __call__(self, *arguments):
+        self.launch(*arguments[:9], *self.pack(arguments[9:]))
+
+
+def called_below() -> dict[str, bool]:
+    """Whether the function below a launcher would be called, for several launchers."""
+    launchers = {
+        "as in 3.6": Launcher(lambda given: given),
+        "as in 3.7": Launcher(lambda given: (given,)),
+        "with scratch memory": Launcher(lambda given: given, scratch=16),
+        "in an unknown form": Launcher(lambda given: (len(given), *given, 0)),
+        "a function": lambda *arguments: None,
+    }
+    result = {}
+    for name, run in launchers.items():
+        compiled = SimpleNamespace(run=run, function=1, packed_metadata=(4, 1, 0))
+        result[name] = launch._entry(compiled, (1, 1, 1)).function is not run
+    return result
+
+
 if __name__ == "__main__":
     make_driver("sm_90")
-    print(json.dumps({"watched": while_watched(), "kept": what_is_kept()}))
+    results = {"watched": while_watched(), "kept": what_is_kept(), "below": called_below()}
+    print(json.dumps(results))

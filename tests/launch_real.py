@@ -10,12 +10,12 @@ found.
 """
 
 import ctypes
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -41,6 +41,8 @@ class Stub:
         self._launches = (room * MOST_LAUNCHES).in_dll(library, "launches")
         self._count = ctypes.c_int.in_dll(library, "launch_count")
         self.ever = ctypes.c_long.in_dll(library, "launches_ever")
+        self.maps = ctypes.c_long.in_dll(library, "maps_ever")
+        self.recording = ctypes.c_int.in_dll(library, "recording")
         self._describe = library.describe_parameters
         self._describe.argtypes = ctypes.c_uint64, ctypes.c_int, ctypes.POINTER(ctypes.c_int)
 
@@ -80,52 +82,99 @@ def parameter_sizes(ptx: str) -> list[int]:
     return [int(bits) // 8 * int(count or 1) for bits, count in sizes]
 
 
-# Position of an argument of the launcher, and the change planted in it. The positions are those for
-# a gemm with descriptors: its seven operands are arguments 9 to 15.
+# The part of a launch, the place in it, and the change planted there. The places in "given" are
+# those of a gemm with descriptors: three of five arguments each (map, shape, strides), five
+# pointers, the scalar and the numbers.
 FAULTS = {
-    "nothing": (0, lambda programs: programs),
-    "grid": (0, lambda programs: programs + 1),
-    "stream": (3, lambda stream: stream + 1),
-    "warps": (5, lambda metadata: (2 * metadata[0], *metadata[1:])),
-    "shared memory": (5, lambda metadata: (*metadata[:2], metadata[2] + 16)),
-    "descriptor": (9, lambda descriptor: replace(descriptor, padding="nan")),
-    "tensor": (12, lambda tensor: tensor[1:]),
-    "scalar": (16, lambda scalar: scalar + 1),
-    "number": (17, lambda number: number + 1),
+    "nothing": ("before", 0, lambda programs: programs),
+    "grid": ("before", 0, lambda programs: programs + 1),
+    "stream": ("stream", 0, lambda stream: stream + 1),
+    "launch attribute": ("after", 2, lambda dependent: not dependent),
+    "warps": ("metadata", 0, lambda warps: 2 * warps),
+    "shared memory": ("metadata", 2, lambda size: size + 16),
+    "maps": ("given", slice(0, 6, 5), lambda maps: maps[::-1]),
+    "shape of a descriptor": ("given", 1, lambda rows: rows + 1),
+    "pointer": ("given", 15, lambda address: address + 2),
+    "scalar": ("given", 20, lambda scalar: scalar + 1),
+    "number": ("given", 21, lambda number: number + 1),
 }
 
 
-def with_fault(plan: type, at: int, change) -> type:
-    """A plan class that applies ``change`` to the launcher's argument number ``at``."""
+def with_fault(plan: type, part: str, at: int | slice, change) -> type:
+    """A plan class that applies ``change`` to what stands at ``at`` in one part of a launch."""
 
     class Faulty(plan):
-        def __init__(self, *args):
-            super().__init__(*args)
-            run = self.run
-            self.run = lambda *args: run(*args[:at], change(args[at]), *args[at + 1 :])
+        def __init__(self, compiled, *args):
+            super().__init__(compiled, *args)
+            function, before, after, packed = self.entry
+            metadata = after.index(compiled.packed_metadata)
+
+            def faulty(*arguments):
+                parts = {
+                    "before": list(before),
+                    "stream": [arguments[len(before)]],
+                    "after": list(after),
+                    "metadata": list(after[metadata]),
+                    "given": arguments[len(before) + 1 + len(after) :],
+                }
+                parts["given"] = list(parts["given"][0] if packed else parts["given"])
+                parts[part][at] = change(parts[part][at])
+                parts["after"][metadata] = tuple(parts["metadata"])
+                given = [parts["given"]] if packed else parts["given"]
+                function(*parts["before"], *parts["stream"], *parts["after"], *given)
+
+            self.entry = self.entry._replace(function=faulty)
 
     return Faulty
 
 
-def main(folder: Path) -> None:
-    """Print the cases that differ, and which planted faults are found."""
+def maps_encoded(stub: Stub, gemm, view) -> list[int]:
+    """Tensor maps encoded by launches of a gemm of three descriptors.
+
+    By Triton, which makes the plan; repeated twice; with another ``p``; with the first again.
+    """
+    first, other = view(64, 64), view(64, 64)
+    o = {"o": view(64, 128), "q": view(128, 64).t()}
+    counts = []
+    for p in (first, first, first, other, first):
+        run = gemm(descriptors=True, tensors=o | {"p": p})
+        before = stub.maps.value
+        stub.caught(run)
+        counts.append(stub.maps.value - before)
+    return counts
+
+
+def make_driver(folder: Path) -> tuple[Stub, StubDriver]:
+    """Build the stub in ``folder`` and activate its driver.
+
+    PyTorch's libraries load libcuda.so.1 and keep it: import PyTorch after the call.
+    """
     os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_LIBCUDA_PATH": str(folder)}
     CUDABackend.make_cubin = lambda self, ptx, *args: ptx.encode()
     stub = Stub(folder)
-    # Imports PyTorch, whose libraries load libcuda.so.1 and keep it: the stub must come first.
-    from launch_cases import cases, compare, gemm
+    active = StubDriver(stub)
+    driver.set_active(active)
+    return stub, active
+
+
+def main(folder: Path) -> None:
+    """Print the cases that differ, and which planted faults are found."""
+    stub, active = make_driver(folder)
+    from launch_cases import cases, compare, gemm, view
 
     from fused_lora.kernels import launch
 
-    active = StubDriver(stub)
-    driver.set_active(active)
     result = compare(cases("sm_90", folder), active, stub.caught) | {"launches": stub.ever.value}
+    functions = [plan.entry.function for plan in launch._plans.values()]
+    result["above C"] = sum(not inspect.isbuiltin(function) for function in functions)
     planted = {}
     for name, fault in FAULTS.items():
         launch.forget()
         with patch.object(launch, "_Plan", with_fault(launch._Plan, *fault)):
             found = compare({name: gemm(descriptors=True)}, active, stub.caught)
         planted[name] = bool(found["different"])
+    launch.forget()
+    result["maps"] = maps_encoded(stub, gemm, view)
     print(json.dumps(result | {"planted": planted}))
 
 
