@@ -62,7 +62,6 @@ def launches(seconds: float) -> bool:
         "single_pass, 2 descriptors": launch_cases.single(descriptors=True),
         "lora_add": launch_cases.add(),
         "dropout_mask": launch_cases.mask(32_768),
-        "sum_partials": launch_cases.sums(),
     }
     print(f"{'µs a launch':<28}{'plain':>8}{'repeated':>10}")
     met = True

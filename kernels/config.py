@@ -68,6 +68,11 @@ class Config:
         """Rows and columns of the result that one program computes."""
         raise NotImplementedError
 
+    def blocks(self, rows: int, columns: int, rank: int) -> int:
+        """Tiles of a ``(rows, columns)`` result; a split one needs as many tickets."""
+        block_rows, block_columns = self.tile(rank)
+        return cdiv(rows, block_rows) * cdiv(columns, block_columns)
+
     @property
     def options(self) -> dict[str, int]:
         """Triton's launch options."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.common import sum_partials
 from fused_lora.kernels.config import BARRIER_BYTES, DIGITS, Config
 from fused_lora.kernels.dropout import dropout_mask
 from fused_lora.kernels.lora_add import lora_add
@@ -32,7 +31,6 @@ PRODUCTS = {
     "shrink": ("S", "G"),
     "rank_grad": ("dA", "dB"),
     "dropout_mask": ("keep_bits",),
-    "sum_partials": ("S", "dB"),
 }
 LOOPING = ("lora_gemm", "single_pass", "shrink", "rank_grad")
 MASKED = {("lora_gemm", "dx"), ("lora_add", "dx"), ("single_pass", "dx")} | {
@@ -103,12 +101,6 @@ class Case:
                 return lambda: rank_grad(A, u, x, None, config, **mask)
             case "rank_grad", "dB":
                 return lambda: rank_grad(B.t(), u, dy, scale, config)
-            case "sum_partials", "S":
-                parts = torch.empty(4, M, R)
-                return lambda: sum_partials(u, parts, 1.25)
-            case "sum_partials", "dB":
-                parts = torch.empty(4, R, N)
-                return lambda: sum_partials(B.t(), parts, 1.25, scale)
             case "dropout_mask", _:
                 keep_bits = dropout.empty_keep_bits(M, K, x.device)
                 return lambda: dropout_mask(keep_bits, torch.tensor(1), 58_982, DIGITS)
