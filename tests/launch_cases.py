@@ -126,9 +126,11 @@ def thin(M=64, K=64, R=16, splits=1, *, p=None):
     shrink_config = the(ShrinkConfig, 4, 2, block_m=16, block_l=32, splits=splits)
     grad_config = the(RankGradConfig, 4, 2, block_m=16, block_l=32, splits=splits)
 
+    tickets = torch.zeros(shrink_config.blocks(M, R, R), dtype=torch.int32)
+
     def both():
-        shrink(u, p, q, scale, shrink_config)
-        rank_grad(o, u, p, scale, grad_config)
+        shrink(u, p, q, scale, shrink_config, tickets=tickets)
+        rank_grad(o, u, p, scale, grad_config, tickets=tickets)
 
     return both
 

@@ -46,11 +46,11 @@ def test_the_real_launcher_gets_the_same_bytes(tmp_path):
     result = run(HERE / "launch_real.py", tmp_path)
     assert result["different"] == []
     assert result["not repeated"] == []
-    assert result["cases"] >= 42
+    assert result["cases"] >= 38
     assert result["binaries"] > result["cases"]
     # On two devices, each case is launched by Triton once and repeated twice. Most cases launch one
-    # kernel; the three "thin" ones launch five more: a second kernel each, and two sums when split.
-    assert result["launches"] == 2 * 3 * (result["cases"] + 5)
+    # kernel; the three "thin" ones launch two.
+    assert result["launches"] == 2 * 3 * (result["cases"] + 3)
     planted = result["planted"]
     assert len(planted) == 9
     for fault, found in planted.items():
