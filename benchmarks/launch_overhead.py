@@ -76,7 +76,6 @@ def launches(seconds: float) -> bool:
         "single_pass, 2 descriptors": launch_cases.single(descriptors=True),
         "lora_add": launch_cases.add(),
         "dropout_mask": launch_cases.mask(32_768),
-        "sum_partials": launch_cases.sums(),
         STEP: step(),
     }
     print(f"{'µs a launch':<28}{'plain':>8}{'repeated':>10}")

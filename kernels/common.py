@@ -3,10 +3,15 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
-from .config import Config, cdiv
-from .launch import Arguments, Tile, launch
+from .config import Config
+from .interpreter import INTERPRETED
+from .launch import Tile
 
+PARTS_AT_ONCE = tl.constexpr(4)  # partial sums that a program loads at the same time
+_LOADED = 64  # their values per thread
+_COMPILED = tl.constexpr(not INTERPRETED)
 TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -153,68 +158,46 @@ def add_low_rank(
     return acc
 
 
-# Partial sums of ``shrink`` have one row per token: like M elsewhere, ``rows`` is not specialised.
-@triton.jit(do_not_specialize=["rows"])
-def _sum_partials(
-    out_ptr,
-    parts_ptr,
-    scale_ptr,
-    factor,
-    rows,
-    cols,
-    splits,
-    stride_om,
-    stride_on,
-    stride_ps,
-    stride_pm,
-    HAS_SCALE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (offs_m[:, None] < rows) & (offs_n[None, :] < cols)
-    part_ptrs = parts_ptr + offs_m.to(tl.int64)[:, None] * stride_pm + offs_n[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Always in the same order, for bitwise reproducible sums.
-    for _ in tl.range(0, splits, loop_unroll_factor=4, num_stages=1):
-        acc += tl.load(part_ptrs, mask=inside, other=0.0)
-        part_ptrs += stride_ps
-    acc *= factor
-    if HAS_SCALE:
-        acc *= tl.load(scale_ptr).to(tl.float32)
-    out_ptrs = (
-        out_ptr
-        + offs_m.to(tl.int64)[:, None] * stride_om
-        + offs_n.to(tl.int64)[None, :] * stride_on
-    )
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+@triton.jit
+def is_last(ticket_ptr, count):
+    """Whether this program is the last of ``count`` to call this with the same ticket.
 
-
-def sum_partials(
-    out: torch.Tensor,
-    partials: torch.Tensor,
-    factor: float = 1.0,
-    scale: torch.Tensor | None = None,
-) -> None:
-    """``out[m, n] = scale · factor · Σ_i partials[i, m, n]``, summed in the order of ``i``.
-
-    Args:
-        out: ``(m, n)``, any strides and floating dtype; written.
-        partials: ``(splits, m, n)`` fp32, inner stride 1.
-        factor: a host-side constant.
-        scale: 0-d tensor read on the device, or None.
+    The ticket must be 0 before, and is 0 after the last call. What any of them stored before is
+    visible to the loads of every thread of the last one.
     """
-    launch(_sum_partials, _arguments, None, (out, partials, scale), (float(factor),))
+    # Memory order: the stores of all threads of a program happen before its barrier, and the
+    # barrier before the one thread's atomic add, which releases them all (release is cumulative).
+    # The last add of the chain acquires from each earlier one. Its result reaches the other threads
+    # through shared memory and a second barrier, so their loads happen after all those stores.
+    if _COMPILED and is_hip():
+        # A barrier of AMD's gfx9 does not wait for stores, and the add only for its own wave's.
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)", "=v,0,~{memory}", [count], dtype=tl.int32, is_pure=False, pack=1
+        )
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == count - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
 
 
-def _arguments(_, out, partials, scale) -> Arguments:
-    splits, rows, cols = partials.shape
-    block_m, block_n = (4, 128) if cols >= 128 else (8, 64)
-    return Arguments(
-        grid=(cdiv(rows, block_m), cdiv(cols, block_n)),
-        operands=(out, partials, out if scale is None else scale),
-        numbers=(rows, cols, splits, *out.stride(), *partials.stride()[:2]),
-        constants={"HAS_SCALE": scale is not None, "BLOCK_M": block_m, "BLOCK_N": block_n},
-        options={"num_warps": 4},
-    )
+@triton.jit
+def sum_parts(part_ptrs, stride, count, mask):
+    """The sum of ``count`` fp32 tiles, ``stride`` elements apart, always in the same order."""
+    acc = tl.zeros(part_ptrs.shape, tl.float32)
+    for _ in tl.range(0, count, loop_unroll_factor=PARTS_AT_ONCE, num_stages=1):
+        # From the L2 cache: other programs wrote the tiles.
+        acc += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+        part_ptrs += stride
+    return acc
+
+
+def rows_at_once(config: Config, rank: int) -> int:
+    """Rows of a tile for which :func:`sum_parts` has enough loads in flight and does not spill."""
+    rows, columns = config.tile(rank)
+    return max(1, min(rows, _LOADED * 32 * config.num_warps // (PARTS_AT_ONCE.value * columns)))
+
+
+def tickets_for(config: Config, rows: int, columns: int, rank: int, like: torch.Tensor):
+    """Tickets for :func:`is_last`, one for each block of a ``(rows, columns)`` result."""
+    return torch.zeros(config.blocks(rows, columns, rank), dtype=torch.int32, device=like.device)

@@ -14,6 +14,8 @@ SINGLE_PASS_MAX_ROWS = 64
 SINGLE_PASS_MAX_RANK = 64
 THIN_PAIR_MAX_RANK = 32  # its partial sums grow with the rank
 BARRIER_BYTES = 256  # barriers of NVIDIA's pipelined copies, in addition to the tiles
+TICKETS = 1024  # more than the blocks of a result whose reduction is split to fill a GPU
+MIN_SPLIT_ROWS = 256  # of one part of rank_grad
 DIGITS = 16  # binary digits of a keep probability, with one random word per digit
 # With fewer rows, one partial sum of rank_grad (fp32, written and read) would exceed a quarter of a
 # half-precision operand's bytes.
@@ -68,6 +70,11 @@ class Config:
     def tile(self, rank: int) -> tuple[int, int]:
         """Rows and columns of the result that one program computes."""
         raise NotImplementedError
+
+    def blocks(self, rows: int, columns: int, rank: int) -> int:
+        """Tiles of a ``(rows, columns)`` result; a split one needs as many tickets."""
+        block_rows, block_columns = self.tile(rank)
+        return cdiv(rows, block_rows) * cdiv(columns, block_columns)
 
     @property
     def options(self) -> dict[str, int]:

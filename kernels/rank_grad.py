@@ -3,8 +3,8 @@
     O = s · Uᵀ D(P)        U (M,R)   P (M,L)   O (R,L)
 
 ``dA``, without s, from U = G, P = x and the keep bits; ``dBᵀ`` from U = S, P = dY. The kernel is
-bound by memory bandwidth: one read of P. The rows may be split over programs; the partial sums are
-added in a fixed order, so results are bitwise reproducible.
+bound by memory bandwidth: one read of P. The rows may be split over programs; the
+last program to arrive adds the partial sums in a fixed order, so results are bitwise reproducible.
 """
 
 import torch
@@ -15,10 +15,13 @@ from .common import (
     TL_DTYPE,
     advance,
     in_vectors,
+    is_last,
     load_keep_bits,
     multiple,
     operand,
-    sum_partials,
+    rows_at_once,
+    sum_parts,
+    tickets_for,
     vector_of,
 )
 from .config import RankGradConfig, cdiv, split_evenly
@@ -33,12 +36,15 @@ def _rank_grad(
     p_ptr,
     keep_bits_ptr,
     scale_ptr,
+    parts_ptr,
+    tickets_ptr,
     factor,
     M,
     m_per_split,
     L,
     R,
-    stride_os,
+    stride_ps,
+    stride_pr,
     stride_or,
     stride_ol,
     stride_um,
@@ -46,8 +52,8 @@ def _rank_grad(
     stride_keep_m,
     DTYPE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    SPLIT: tl.constexpr,
     ALIGN_P: tl.constexpr,
     ALIGN_U: tl.constexpr,
     USE_DESC: tl.constexpr,
@@ -55,6 +61,7 @@ def _rank_grad(
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
 ):
     if ALIGN_P:
         stride_pm = multiple(stride_pm, 8)
@@ -91,22 +98,45 @@ def _rank_grad(
         u_ptrs += advance(BLOCK_M, stride_um)
         if not USE_DESC:
             p_ptrs += advance(BLOCK_M, stride_pm)
-    o_ptrs = (
-        o_ptr
-        + split.to(tl.int64) * stride_os
-        + offs_r.to(tl.int64)[:, None] * stride_or
-        + offs_l.to(tl.int64)[None, :] * stride_ol
-    )
-    # Once per result, instead of at every entry of P; with splits, ``sum_partials`` does it.
+    cols = offs_l[None, :] < L
+    if SPLIT:
+        part_ptrs = parts_ptr + offs_l[None, :]
+        own_ptrs = part_ptrs + split.to(tl.int64) * stride_ps
+        inside = (offs_r[:, None] < R) & cols
+        tl.store(own_ptrs + offs_r.to(tl.int64)[:, None] * stride_pr, acc, mask=inside)
+        ticket_ptr = tickets_ptr + tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+        if is_last(ticket_ptr, tl.num_programs(1)):
+            for row in range(0, BLOCK_R, SUM_ROWS):
+                offs = tl.program_id(2) * BLOCK_R + row + tl.arange(0, SUM_ROWS)
+                within = (offs[:, None] < R) & cols
+                ptrs = part_ptrs + offs.to(tl.int64)[:, None] * stride_pr
+                total = sum_parts(ptrs, stride_ps, tl.num_programs(1), within)
+                _store(
+                    o_ptr, total, offs, offs_l, within, stride_or, stride_ol,
+                    factor, scale_ptr, HAS_DROPOUT, HAS_SCALE,
+                )  # fmt: skip
+    else:
+        inside = (offs_r[:, None] < R) & cols
+        _store(
+            o_ptr, acc, offs_r, offs_l, inside, stride_or, stride_ol,
+            factor, scale_ptr, HAS_DROPOUT, HAS_SCALE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store(
+    o_ptr, acc, offs_r, offs_l, inside, stride_or, stride_ol,
+    factor, scale_ptr, HAS_FACTOR: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    # Once per result, instead of at every entry of P.
     if HAS_FACTOR:
         acc *= factor
     if HAS_SCALE:
         acc *= tl.load(scale_ptr).to(tl.float32)
-    tl.store(
-        o_ptrs,
-        acc.to(o_ptr.dtype.element_ty),
-        mask=(offs_r[:, None] < R) & (offs_l[None, :] < L),
+    o_ptrs = (
+        o_ptr + offs_r.to(tl.int64)[:, None] * stride_or + offs_l.to(tl.int64)[None, :] * stride_ol
     )
+    tl.store(o_ptrs, acc.to(o_ptr.dtype.element_ty), mask=inside)
 
 
 def rank_grad(
@@ -119,6 +149,7 @@ def rank_grad(
     keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
+    tickets: torch.Tensor | None = None,
 ) -> None:
     """Write ``o = scale · uᵀ D(p)``.
 
@@ -130,39 +161,46 @@ def rank_grad(
         keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
         inv_keep: factor of the kept entries of ``p``.
         input_precision: of fp32 products, "ieee" or "tf32".
+        tickets: int32 zeros, at least ``config.blocks(R, L, R)``, contiguous; zeros again
+            afterwards. Launches that may run at the same time need different ones. None: made here
+            if the rows are split.
     """
-    M, L = p.shape
+    (M, L), R = p.shape, u.shape[1]
     _, splits = split_evenly(M, config.splits, config.block_m)
-    out = o
+    parts = None
     if splits > 1:
-        out = torch.empty((splits, u.shape[1], L), dtype=torch.float32, device=o.device)
-    tensors = out, u, p, keep_bits, scale if splits == 1 else None
+        parts = torch.empty((splits, R, L), dtype=torch.float32, device=o.device)
+        tickets = tickets_for(config, R, L, R, o) if tickets is None else tickets
+    else:
+        tickets = None
+    tensors = o, u, p, keep_bits, scale, parts, tickets
     launch(_rank_grad, _arguments, config, tensors, (float(inv_keep),), input_precision)
-    if splits > 1:
-        sum_partials(o, out, inv_keep, scale)
 
 
-def _arguments(config, out, u, p, keep_bits, scale, input_precision: str) -> Arguments:
+def _arguments(
+    config, o, u, p, keep_bits, scale, parts, tickets, input_precision: str
+) -> Arguments:
     (M, L), R = p.shape, u.shape[1]
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     m_per_split, splits = split_evenly(M, config.splits, block_m)
     return Arguments(
         grid=(cdiv(L, block_l), splits, cdiv(R, block_r)),
         operands=(
-            out,
+            o,
             u,
             operand(config, p, (block_m, block_l)),
             u if keep_bits is None else keep_bits,
             u if scale is None else scale,
+            u if parts is None else parts,
+            u if tickets is None else tickets,
         ),
         numbers=(
             M,
             m_per_split,
             L,
             R,
-            out.stride(0) if splits > 1 else 0,
-            out.stride(-2),
-            out.stride(-1),
+            *((0, 0) if parts is None else parts.stride()[:2]),
+            *o.stride(),
             u.stride(0),
             p.stride(0),
             0 if keep_bits is None else keep_bits.stride(0),
@@ -170,8 +208,8 @@ def _arguments(config, out, u, p, keep_bits, scale, input_precision: str) -> Arg
         constants={
             "DTYPE": TL_DTYPE[p.dtype],
             "HAS_DROPOUT": keep_bits is not None,
-            "HAS_FACTOR": keep_bits is not None and splits == 1,
             "HAS_SCALE": scale is not None,
+            "SPLIT": splits > 1,
             "ALIGN_P": in_vectors(p),
             "ALIGN_U": vector_of(u),
             "USE_DESC": config.descriptors,
@@ -179,6 +217,7 @@ def _arguments(config, out, u, p, keep_bits, scale, input_precision: str) -> Arg
             "BLOCK_M": block_m,
             "BLOCK_L": block_l,
             "BLOCK_R": block_r,
+            "SUM_ROWS": rows_at_once(config, R),
         },
         options=config.options,
     )

@@ -13,6 +13,7 @@ import torch
 
 from . import tile_tables
 from .config import (
+    MIN_SPLIT_ROWS,
     THIN_PAIR_MAX_RANK,
     AddConfig,
     Config,
@@ -230,10 +231,10 @@ def rank_grad_cost(
 def split_rank_grad(
     config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
 ) -> RankGradConfig:
-    """``config`` with the rows split for enough programs, each of at least 256 rows."""
+    """``config`` with the rows split for enough programs, each of at least MIN_SPLIT_ROWS."""
     step = config.block_m * (config.block_l + config.block_r(rank)) * itemsize
     blocks = cdiv(L, config.block_l) * cdiv(rank, config.block_r(rank))
-    wanted = min(round(_programs(config, target, step) / blocks), cdiv(M, 256))
+    wanted = min(round(_programs(config, target, step) / blocks), cdiv(M, MIN_SPLIT_ROWS))
     return replace(config, splits=_capped(wanted, itemsize * M, rank))
 
 

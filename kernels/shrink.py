@@ -4,14 +4,25 @@
 
 Forward: ``S``, without s, from P = x, Q = Aᵀ and the keep bits. Backward: ``G`` from P = dY, Q = B.
 The kernel is bound by memory bandwidth: one read of P. The contraction may be split over programs;
-the partial sums are added in a fixed order, so results are bitwise reproducible.
+the last program to arrive adds the partial sums in a fixed order, so results are bitwise
+reproducible.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import advance, in_vectors, load_keep_bits, multiple, operand, sum_partials
+from .common import (
+    advance,
+    in_vectors,
+    is_last,
+    load_keep_bits,
+    multiple,
+    operand,
+    rows_at_once,
+    sum_parts,
+    tickets_for,
+)
 from .config import ShrinkConfig, cdiv, split_evenly
 from .launch import Arguments, launch
 
@@ -24,20 +35,23 @@ def _shrink(
     q_ptr,
     keep_bits_ptr,
     scale_ptr,
+    parts_ptr,
+    tickets_ptr,
     factor,
     M,
     L,
     R,
     scale_u,
     l_per_split,
-    stride_us,
+    stride_ps,
+    stride_pr,
     stride_um,
     stride_pm,
     stride_ql,
     stride_qr,
     stride_keep_m,
     HAS_DROPOUT: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN_L: tl.constexpr,
     ALIGN_P: tl.constexpr,
     ALIGN_Q: tl.constexpr,
@@ -47,6 +61,7 @@ def _shrink(
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
 ):
     if ALIGN_P:
         stride_pm = multiple(stride_pm, 8)
@@ -95,17 +110,29 @@ def _shrink(
         if not USE_DESC:
             p_ptrs += BLOCK_L
         q_ptrs += advance(BLOCK_L, stride_ql)
-    # Once per result, instead of at every entry of P; with splits, ``sum_partials`` does it.
-    if HAS_SCALE:
-        # ``scale_u`` is not a constexpr: without the load of the scale, several tiles spill.
-        acc *= factor * tl.where(scale_u != 0, tl.load(scale_ptr).to(tl.float32), 1.0)
-    u_ptrs = (
-        u_ptr
-        + split.to(tl.int64) * stride_us
-        + offs_m.to(tl.int64)[:, None] * stride_um
-        + offs_r[None, :]
-    )
-    tl.store(u_ptrs, acc.to(u_ptr.dtype.element_ty), mask=rows & cols)
+    if SPLIT:
+        part_ptrs = parts_ptr + offs_r[None, :]
+        own_ptrs = part_ptrs + split.to(tl.int64) * stride_ps
+        tl.store(own_ptrs + offs_m.to(tl.int64)[:, None] * stride_pr, acc, mask=rows & cols)
+        ticket_ptr = tickets_ptr + tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+        if is_last(ticket_ptr, tl.num_programs(1)):
+            for row in range(0, BLOCK_M, SUM_ROWS):
+                offs = first_m + row + tl.arange(0, SUM_ROWS)
+                within = (offs[:, None] < M) & cols
+                ptrs = part_ptrs + offs.to(tl.int64)[:, None] * stride_pr
+                total = sum_parts(ptrs, stride_ps, tl.num_programs(1), within)
+                _store(u_ptr, total, offs, offs_r, within, stride_um, factor, scale_u, scale_ptr)
+    else:
+        _store(u_ptr, acc, offs_m, offs_r, rows & cols, stride_um, factor, scale_u, scale_ptr)
+
+
+@triton.jit
+def _store(u_ptr, acc, offs_m, offs_r, inside, stride_um, factor, scale_u, scale_ptr):
+    # Once per result, instead of at every entry of P. ``scale_u`` is not a constexpr: without the
+    # load of the scale, several tiles spill.
+    acc *= factor * tl.where(scale_u != 0, tl.load(scale_ptr).to(tl.float32), 1.0)
+    u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
+    tl.store(u_ptrs, acc.to(u_ptr.dtype.element_ty), mask=inside)
 
 
 def shrink(
@@ -119,6 +146,7 @@ def shrink(
     keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
+    tickets: torch.Tensor | None = None,
 ) -> None:
     """Write ``u = scale · D(p) q``.
 
@@ -131,20 +159,24 @@ def shrink(
         keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
         inv_keep: factor of the kept entries of ``p``; applied to ``u``.
         input_precision: of fp32 products, "ieee" or "tf32".
+        tickets: int32 zeros, at least ``config.blocks(M, R, R)``, contiguous; zeros again
+            afterwards. Launches that may run at the same time need different ones. None: made here
+            if the contraction is split.
     """
-    M, L = p.shape
+    (M, L), R = p.shape, q.shape[1]
     _, splits = split_evenly(L, config.splits, config.block_l)
-    out = u
+    parts = None
     if splits > 1:
-        out = torch.empty((splits, M, q.shape[1]), dtype=torch.float32, device=u.device)
-    tensors = out, p, q, keep_bits, scale
+        parts = torch.empty((splits, M, R), dtype=torch.float32, device=u.device)
+        tickets = tickets_for(config, M, R, R, u) if tickets is None else tickets
+    else:
+        tickets = None
+    tensors = u, p, q, keep_bits, scale, parts, tickets
     launch(_shrink, _arguments, config, tensors, (float(inv_keep),), scale_u, input_precision)
-    if splits > 1:
-        sum_partials(u, out, inv_keep, scale if scale_u else None)
 
 
 def _arguments(
-    config, out, p, q, keep_bits, scale, scale_u: bool, input_precision: str
+    config, u, p, q, keep_bits, scale, parts, tickets, scale_u: bool, input_precision: str
 ) -> Arguments:
     (M, L), R = p.shape, q.shape[1]
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
@@ -152,11 +184,13 @@ def _arguments(
     return Arguments(
         grid=(cdiv(M, block_m), splits, cdiv(R, block_r)),
         operands=(
-            out,
+            u,
             operand(config, p, (block_m, block_l)),
             q,
             p if keep_bits is None else keep_bits,
             scale,
+            u if parts is None else parts,
+            u if tickets is None else tickets,
         ),
         numbers=(
             M,
@@ -164,15 +198,15 @@ def _arguments(
             R,
             int(scale_u),
             l_per_split,
-            out.stride(0) if splits > 1 else 0,
-            out.stride(-2),
+            *((0, 0) if parts is None else parts.stride()[:2]),
+            u.stride(0),
             p.stride(0),
             *q.stride(),
             0 if keep_bits is None else keep_bits.stride(0),
         ),
         constants={
             "HAS_DROPOUT": keep_bits is not None,
-            "HAS_SCALE": splits == 1,
+            "SPLIT": splits > 1,
             "EVEN_L": L % block_l == 0,
             "ALIGN_P": in_vectors(p),
             "ALIGN_Q": in_vectors(q),
@@ -182,6 +216,7 @@ def _arguments(
             "BLOCK_M": block_m,
             "BLOCK_L": block_l,
             "BLOCK_R": block_r,
+            "SUM_ROWS": rows_at_once(config, R),
         },
         options=config.options,
     )

@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import select_config
-from .config import DIGITS, VECTOR_BYTES, Config, cdiv, is_aligned, rank_grad_applies
+from .config import (
+    DIGITS,
+    MIN_SPLIT_ROWS,
+    TICKETS,
+    VECTOR_BYTES,
+    Config,
+    cdiv,
+    is_aligned,
+    rank_grad_applies,
+)
 from .dropout import dropout_mask
 from .interpreter import INTERPRETED
 from .lora_add import lora_add
@@ -91,25 +100,30 @@ def backward(
     # Allocated on the current stream, whose allocator then knows when they are free.
     dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if needs[1] else None
     dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs[2] else None
+    tickets = None
+    if (needs[1] or needs[2]) and dy.shape[0] > MIN_SPLIT_ROWS:
+        tickets = torch.empty(TICKETS, dtype=torch.int32, device=dy.device)
     missing_dB = dB
     if needs[2] and (needs[0] or needs[1]) and strategy != "single_pass":
-        G = _thin_pair(dB, dy, S, lora_B, scale, target)
+        G = _thin_pair(dB, dy, S, lora_B, scale, target, tickets)
         missing_dB = dB if G is None else None
+    if G is None and tickets is not None:
+        tickets.zero_()
     if needs[0] and strategy == "single_pass" and weight is not None:
         dx, G = _single_pass(
             dy, weight.to(dy.dtype), lora_B, lora_A, scale, target,
             scale_u=True, keep_bits=keep_bits, inv_keep=inv_keep,
         )  # fmt: skip
     elif G is None and (needs[0] or needs[1]):
-        G = _shrink(dy, lora_B, scale, target)
+        G = _shrink(dy, lora_B, scale, target, tickets=tickets)
     if side is None:
         dx = _input_gradient(operands, G, strategy, target) if needs[0] and dx is None else dx
-        _adapter_gradients(operands, G, dA, missing_dB, target)
+        _adapter_gradients(operands, G, dA, missing_dB, target, tickets)
         return dx, dA, dB
     main = torch.cuda.current_stream(dy.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        _adapter_gradients(operands, G, dA, missing_dB, target)
+        _adapter_gradients(operands, G, dA, missing_dB, target, tickets)
     dx = _input_gradient(operands, G, strategy, target) if needs[0] and dx is None else dx
     main.wait_stream(side)
     return dx, dA, dB
@@ -133,16 +147,18 @@ def _input_gradient(operands: BackwardOperands, G: Tensor, strategy: str, target
     return dx if weight is None else dx.addmm_(dy, weight)
 
 
-def _adapter_gradients(operands: BackwardOperands, G, dA, dB, target) -> None:
-    """Write ``dA`` and ``dB``, if they are not None."""
+def _adapter_gradients(operands: BackwardOperands, G, dA, dB, target, tickets) -> None:
+    """Write ``dA`` and ``dB``, if they are not None; ``tickets`` are zeros or None."""
     dy, x, _, _, _, S, scale, keep_bits, inv_keep, _ = operands
     if dA is not None:
-        _rank_grad(dA, G, _inner_contiguous(x), None, target, keep_bits, inv_keep)
+        _rank_grad(dA, G, _inner_contiguous(x), None, target, tickets, keep_bits, inv_keep)
     if dB is not None:
-        _rank_grad(dB.t(), _inner_contiguous(S), dy, scale, target)
+        _rank_grad(dB.t(), _inner_contiguous(S), dy, scale, target, tickets)
 
 
-def _shrink(p, q, scale, target, scale_u=True, keep_bits=None, inv_keep=1.0) -> Tensor:
+def _shrink(
+    p, q, scale, target, scale_u=True, keep_bits=None, inv_keep=1.0, tickets=None
+) -> Tensor:
     M, L = p.shape
     R = q.shape[1]
     u = _rank_matrix(M, R, p)
@@ -152,6 +168,7 @@ def _shrink(p, q, scale, target, scale_u=True, keep_bits=None, inv_keep=1.0) -> 
     shrink(
         u, p, q.to(p.dtype), scale, config,
         scale_u=scale_u, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
+        tickets=_enough(tickets, config.blocks(M, R, R)),
     )  # fmt: skip
     return u
 
@@ -206,7 +223,7 @@ def _single_pass(p, q, z, v, scale, target, scale_u=False, bias=None, keep_bits=
     return o, u
 
 
-def _rank_grad(o, u, p, scale, target, keep_bits=None, inv_keep=1.0) -> None:
+def _rank_grad(o, u, p, scale, target, tickets, keep_bits=None, inv_keep=1.0) -> None:
     (M, L), R = p.shape, u.shape[1]
     if not rank_grad_applies(M, R, masked=keep_bits is not None):  # the vendor's GEMM is better
         product = _wide_mm(u.to(p.dtype).t(), p)
@@ -224,11 +241,20 @@ def _rank_grad(o, u, p, scale, target, keep_bits=None, inv_keep=1.0) -> None:
     rank_grad(
         o, u, p, scale, config,
         keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
+        tickets=_enough(tickets, config.blocks(R, L, R)),
     )  # fmt: skip
 
 
-def _thin_pair(dB: Tensor, dy, S, lora_B, scale, target) -> Tensor | None:
-    """Write ``dB`` and return ``G``, in one pass over dY; None if two passes move fewer bytes."""
+def _enough(tickets: Tensor | None, blocks: int) -> Tensor | None:
+    """``tickets``, or None if there are too few: then the launcher makes its own."""
+    return tickets if tickets is not None and tickets.numel() >= blocks else None
+
+
+def _thin_pair(dB: Tensor, dy, S, lora_B, scale, target, tickets) -> Tensor | None:
+    """Write ``dB`` and return ``G``, in one pass over dY; None if two passes move fewer bytes.
+
+    Sets ``tickets``, if any, to 0.
+    """
     (M, N), R = dy.shape, lora_B.shape[1]
     config = _config(
         select_config.thin_pair_config,
@@ -242,7 +268,7 @@ def _thin_pair(dB: Tensor, dy, S, lora_B, scale, target) -> Tensor | None:
     if config is None:
         return None
     G = _rank_matrix(M, R, dy)
-    thin_pair(G, dB, dy, lora_B.to(dy.dtype), _inner_contiguous(S), scale, config)
+    thin_pair(G, dB, dy, lora_B.to(dy.dtype), _inner_contiguous(S), scale, config, tickets=tickets)
     return G
 
 

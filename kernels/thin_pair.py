@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, advance, in_vectors, multiple, vector_of
+from .common import TL_DTYPE, advance, in_vectors, multiple, sum_parts, vector_of
 from .config import ThinPairConfig, cdiv, padded_rank, split_evenly
 from .launch import Arguments, launch
 
@@ -103,27 +103,25 @@ def _sum_tile(
     offs_r = tl.arange(0, BLOCK_R)
     inside = (offs_m[:, None] < rows) & (offs_r[None, :] < R)
     part_ptrs = parts_ptr + offs_m[:, None] * R + offs_r[None, :]
-    acc = tl.zeros((BLOCK, BLOCK_R), tl.float32)
-    # Always in the same order, for bitwise reproducible sums.
-    for _ in tl.range(0, splits, loop_unroll_factor=4, num_stages=1):
-        acc += tl.load(part_ptrs, mask=inside, other=0.0)
-        part_ptrs += rows.to(tl.int64) * R
+    acc = sum_parts(part_ptrs, rows.to(tl.int64) * R, splits, inside) * factor
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_r[None, :].to(tl.int64) * stride_or
-    tl.store(out_ptrs, (acc * factor).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "m_splits"])
+@triton.jit(do_not_specialize=["M", "m_splits", "tickets"])
 def _sum_pair(
     v_ptr,
     o_ptr,
     v_parts_ptr,
     o_parts_ptr,
     scale_ptr,
+    tickets_ptr,
     M,
     m_splits,
     L,
     R,
     l_blocks,
+    tickets,
     stride_vm,
     stride_ol,
     stride_or,
@@ -132,6 +130,9 @@ def _sum_pair(
 ):
     factor = tl.load(scale_ptr).to(tl.float32)
     tile = tl.program_id(0)
+    for first in range(tile * BLOCK, tickets, tl.num_programs(0) * BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        tl.store(tickets_ptr + at, 0, mask=at < tickets)
     v_tiles = tl.cdiv(M, BLOCK)
     if tile < v_tiles:
         _sum_tile(v_ptr, v_parts_ptr, factor, tile, M, R, l_blocks, stride_vm, 1, BLOCK, BLOCK_R)
@@ -150,6 +151,8 @@ def thin_pair(
     u: torch.Tensor,
     scale: torch.Tensor,
     config: ThinPairConfig,
+    *,
+    tickets: torch.Tensor | None = None,
 ) -> None:
     """Write ``v = scale · p q`` and ``o = scale · pᵀ u``, each rounded once, from fp32 sums.
 
@@ -161,6 +164,7 @@ def thin_pair(
         q: ``(L, R)`` in p's dtype, any strides.
         u: ``(M, R)``, inner stride 1, any floating dtype; cast to p's.
         scale: 0-d tensor, read on the device.
+        tickets: int32, contiguous; set to 0 for a later kernel that needs it so. Or None.
     """
     (M, L), R = p.shape, q.shape[1]
     _, splits = split_evenly(M, config.splits, config.block_m)
@@ -168,7 +172,7 @@ def thin_pair(
     v_parts = torch.empty((blocks, M, R), dtype=torch.float32, device=p.device)
     o_parts = torch.empty((splits, L, R), dtype=torch.float32, device=p.device)
     launch(_thin_pair, _arguments, config, (v_parts, o_parts, p, q, u), ())
-    launch(_sum_pair, _sum_arguments, None, (v, o, v_parts, o_parts, scale), ())
+    launch(_sum_pair, _sum_arguments, None, (v, o, v_parts, o_parts, scale, tickets), ())
 
 
 def _arguments(config, v_parts, o_parts, p, q, u) -> Arguments:
@@ -190,14 +194,23 @@ def _arguments(config, v_parts, o_parts, p, q, u) -> Arguments:
     )
 
 
-def _sum_arguments(_, v, o, v_parts, o_parts, scale) -> Arguments:
+def _sum_arguments(_, v, o, v_parts, o_parts, scale, tickets) -> Arguments:
     (M, R), L = v.shape, o.shape[0]
     block_r = padded_rank(R)
     block = 1024 // block_r
     return Arguments(
         grid=(cdiv(M, block) + cdiv(L, block),),
-        operands=(v, o, v_parts, o_parts, scale),
-        numbers=(M, o_parts.shape[0], L, R, v_parts.shape[0], v.stride(0), *o.stride()),
+        operands=(v, o, v_parts, o_parts, scale, v_parts if tickets is None else tickets),
+        numbers=(
+            M,
+            o_parts.shape[0],
+            L,
+            R,
+            v_parts.shape[0],
+            0 if tickets is None else tickets.numel(),
+            v.stride(0),
+            *o.stride(),
+        ),
         constants={"BLOCK": block, "BLOCK_R": block_r},
         options={"num_warps": 4},
     )

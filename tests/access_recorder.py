@@ -95,7 +95,8 @@ class _Recorder:
                 places, counts = np.unique(np.concatenate(region.writes), return_counts=True)
                 if (counts > 1).any():
                     raise AccessError(f"{kernel} writes elements of {region.name} repeatedly")
-                if places.size != region.elements.size:
+                # Not every ticket of a workspace is used.
+                if places.size != region.elements.size and region.name != "tickets_ptr":
                     missing = region.elements.size - places.size
                     raise AccessError(f"{kernel} leaves {missing} elements of {region.name}")
                 launch.written[region.name] = places.size * region.itemsize

@@ -27,7 +27,6 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_lora.kernels import dropout, launch
-from fused_lora.kernels.common import sum_partials
 from fused_lora.kernels.config import (
     AddConfig,
     GemmConfig,
@@ -164,15 +163,17 @@ def add(M=64, N=128, R=16, *, base="in place", dot_dtype=None):
 
 
 def thin(M=64, K=64, R=16, splits=1, *, p=None):
-    """Launches of ``shrink`` and ``rank_grad``, and of ``sum_partials`` if they are split."""
+    """Launches of ``shrink`` and ``rank_grad``."""
     p = view(M, K) if p is None else p
     u, q, o, scale = view(M, R, FP32), view(K, R), view(R, K), torch.ones(())
     shrink_config = the(ShrinkConfig, 4, 2, block_m=16, block_l=32, splits=splits)
     grad_config = the(RankGradConfig, 4, 2, block_m=16, block_l=32, splits=splits)
 
+    tickets = torch.zeros(shrink_config.blocks(M, R, R), dtype=torch.int32)
+
     def both():
-        shrink(u, p, q, scale, shrink_config)
-        rank_grad(o, u, p, scale, grad_config)
+        shrink(u, p, q, scale, shrink_config, tickets=tickets)
+        rank_grad(o, u, p, scale, grad_config, tickets=tickets)
 
     return both
 
@@ -188,13 +189,6 @@ def mask(keep, M=64):
     """A launch of ``dropout_mask``."""
     keep_bits, seed = view(M, 8, torch.int32), torch.zeros((), dtype=torch.int64)
     return lambda: dropout.dropout_mask(keep_bits, seed, keep, 16)
-
-
-def sums(rows=16, columns=64, factor=1.0, scale=True):
-    """A launch of ``sum_partials``."""
-    out, parts = view(rows, columns), torch.zeros(3, rows, columns)
-    given = torch.ones(()) if scale else None
-    return lambda: sum_partials(out, parts, factor, given)
 
 
 def cases(arch: str, folder: str) -> dict[str, object]:
@@ -232,10 +226,6 @@ def cases(arch: str, folder: str) -> dict[str, object]:
         "single pass": single(),
         "mask": mask(32_768),
         "another keep count": mask(1),
-        "sums": sums(),
-        "sums by another factor": sums(factor=2.0),
-        "sums unscaled": sums(scale=False),
-        "one sum": sums(rows=1, columns=1),
     }
     if arch.startswith("sm_"):
         made |= {

@@ -62,11 +62,11 @@ def check(result: dict) -> None:
 def test_the_real_launcher_gets_the_same_bytes(tmp_path):
     result = run(HERE / "launch_real.py", tmp_path)
     check(result)
-    assert result["cases"] >= 42
+    assert result["cases"] >= 38
     assert result["above C"] == 0
     # On two devices, each case is launched by Triton once and repeated twice. Most cases launch one
-    # kernel; the three "thin" ones launch five more: a second kernel each, and two sums when split.
-    assert result["launches"] == 2 * 3 * (result["cases"] + 5)
+    # kernel; the three "thin" ones launch two.
+    assert result["launches"] == 2 * 3 * (result["cases"] + 3)
     # Triton encodes all three descriptors of a launch. Repeated launches encode each address once.
     assert result["maps"] == [3, 3, 0, 1, 0]
     planted = result["planted"]
@@ -103,5 +103,5 @@ def test_the_benchmark_of_host_time_prints_both_tables(flags):
     command = sys.executable, script, "--seconds", "0.2", *flags
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]  # 1: a target was missed, allowed here
-    for name in ("lora_gemm, 3 descriptors", "step, 11", "bare Function", "FusedLoRALinear"):
+    for name in ("lora_gemm, 3 descriptors", "step", "bare Function", "FusedLoRALinear"):
         assert name in done.stdout

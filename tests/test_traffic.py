@@ -180,8 +180,8 @@ def test_compulsory_bytes_are_the_recorded_ones(case):
 def test_a_gradient_of_the_adapter_loads_little_more_than_its_operand(rank, most):
     """All bytes that the SMs of an H100 load and store for dA; P alone is 67 MB."""
     case = Product(8192, 4096, 4096, rank, masked="operand")
-    first, total = traffic.rank_grad(H100, case, scaled=False)
-    assert sum(first.loads.values()) + sum(first.writes.values()) + total.reads["parts"] <= most
+    (kernel,) = traffic.rank_grad(H100, case, scaled=False)
+    assert sum(kernel.loads.values()) + sum(kernel.writes.values()) + kernel.reads["parts"] <= most
 
 
 def test_the_recorded_cases_cover_every_kernel():
@@ -192,6 +192,7 @@ def test_the_recorded_cases_cover_every_kernel():
         case = replace(case, masked="operand" if dropped else None)
         names |= {k.name for k in traffic.layer(INTERPRETER, case, strategy, strategy)}
     assert names == {
-        "dropout_mask", "shrink", "sum_partials", "lora_gemm", "lora_add", "rank_grad",
-        "single_pass", "thin_pair", "sum_pair", "mm", "addmm_", "mul", "cast", "copy",
+        "dropout_mask", "shrink", "lora_gemm", "lora_add", "rank_grad",
+        "single_pass", "thin_pair", "sum_pair", "zeros", "zero_",
+        "mm", "addmm_", "mul", "cast", "copy",
     }  # fmt: skip

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_lora.kernels.common import sum_partials
 from fused_lora.kernels.config import BARRIER_BYTES, DIGITS, Config, ThinPairConfig
 from fused_lora.kernels.dropout import dropout_mask
 from fused_lora.kernels.lora_add import lora_add
@@ -35,7 +34,6 @@ PRODUCTS = {
     "thin_pair": ("G, dB",),
     "sum_pair": ("G, dB",),
     "dropout_mask": ("keep_bits",),
-    "sum_partials": ("S", "dB"),
 }
 LOOPING = ("lora_gemm", "single_pass", "shrink", "rank_grad", "thin_pair")
 MASKED = {("lora_gemm", "dx"), ("lora_add", "dx"), ("single_pass", "dx")} | {
@@ -110,12 +108,6 @@ class Case:
                 config = config or ThinPairConfig(4, 2)
                 v = torch.empty_like(u)
                 return lambda: thin_pair(v, B, dy, B.to(dtype), u, scale, config)
-            case "sum_partials", "S":
-                parts = torch.empty(4, M, R)
-                return lambda: sum_partials(u, parts, 1.25)
-            case "sum_partials", "dB":
-                parts = torch.empty(4, R, N)
-                return lambda: sum_partials(B.t(), parts, 1.25, scale)
             case "dropout_mask", _:
                 keep_bits = dropout.empty_keep_bits(M, K, x.device)
                 return lambda: dropout_mask(keep_bits, torch.tensor(1), 58_982, DIGITS)

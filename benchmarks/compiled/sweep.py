@@ -14,8 +14,7 @@ from .cases import DTYPES, MASKED, PRODUCTS, SIZES, Case
 ARCHS = tuple(limits.LIMITS)
 RANKS = (8, 16, 32, 64, 128, 256)
 VECTOR_RANKS = (16, 64)  # for rows that end within a block: the code hardly depends on the rank
-# Kernels without a config and without a product
-THIN = ("dropout_mask", "sum_partials", "sum_pair")
+THIN = ("dropout_mask", "sum_pair")  # kernels without a config and without a product
 
 SLICE_ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 SLICE = (

@@ -12,7 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ..kernels import select_config
-from ..kernels.config import DIGITS, cdiv, is_aligned, rank_grad_applies, split_evenly
+from ..kernels.config import (
+    DIGITS,
+    MIN_SPLIT_ROWS,
+    TICKETS,
+    cdiv,
+    is_aligned,
+    rank_grad_applies,
+    split_evenly,
+)
 from .devices import Device
 
 # Triton's GEMMs read more than a wave's panels. The factor is fitted to three hardware-counter
@@ -166,12 +174,15 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
         "q": reads["q"] * cdiv(c.M, config.block_m),
     }
     kernels = _cast(c.L * c.R, c)
-    out, partial = c.M * c.R * c.itemsize, c.M * c.R * 4
-    if splits == 1:
-        reads |= _scale(True)
-        return [*kernels, Kernel("shrink", reads, {"u": out}, flops, loads=loads)]
-    kernels.append(Kernel("shrink", reads, {"u": splits * partial}, flops, loads=loads))
-    return [*kernels, _sum(splits, partial, out, c.backward)]
+    reads |= _scale(True)
+    written = {"u": c.M * c.R * c.itemsize}
+    if splits > 1:
+        parts = _parts(splits, c.M * c.R, tickets := config.blocks(c.M, c.R, c.R))
+        reads["parts"] = parts["parts"]
+        written |= parts
+        if not c.backward or c.M <= MIN_SPLIT_ROWS:  # else backward has tickets for all its kernels
+            kernels.append(_torch("zeros", {}, {"tickets": 4 * tickets}))
+    return [*kernels, Kernel("shrink", reads, written, flops, loads=loads)]
 
 
 def lora_gemm(device: Device, c: Product) -> Kernel:
@@ -257,11 +268,13 @@ def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
         reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
     flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
     loads = {"p": p * cdiv(c.R, config.block_r(c.R)), "u": u * cdiv(c.L, config.block_l)}
-    if splits == 1:
-        return [Kernel("rank_grad", reads | _scale(scaled), {"o": out}, flops, loads=loads)]
-    partial = c.R * c.L * 4
-    kernel = Kernel("rank_grad", reads, {"o": splits * partial}, flops, loads=loads)
-    return [kernel, _sum(splits, partial, out, scaled)]
+    reads |= _scale(scaled)
+    written = {"o": out}
+    if splits > 1:
+        parts = _parts(splits, c.R * c.L, config.blocks(c.R, c.L, c.R))
+        reads["parts"] = parts["parts"]
+        written |= parts
+    return [Kernel("rank_grad", reads, written, flops, loads=loads)]
 
 
 def product(
@@ -334,6 +347,8 @@ def thin_pair(device: Device, c: Product) -> list[Kernel] | None:
     }
     flops = 4.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
     written = {"v": u, "o": c.L * c.R * c.adapter_itemsize}
+    if c.M > MIN_SPLIT_ROWS:  # else no later kernel is split
+        written["tickets"] = 4 * TICKETS
     reads = {"p": c.M * c.L * c.itemsize, "q": q, "u": u}
     loads = reads | {"q": q * splits, "u": u * cdiv(c.L, config.block_l)}
     return [
@@ -350,7 +365,10 @@ def direction(device: Device, strategy: str, c: Product) -> list[Kernel]:
         return mask + product(device, strategy, c)
     pair = None if strategy in ("torch", "single_pass") else thin_pair(device, c)
     if pair is None:
-        return product(device, strategy, c) + _rank_gradients(device, strategy, c)
+        kernels = product(device, strategy, c) + _rank_gradients(device, strategy, c)
+        if strategy != "torch" and c.M > MIN_SPLIT_ROWS:
+            kernels.insert(0, _torch("zero_", {}, {"tickets": 4 * TICKETS}))
+        return kernels
     ahead = replace(c, L=c.N, N=c.L, masked="operand" if c.masked else None)
     return product(device, strategy, c, pair) + rank_grad(device, ahead, scaled=False)
 
@@ -435,9 +453,9 @@ def _torch(name: str, reads: dict[str, int], writes: dict[str, int], flops=0.0) 
     return Kernel(name, reads, writes, flops, is_torch=True)
 
 
-def _sum(splits: int, partial: int, out: int, scaled: bool = False) -> Kernel:
-    reads = {"parts": splits * partial} | _scale(scaled)
-    return Kernel("sum_partials", reads, {"out": out})
+def _parts(splits: int, size: int, blocks: int) -> dict[str, int]:
+    """Bytes written for partial sums: them, and a ticket for each block of the result."""
+    return {"parts": splits * size * 4, "tickets": 4 * blocks}
 
 
 def _padded(rank: int, block: int) -> int:
