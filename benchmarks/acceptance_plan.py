@@ -21,8 +21,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+from fused_lora.kernels import dropout as mask_kernel
 from fused_lora.kernels import (
-    common,
     launch,
     lora_add,
     lora_gemm,
@@ -31,8 +31,8 @@ from fused_lora.kernels import (
     shrink,
     single_pass,
     strategies,
+    thin_pair,
 )
-from fused_lora.kernels import dropout as mask_kernel
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.ops import dropout
 from fused_lora.strategy import cost, traffic, tuning_cache
@@ -41,7 +41,7 @@ from gpu import probe, steps
 from gpu.budget import BUDGET, SOFT, STEPS
 
 H100 = KNOWN["h100"]
-LAUNCHERS = (common, lora_add, lora_gemm, mask_kernel, rank_grad, shrink, single_pass)
+LAUNCHERS = (lora_add, lora_gemm, mask_kernel, rank_grad, shrink, single_pass, thin_pair)
 META = torch.device("meta")
 
 # On one core of an AMD EPYC, Triton 3.6 compiles a kernel of the probe in 0.25 s and builds the
@@ -133,7 +133,7 @@ def plan(gpu: steps.Gpu) -> Iterator[tuple[str, int, float]]:
     with counted(run=False), pytest.MonkeyPatch.context() as patch:
         patch.setattr(select_config, "target_of", lambda device: H100.target)
         before = len(binaries)
-        for strategy in ("split", "addmm"):
+        for strategy in ("split", "seeded", "addmm"):
             both_ways((512, 1024, 1024, 16), torch.bfloat16, 0.0, strategy)
         yield "preflight", new(before), serial(new(before))
 

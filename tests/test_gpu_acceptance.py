@@ -55,7 +55,12 @@ def test_the_preflight_names_the_machine_and_checks_both_implementations():
     assert environment["case"] == "environment"
     assert {"torch", "triton"} <= environment["versions"].keys()
     assert "rehearsal" in environment
-    assert [row["case"] for row in checks] == ["triton:split", "triton:addmm", "torch"]
+    assert [row["case"] for row in checks] == [
+        "triton:split",
+        "triton:seeded",
+        "triton:addmm",
+        "torch",
+    ]
     assert all(row["passed"] for row in checks)
 
 
@@ -63,7 +68,7 @@ def test_a_preflight_with_wrong_numbers_fails(monkeypatch):
     forward = strategies.forward
     monkeypatch.setattr(strategies, "forward", lambda *a: tuple(1.1 * t for t in forward(*a)))
     found = failures(steps.preflight(Cpu(), FOREVER))
-    assert len(found) == 4  # two strategies, two runs
+    assert len(found) == 6  # three strategies, two runs
     assert all(text.split(": ")[1] == "y" for text in found)
 
 
@@ -72,7 +77,7 @@ def test_numerics_are_the_tests_of_the_kernels():
     select = f"test_shrink or test_repeats_bitwise[split-0.0] or ({in_the_sweep})"
     (row,) = steps.numerics(Cpu(), FOREVER, select)
     assert row["passed"]
-    assert row["tests"] == {"passed": 14, "failed": 0, "near": 0, "skipped": 0}
+    assert row["tests"] == {"passed": 15, "failed": 0, "near": 0, "skipped": 0}
 
 
 def test_numerics_that_select_nothing_fail():
@@ -83,8 +88,8 @@ def test_numerics_that_select_nothing_fail():
 def test_a_failing_test_is_a_row_of_its_own():
     nowhere = Cpu()
     nowhere.device = torch.device("meta")
-    failed, total = steps.numerics(nowhere, FOREVER, "test_sum_partials and shape0")
-    assert failed["case"].endswith("::test_sum_partials[shape0]")
+    failed, total = steps.numerics(nowhere, FOREVER, "test_thin_pair and 63")
+    assert failed["case"].endswith("::test_thin_pair[(63, 72, 16, torch.bfloat16, 1)]")
     assert failed["failures"][0]
     assert total["tests"]["failed"] == 1
     assert not total["passed"]
@@ -159,7 +164,7 @@ def test_the_verdict_does_not_pass_over_what_was_not_run(case):
 @pytest.mark.parametrize("run", [steps.repeatability, steps.graphs])
 def test_strategies_repeat_and_replay(run):
     rows = list(run(Cpu(), FOREVER))
-    assert len(rows) == 15  # three strategies, two with dropout, three dtypes
+    assert len(rows) == 21  # four strategies, three with dropout, three dtypes
     assert all(row["passed"] for row in rows)
 
 
@@ -172,14 +177,14 @@ def test_results_that_differ_from_run_to_run_are_found(monkeypatch):
         return y + 1e-2 * len(count), S
 
     monkeypatch.setattr(strategies, "forward", noisy)
-    assert len(failures(steps.repeatability(Cpu(), FOREVER))) == 15
+    assert len(failures(steps.repeatability(Cpu(), FOREVER))) == 21
     assert any("a replay and an eager" in f for f in failures(steps.graphs(Cpu(), FOREVER)))
 
 
 def test_a_mask_that_does_not_change_is_found(monkeypatch):
     monkeypatch.setattr(dropout, "draw_seed", lambda device: torch.tensor(3))
     found = failures(steps.graphs(Cpu(), FOREVER))
-    assert len(found) == 6
+    assert len(found) == 9
     assert all("two replays drop the same entries" in line for line in found)
 
 
@@ -193,7 +198,7 @@ def test_a_backward_with_another_mask_is_found(monkeypatch):
 
     monkeypatch.setattr(strategies, "backward", other_mask)
     found = failures(steps.graphs(Cpu(), FOREVER))
-    assert len(found) == 6
+    assert len(found) == 9
     assert all("by the mask of dx, y: relative RMS" in line for line in found)
 
 
@@ -285,7 +290,7 @@ def test_a_case_that_raises_is_a_row_and_the_next_are_run(monkeypatch):
 def test_cases_that_no_time_is_left_for_are_said():
     """Every case that is skipped for lack of time has a row that says so."""
     spent = Allowance(-1.0)
-    assert len(list(steps.preflight(Cpu(), spent))) == 4  # always run: all else depends on it
+    assert len(list(steps.preflight(Cpu(), spent))) == 5  # always run: all else depends on it
     named = (
         steps.probe,
         steps.repeatability,
@@ -301,7 +306,7 @@ def test_the_probe_tries_every_candidate_of_every_kernel():
     rows = list(steps.probe(Cpu(), FOREVER))
     assert not failures(rows)
     ran = {row["case"].split()[0]: row["ran"] for row in rows}
-    assert ran.keys() == {"copy", "mask", "gemm", "add", "shrink", "rank_grad"}
+    assert ran.keys() == {"copy", "mask", "gemm", "add", "shrink", "rank_grad", "pair", "backward"}
     kinds = {name.split()[0] for names in ran.values() for name in names}
     assert {"mm", "addmm_", "seeded", "lora_gemm", "lora_add", "copy_", "dropout_mask"} <= kinds
     assert any("masked" in name for name in ran["gemm"])
@@ -346,11 +351,11 @@ def test_the_plan_counts_the_binaries_of_real_sizes_once():
     preflight, probing = next(steps), next(steps)
     steps.close()
     assert preflight[0] == "preflight"
-    assert preflight[1] >= 6  # forward and backward of two strategies
+    assert preflight[1] >= 6  # forward and backward of the strategies
     assert probing[1] >= 50
     assert probing[1] + preflight[1] == len(acceptance_plan.binaries)
     names = {binary[0] for binary in acceptance_plan.binaries}
-    expected = {"shrink", "lora_gemm", "lora_add", "rank_grad", "single_pass", "dropout_mask"}
+    expected = {"shrink", "lora_gemm", "lora_add", "rank_grad", "single_pass", "thin_pair"}
     assert {f"_{name}" for name in expected} <= names
     assert probing[2] < gpu_acceptance.STEPS["probe"]
     again = acceptance_plan.plan(Gpu(torch.device("meta")))

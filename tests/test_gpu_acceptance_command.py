@@ -85,8 +85,8 @@ def test_killed_half_way_it_leaves_what_it_has(case, tmp_path):
     running.send_signal(number)
     running.wait(20)
     rows = summary.load(out / "rows.jsonl")
-    assert [row["case"] for row in rows if row.get("passed")][:3] == [
-        "triton:split", "triton:addmm", "torch",
+    assert [row["case"] for row in rows if row.get("passed")][:4] == [
+        "triton:split", "triton:seeded", "triton:addmm", "torch",
     ]  # fmt: skip
     assert "repeatability" not in {row["step"] for row in rows}
     for _ in range(50):

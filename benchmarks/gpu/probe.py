@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_lora.kernels import select_config
+from fused_lora.kernels import select_config, strategies
 from fused_lora.kernels.config import (
     DIGITS,
     Config,
@@ -27,9 +27,11 @@ from fused_lora.kernels.config import (
 from fused_lora.kernels.dropout import dropout_mask
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
+from fused_lora.kernels.operands import BackwardOperands
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
+from fused_lora.kernels.thin_pair import thin_pair
 from fused_lora.ops import dropout
 from fused_lora.ops.triton_impl import is_sticky
 
@@ -44,7 +46,8 @@ SHAPES = (
 RANKS = (16, 64)
 SPLITS_OF_SHRINK = (1, 2, 4)
 COLUMNS_OF_RANK_GRAD = (64, 128)  # block_l, in addition to the candidate's own
-SPLITS_OF_RANK_GRAD = (4, 8, 16, 32)
+SPLITS_OF_RANK_GRAD = (2, 3, 4, 8, 16)
+SPLITS_OF_PAIR = (4, 8, 12, 16)
 LEAST_ROWS = 256  # per split
 INV_KEEP = 1.1
 
@@ -104,9 +107,9 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
 
     x, W, o, other, bias = draw(M, K), draw(N, K) / K**0.5, draw(M, N), draw(M, N), draw(N)
     A, B = draw(R, K) / K**0.5, draw(N, R) / R**0.5
-    u, scale = torch.randn(M, R, device=device), torch.tensor(2.0, device=device)
-    half = u.bfloat16()
-    keep_bits = dropout.empty_keep_bits(M, N, device)
+    u, scale = draw(M, R), torch.tensor(2.0, device=device)
+    keep_bits, x_bits = (dropout.empty_keep_bits(M, n, device) for n in (N, K))
+    s = torch.empty_like(u)
     seed = torch.zeros((), dtype=torch.int64, device=device)
     keep = dropout.keep_count(0.1)
     masked = {"keep_bits": keep_bits, "inv_keep": INV_KEEP}
@@ -118,7 +121,7 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
     gemms: dict[str, Call] = {
         "mm": partial(torch.mm, x, W.t(), out=o),
         "addmm_ beta=1": partial(o.addmm_, x, W.t()),
-        "mm, then addmm_(S, B)": lambda: torch.mm(x, W.t(), out=o).addmm_(half, B.t()),
+        "mm, then addmm_(S, B)": lambda: torch.mm(x, W.t(), out=o).addmm_(u, B.t()),
     }
     for config in select_config.add_candidates(target, 2, R):
         # S Bᵀ + b is written first, and the vendor's product accumulates into it.
@@ -129,14 +132,13 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
         gemms |= {f"lora_gemm {tile(config)}": partial(run, bias=bias)}
         gemms |= {f"lora_gemm masked {tile(config)}": partial(run, **masked)}
     if single_pass_applies(M, R, None):
-        s = torch.empty(M, R, device=device)
         for config in select_config.single_pass_candidates(target, 2, R, describable=True):
             gemms[f"single_pass {tile(config)}"] = partial(
                 single_pass, o, s, x, W.t(), A.t(), B.t(), scale, config, bias=bias
             )
     yield Race("gemm", product, gemms)
 
-    adds: dict[str, Call] = {"addmm_(S, B)": partial(o.addmm_, half, B.t())}
+    adds: dict[str, Call] = {"addmm_(S, B)": partial(o.addmm_, u, B.t())}
     for config in select_config.add_candidates(target, 2, R):
         run = partial(lora_add, o, u, B.t(), scale, config)
         adds[f"lora_add {tile(config)}"] = partial(run, base=o)
@@ -152,7 +154,7 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
     yield Race("shrink", 2.0 * M * K, shrinks)
 
     dA = torch.empty(R, K, device=device)
-    grads: dict[str, Call] = {"mm": partial(torch.mm, half.t(), x)}
+    grads: dict[str, Call] = {"mm": partial(torch.mm, u.t(), x)}
     for config in select_config.rank_grad_candidates(target, 2, R, describable=True):
         for columns in dict.fromkeys((config.block_l, *COLUMNS_OF_RANK_GRAD)):
             for splits in SPLITS_OF_RANK_GRAD:
@@ -161,6 +163,30 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
                 if fits and (M // splits >= LEAST_ROWS or splits == SPLITS_OF_RANK_GRAD[0]):
                     grads[tile(tried)] = partial(rank_grad, dA, u, x, None, tried)
     yield Race("rank_grad", 2.0 * M * K, grads)
+
+    dB, B_half = torch.empty(N, R, device=device), B.bfloat16()
+    chosen = select_config.shrink_config(target, 2, M, N, R, describable=True)
+    other_chosen = select_config.rank_grad_config(target, 2, M, N, R, describable=True)
+    pairs: dict[str, Call] = {
+        "shrink, rank_grad": lambda: (
+            shrink(u, o, B_half, scale, chosen),
+            rank_grad(dB.t(), u, o, scale, other_chosen),
+        )
+    }
+    for config in select_config.thin_pair_candidates(target, 2, R):
+        for splits in SPLITS_OF_PAIR:
+            tried = replace(config, splits=splits)
+            pairs[tile(tried)] = partial(thin_pair, s, dB, o, B_half, u, scale, tried)
+    yield Race("pair", 2.0 * M * N, pairs)
+
+    back = BackwardOperands(o, x, W, A, B, u, scale, x_bits, INV_KEEP)
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    steps: dict[str, Call] = {"dx alone": partial(torch.mm, o, W)}
+    for strategy in ("split", "seeded", "addmm"):
+        steps[strategy] = partial(strategies.backward, back, strategy)
+        if side is not None:
+            steps[f"{strategy}, side stream"] = partial(strategies.backward, back, strategy, side)
+    yield Race("backward", product, steps)
 
 
 def tile(config: Config) -> str:
