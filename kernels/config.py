@@ -13,6 +13,7 @@ MAX_THIN_BLOCK_R = 256  # in shrink and rank_grad: larger ranks are split over s
 SINGLE_PASS_MAX_ROWS = 64
 SINGLE_PASS_MAX_RANK = 64
 BARRIER_BYTES = 256  # barriers of NVIDIA's pipelined copies, in addition to the tiles
+MASK_VECTOR = 128  # columns per 16 bytes of keep bits
 DIGITS = 16  # binary digits of a keep probability, with one random word per digit
 # With fewer rows, one partial sum of rank_grad (fp32, written and read) would exceed a quarter of a
 # half-precision operand's bytes.
@@ -141,6 +142,14 @@ class ShrinkConfig(Config):
     def block_r(self, rank: int) -> int:
         """Columns of U that one program computes."""
         return padded_rank(rank, self.max_block_r)
+
+    @property
+    def makes_mask(self) -> bool:
+        """Whether ``shrink`` computes the mask; else ``dropout_mask`` does, in another launch.
+
+        A step must be whole 16-byte vectors of keep bits, to which rows of the mask are padded.
+        """
+        return self.block_l % MASK_VECTOR == 0
 
     def tile(self, rank: int) -> tuple[int, int]:
         """See :class:`Config`."""

@@ -16,7 +16,8 @@ from .common import (
     advance,
     in_vectors,
     is_last,
-    load_keep_bits,
+    keep_entries,
+    load_keep_words,
     multiple,
     operand,
     rows_at_once,
@@ -90,9 +91,8 @@ def _rank_grad(
         else:
             p = tl.load(p_ptrs, mask=inside[:, None] & (offs_l[None, :] < L), other=0.0)
         if HAS_DROPOUT:
-            keep = load_keep_bits(keep_bits_ptr, stride_keep_m, m, first_l, M, BLOCK_M, BLOCK_L)
-            # Selected, not multiplied by zero: NaN and infinity at a dropped entry do not count.
-            p = tl.where(keep != 0, p, 0.0).to(DTYPE)
+            words = load_keep_words(keep_bits_ptr, stride_keep_m, m, first_l, M, BLOCK_M, BLOCK_L)
+            p = keep_entries(p, words, BLOCK_M, BLOCK_L)
         # (BLOCK_R, BLOCK_M) @ (BLOCK_M, BLOCK_L)
         acc = tl.dot(u.to(DTYPE), p, acc, input_precision=INPUT_PRECISION)
         u_ptrs += advance(BLOCK_M, stride_um)

@@ -16,19 +16,21 @@ from .common import (
     advance,
     in_vectors,
     is_last,
-    load_keep_bits,
+    keep_entries,
+    load_keep_words,
     multiple,
     operand,
     rows_at_once,
     sum_parts,
     tickets_for,
 )
-from .config import ShrinkConfig, cdiv, split_evenly
+from .config import DIGITS, ShrinkConfig, cdiv, split_evenly
+from .dropout import dropout_mask, first_digit, keep_words
 from .launch import Arguments, launch
 
 
 # M varies between calls; specialising it would compile the kernel again.
-@triton.jit(do_not_specialize=["M", "scale_u"])
+@triton.jit(do_not_specialize=["M", "scale_u", "keep_count", "first_digit"])
 def _shrink(
     u_ptr,
     p_ptr,
@@ -37,7 +39,10 @@ def _shrink(
     scale_ptr,
     parts_ptr,
     tickets_ptr,
+    seed_ptr,
     factor,
+    keep_count,
+    first_digit,
     M,
     L,
     R,
@@ -51,6 +56,7 @@ def _shrink(
     stride_qr,
     stride_keep_m,
     HAS_DROPOUT: tl.constexpr,
+    DIGITS: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_L: tl.constexpr,
     ALIGN_P: tl.constexpr,
@@ -88,6 +94,8 @@ def _shrink(
     )
     rows = offs_m[:, None] < M
     cols = offs_r[None, :] < R
+    if DIGITS:
+        seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     # A split is a whole number of blocks, so only the last block of L may need a mask along L.
     for start in range(first_l, last_l, BLOCK_L):
@@ -101,10 +109,21 @@ def _shrink(
             q = tl.load(q_ptrs, mask=cols, other=0.0)
         else:
             q = tl.load(q_ptrs, mask=(start + offs_l[:, None] < L) & cols, other=0.0)
-        if HAS_DROPOUT:
-            keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, start, M, BLOCK_M, BLOCK_L)
-            # Selected, not multiplied by zero: NaN and infinity at a dropped entry do not count.
-            p = tl.where(keep != 0, p, 0.0).to(q.dtype)
+        if DIGITS:
+            offs_w = start // 64 + tl.arange(0, BLOCK_L // 64)
+            made = keep_words(seed, offs_m, offs_w, keep_count, first_digit, DIGITS)
+            tl.store(
+                keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_keep_m + offs_w[None, :],
+                made,
+                mask=rows & (offs_w[None, :] < stride_keep_m) & (tl.program_id(2) == 0),
+            )
+            words = tl.join(made.to(tl.int32), (made >> 32).to(tl.int32))
+            p = keep_entries(p, tl.reshape(words, (BLOCK_M, BLOCK_L // 32)), BLOCK_M, BLOCK_L)
+        elif HAS_DROPOUT:
+            words = load_keep_words(
+                keep_bits_ptr, stride_keep_m, first_m, start, M, BLOCK_M, BLOCK_L
+            )
+            p = keep_entries(p, words, BLOCK_M, BLOCK_L)
         # (BLOCK_M, BLOCK_L) @ (BLOCK_L, BLOCK_R)
         acc = tl.dot(p, q, acc, input_precision=INPUT_PRECISION)
         if not USE_DESC:
@@ -147,6 +166,9 @@ def shrink(
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
     tickets: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    keep_count: int = 0,
+    digits: int = DIGITS,
 ) -> None:
     """Write ``u = scale · D(p) q``.
 
@@ -156,14 +178,24 @@ def shrink(
         q: ``(L, R)`` in p's dtype, any strides.
         scale: 0-d tensor, read on the device.
         scale_u: whether the scale multiplies ``u``, as in ``G``; else its factor is 1.
-        keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
+        keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None; with a seed it is written.
         inv_keep: factor of the kept entries of ``p``; applied to ``u``.
         input_precision: of fp32 products, "ieee" or "tf32".
         tickets: int32 zeros, at least ``config.blocks(M, R, R)``, contiguous; zeros again
             afterwards. Launches that may run at the same time need different ones. None: made here
             if the contraction is split.
+        seed, keep_count, digits: the mask's, as in :func:`.dropout.dropout_mask`; a seed of None
+            means that ``keep_bits`` is given.
     """
     (M, L), R = p.shape, q.shape[1]
+    first, random = 0, 0
+    if seed is not None:
+        if config.makes_mask:
+            keep_bits, first = keep_bits.view(torch.int64), first_digit(keep_count)
+            random = digits - first
+        else:
+            dropout_mask(keep_bits, seed, keep_count, digits)
+            seed = None
     _, splits = split_evenly(L, config.splits, config.block_l)
     parts = None
     if splits > 1:
@@ -171,12 +203,24 @@ def shrink(
         tickets = tickets_for(config, M, R, R, u) if tickets is None else tickets
     else:
         tickets = None
-    tensors = u, p, q, keep_bits, scale, parts, tickets
-    launch(_shrink, _arguments, config, tensors, (float(inv_keep),), scale_u, input_precision)
+    tensors = u, p, q, keep_bits, scale, parts, tickets, seed
+    scalars = float(inv_keep), keep_count, first
+    launch(_shrink, _arguments, config, tensors, scalars, scale_u, input_precision, random)
 
 
 def _arguments(
-    config, u, p, q, keep_bits, scale, parts, tickets, scale_u: bool, input_precision: str
+    config,
+    u,
+    p,
+    q,
+    keep_bits,
+    scale,
+    parts,
+    tickets,
+    seed,
+    scale_u: bool,
+    input_precision: str,
+    digits: int,
 ) -> Arguments:
     (M, L), R = p.shape, q.shape[1]
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
@@ -191,6 +235,7 @@ def _arguments(
             scale,
             u if parts is None else parts,
             u if tickets is None else tickets,
+            u if seed is None else seed,
         ),
         numbers=(
             M,
@@ -206,6 +251,7 @@ def _arguments(
         ),
         constants={
             "HAS_DROPOUT": keep_bits is not None,
+            "DIGITS": digits,
             "SPLIT": splits > 1,
             "EVEN_L": L % block_l == 0,
             "ALIGN_P": in_vectors(p),
