@@ -67,6 +67,7 @@ def _shrink(
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCKS_R: tl.constexpr,
     SUM_ROWS: tl.constexpr,
 ):
     if ALIGN_P:
@@ -78,11 +79,13 @@ def _shrink(
         else:
             stride_ql = multiple(stride_ql, 8)
             R = multiple(R, 8)
-    first_m = tl.program_id(0) * BLOCK_M
+    # The blocks of one row of tiles run at the same time: they share P in the L2 cache.
+    block_r = tl.program_id(0) % BLOCKS_R
+    first_m = tl.program_id(0) // BLOCKS_R * BLOCK_M
     split = tl.program_id(1)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_l = tl.arange(0, BLOCK_L)
-    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     first_l = split * l_per_split
     last_l = tl.minimum(first_l + l_per_split, L)
     if not USE_DESC:
@@ -115,7 +118,7 @@ def _shrink(
             tl.store(
                 keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_keep_m + offs_w[None, :],
                 made,
-                mask=rows & (offs_w[None, :] < stride_keep_m) & (tl.program_id(2) == 0),
+                mask=rows & (offs_w[None, :] < stride_keep_m) & (block_r == 0),
             )
             words = tl.join(made.to(tl.int32), (made >> 32).to(tl.int32))
             p = keep_entries(p, tl.reshape(words, (BLOCK_M, BLOCK_L // 32)), BLOCK_M, BLOCK_L)
@@ -133,8 +136,7 @@ def _shrink(
         part_ptrs = parts_ptr + offs_r[None, :]
         own_ptrs = part_ptrs + split.to(tl.int64) * stride_ps
         tl.store(own_ptrs + offs_m.to(tl.int64)[:, None] * stride_pr, acc, mask=rows & cols)
-        ticket_ptr = tickets_ptr + tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
-        if is_last(ticket_ptr, tl.num_programs(1)):
+        if is_last(tickets_ptr + tl.program_id(0), tl.num_programs(1)):
             for row in range(0, BLOCK_M, SUM_ROWS):
                 offs = first_m + row + tl.arange(0, SUM_ROWS)
                 within = (offs[:, None] < M) & cols
@@ -226,7 +228,7 @@ def _arguments(
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     l_per_split, splits = split_evenly(L, config.splits, block_l)
     return Arguments(
-        grid=(cdiv(M, block_m), splits, cdiv(R, block_r)),
+        grid=(config.blocks(M, R, R), splits),
         operands=(
             u,
             operand(config, p, (block_m, block_l)),
@@ -262,6 +264,7 @@ def _arguments(
             "BLOCK_M": block_m,
             "BLOCK_L": block_l,
             "BLOCK_R": block_r,
+            "BLOCKS_R": cdiv(R, block_r),
             "SUM_ROWS": rows_at_once(config, R),
         },
         options=config.options,
