@@ -16,6 +16,7 @@ THIN_PAIR_MAX_RANK = 32  # its partial sums grow with the rank
 BARRIER_BYTES = 256  # barriers of NVIDIA's pipelined copies, in addition to the tiles
 TICKETS = 1024  # more than the blocks of a result whose reduction is split to fill a GPU
 MIN_SPLIT_ROWS = 256  # of one part of rank_grad
+MASK_VECTOR = 128  # columns per 16 bytes of keep bits
 DIGITS = 16  # binary digits of a keep probability, with one random word per digit
 # With fewer rows, one partial sum of rank_grad (fp32, written and read) would exceed a quarter of a
 # half-precision operand's bytes.
@@ -144,6 +145,14 @@ class ShrinkConfig(Config):
     def block_r(self, rank: int) -> int:
         """Columns of U that one program computes."""
         return padded_rank(rank, self.max_block_r)
+
+    @property
+    def makes_mask(self) -> bool:
+        """Whether ``shrink`` computes the mask; else ``dropout_mask`` does, in another launch.
+
+        A step must be whole 16-byte vectors of keep bits, to which rows of the mask are padded.
+        """
+        return self.block_l % MASK_VECTOR == 0
 
     def tile(self, rank: int) -> tuple[int, int]:
         """See :class:`Config`."""

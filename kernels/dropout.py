@@ -22,6 +22,29 @@ def _mix(z):
     return z ^ (z >> 31)
 
 
+@triton.jit
+def keep_words(seed, rows, words, keep_count, first_digit, DIGITS: tl.constexpr):
+    """The 64-bit words ``words`` of the mask's rows ``rows``, as (rows, words) int64.
+
+    The digits of ``keep_count`` below ``first_digit`` are 0; from there on there are DIGITS.
+    """
+    seed = seed.to(tl.uint64, bitcast=True)
+    place = (rows.to(tl.uint64)[:, None] << 32) + words.to(tl.uint64)[None, :]
+    state = _mix(_mix(seed) ^ place)
+    # Skip the digits below the lowest 1: an AND with zero bits leaves them zero.
+    state += first_digit.to(tl.uint64) * 0x9E3779B97F4A7C15
+    bits = tl.zeros_like(state)
+    # Unrolled: Triton pipelines innermost loops only, and this may be inside one.
+    for step in tl.static_range(DIGITS):
+        state += 0x9E3779B97F4A7C15
+        random = _mix(state)
+        # OR if the digit is 1, else AND: ``one`` is all ones or zero, so no branch is needed.
+        digit = (keep_count >> (first_digit + step)) & 1
+        one = (0 - digit.to(tl.int64)).to(tl.uint64, bitcast=True)
+        bits = (bits & random) | ((bits | random) & one)
+    return bits.to(tl.int64, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["M", "keep_count", "first_digit"])
 def _dropout_mask(
     keep_bits_ptr,
@@ -37,23 +60,18 @@ def _dropout_mask(
 ):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
-    seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
-    place = (offs_m.to(tl.uint64)[:, None] << 32) + offs_l.to(tl.uint64)[None, :]
-    state = _mix(_mix(seed) ^ place)
-    # Skip the digits below the lowest 1: an AND with zero bits leaves them zero.
-    state += first_digit.to(tl.uint64) * 0x9E3779B97F4A7C15
-    bits = tl.zeros((BLOCK_M, BLOCK_L), tl.uint64)
-    for digit in range(first_digit, DIGITS):
-        state += 0x9E3779B97F4A7C15
-        random = _mix(state)
-        # OR if the digit is 1, else AND: ``one`` is all ones or zero, so no branch is needed.
-        one = (0 - ((keep_count >> digit) & 1).to(tl.int64)).to(tl.uint64, bitcast=True)
-        bits = (bits & random) | ((bits | random) & one)
+    seed = tl.load(seed_ptr)
+    words = keep_words(seed, offs_m, offs_l, keep_count, first_digit, DIGITS)
     tl.store(
         keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_m + offs_l[None, :],
-        bits.to(tl.int64, bitcast=True),
+        words,
         mask=(offs_m[:, None] < M) & (offs_l[None, :] < width),
     )
+
+
+def first_digit(keep_count: int) -> int:
+    """Index of the lowest digit that is 1."""
+    return (keep_count & -keep_count).bit_length() - 1
 
 
 def dropout_mask(keep_bits: torch.Tensor, seed: torch.Tensor, keep_count: int, digits: int) -> None:
@@ -65,9 +83,9 @@ def dropout_mask(keep_bits: torch.Tensor, seed: torch.Tensor, keep_count: int, d
         keep_count: the keep probability in units of ``2**-digits``; 0 < keep_count < 2**digits.
         digits: binary digits of the keep probability.
     """
-    first_digit = (keep_count & -keep_count).bit_length() - 1  # index of the lowest 1
     tensors = keep_bits.view(torch.int64), seed
-    launch(_dropout_mask, _arguments, None, tensors, (keep_count, first_digit), digits)
+    first = first_digit(keep_count)
+    launch(_dropout_mask, _arguments, None, tensors, (keep_count, first), digits - first)
 
 
 def _arguments(_, keep_bits, seed, digits: int) -> Arguments:

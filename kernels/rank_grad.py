@@ -16,7 +16,8 @@ from .common import (
     advance,
     in_vectors,
     is_last,
-    load_keep_bits,
+    keep_entries,
+    load_keep_words,
     multiple,
     operand,
     rows_at_once,
@@ -61,6 +62,7 @@ def _rank_grad(
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCKS_R: tl.constexpr,
     SUM_ROWS: tl.constexpr,
 ):
     if ALIGN_P:
@@ -69,10 +71,12 @@ def _rank_grad(
     if ALIGN_U > 1:
         stride_um = multiple(stride_um, ALIGN_U)
         R = multiple(R, ALIGN_U)
-    first_l = tl.program_id(0) * BLOCK_L
+    # The blocks of one column of tiles run at the same time: they share P in the L2 cache.
+    first_r = tl.program_id(0) % BLOCKS_R * BLOCK_R
+    first_l = tl.program_id(0) // BLOCKS_R * BLOCK_L
     split = tl.program_id(1)
     offs_l = first_l + tl.arange(0, BLOCK_L)
-    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = first_r + tl.arange(0, BLOCK_R)
     offs_m = tl.arange(0, BLOCK_M)
     first_m = split * m_per_split
     last_m = tl.minimum(first_m + m_per_split, M)
@@ -90,9 +94,8 @@ def _rank_grad(
         else:
             p = tl.load(p_ptrs, mask=inside[:, None] & (offs_l[None, :] < L), other=0.0)
         if HAS_DROPOUT:
-            keep = load_keep_bits(keep_bits_ptr, stride_keep_m, m, first_l, M, BLOCK_M, BLOCK_L)
-            # Selected, not multiplied by zero: NaN and infinity at a dropped entry do not count.
-            p = tl.where(keep != 0, p, 0.0).to(DTYPE)
+            words = load_keep_words(keep_bits_ptr, stride_keep_m, m, first_l, M, BLOCK_M, BLOCK_L)
+            p = keep_entries(p, words, BLOCK_M, BLOCK_L)
         # (BLOCK_R, BLOCK_M) @ (BLOCK_M, BLOCK_L)
         acc = tl.dot(u.to(DTYPE), p, acc, input_precision=INPUT_PRECISION)
         u_ptrs += advance(BLOCK_M, stride_um)
@@ -104,10 +107,9 @@ def _rank_grad(
         own_ptrs = part_ptrs + split.to(tl.int64) * stride_ps
         inside = (offs_r[:, None] < R) & cols
         tl.store(own_ptrs + offs_r.to(tl.int64)[:, None] * stride_pr, acc, mask=inside)
-        ticket_ptr = tickets_ptr + tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
-        if is_last(ticket_ptr, tl.num_programs(1)):
+        if is_last(tickets_ptr + tl.program_id(0), tl.num_programs(1)):
             for row in range(0, BLOCK_R, SUM_ROWS):
-                offs = tl.program_id(2) * BLOCK_R + row + tl.arange(0, SUM_ROWS)
+                offs = first_r + row + tl.arange(0, SUM_ROWS)
                 within = (offs[:, None] < R) & cols
                 ptrs = part_ptrs + offs.to(tl.int64)[:, None] * stride_pr
                 total = sum_parts(ptrs, stride_ps, tl.num_programs(1), within)
@@ -184,7 +186,7 @@ def _arguments(
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     m_per_split, splits = split_evenly(M, config.splits, block_m)
     return Arguments(
-        grid=(cdiv(L, block_l), splits, cdiv(R, block_r)),
+        grid=(config.blocks(R, L, R), splits),
         operands=(
             o,
             u,
@@ -217,6 +219,7 @@ def _arguments(
             "BLOCK_M": block_m,
             "BLOCK_L": block_l,
             "BLOCK_R": block_r,
+            "BLOCKS_R": cdiv(R, block_r),
             "SUM_ROWS": rows_at_once(config, R),
         },
         options=config.options,

@@ -16,19 +16,21 @@ from .common import (
     advance,
     in_vectors,
     is_last,
-    load_keep_bits,
+    keep_entries,
+    load_keep_words,
     multiple,
     operand,
     rows_at_once,
     sum_parts,
     tickets_for,
 )
-from .config import ShrinkConfig, cdiv, split_evenly
+from .config import DIGITS, ShrinkConfig, cdiv, split_evenly
+from .dropout import dropout_mask, first_digit, keep_words
 from .launch import Arguments, launch
 
 
 # M varies between calls; specialising it would compile the kernel again.
-@triton.jit(do_not_specialize=["M", "scale_u"])
+@triton.jit(do_not_specialize=["M", "scale_u", "keep_count", "first_digit"])
 def _shrink(
     u_ptr,
     p_ptr,
@@ -37,7 +39,10 @@ def _shrink(
     scale_ptr,
     parts_ptr,
     tickets_ptr,
+    seed_ptr,
     factor,
+    keep_count,
+    first_digit,
     M,
     L,
     R,
@@ -51,6 +56,7 @@ def _shrink(
     stride_qr,
     stride_keep_m,
     HAS_DROPOUT: tl.constexpr,
+    DIGITS: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_L: tl.constexpr,
     ALIGN_P: tl.constexpr,
@@ -61,6 +67,7 @@ def _shrink(
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCKS_R: tl.constexpr,
     SUM_ROWS: tl.constexpr,
 ):
     if ALIGN_P:
@@ -72,11 +79,13 @@ def _shrink(
         else:
             stride_ql = multiple(stride_ql, 8)
             R = multiple(R, 8)
-    first_m = tl.program_id(0) * BLOCK_M
+    # The blocks of one row of tiles run at the same time: they share P in the L2 cache.
+    block_r = tl.program_id(0) % BLOCKS_R
+    first_m = tl.program_id(0) // BLOCKS_R * BLOCK_M
     split = tl.program_id(1)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_l = tl.arange(0, BLOCK_L)
-    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     first_l = split * l_per_split
     last_l = tl.minimum(first_l + l_per_split, L)
     if not USE_DESC:
@@ -88,6 +97,8 @@ def _shrink(
     )
     rows = offs_m[:, None] < M
     cols = offs_r[None, :] < R
+    if DIGITS:
+        seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     # A split is a whole number of blocks, so only the last block of L may need a mask along L.
     for start in range(first_l, last_l, BLOCK_L):
@@ -101,10 +112,21 @@ def _shrink(
             q = tl.load(q_ptrs, mask=cols, other=0.0)
         else:
             q = tl.load(q_ptrs, mask=(start + offs_l[:, None] < L) & cols, other=0.0)
-        if HAS_DROPOUT:
-            keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, start, M, BLOCK_M, BLOCK_L)
-            # Selected, not multiplied by zero: NaN and infinity at a dropped entry do not count.
-            p = tl.where(keep != 0, p, 0.0).to(q.dtype)
+        if DIGITS:
+            offs_w = start // 64 + tl.arange(0, BLOCK_L // 64)
+            made = keep_words(seed, offs_m, offs_w, keep_count, first_digit, DIGITS)
+            tl.store(
+                keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_keep_m + offs_w[None, :],
+                made,
+                mask=rows & (offs_w[None, :] < stride_keep_m) & (block_r == 0),
+            )
+            words = tl.join(made.to(tl.int32), (made >> 32).to(tl.int32))
+            p = keep_entries(p, tl.reshape(words, (BLOCK_M, BLOCK_L // 32)), BLOCK_M, BLOCK_L)
+        elif HAS_DROPOUT:
+            words = load_keep_words(
+                keep_bits_ptr, stride_keep_m, first_m, start, M, BLOCK_M, BLOCK_L
+            )
+            p = keep_entries(p, words, BLOCK_M, BLOCK_L)
         # (BLOCK_M, BLOCK_L) @ (BLOCK_L, BLOCK_R)
         acc = tl.dot(p, q, acc, input_precision=INPUT_PRECISION)
         if not USE_DESC:
@@ -114,8 +136,7 @@ def _shrink(
         part_ptrs = parts_ptr + offs_r[None, :]
         own_ptrs = part_ptrs + split.to(tl.int64) * stride_ps
         tl.store(own_ptrs + offs_m.to(tl.int64)[:, None] * stride_pr, acc, mask=rows & cols)
-        ticket_ptr = tickets_ptr + tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
-        if is_last(ticket_ptr, tl.num_programs(1)):
+        if is_last(tickets_ptr + tl.program_id(0), tl.num_programs(1)):
             for row in range(0, BLOCK_M, SUM_ROWS):
                 offs = first_m + row + tl.arange(0, SUM_ROWS)
                 within = (offs[:, None] < M) & cols
@@ -147,6 +168,9 @@ def shrink(
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
     tickets: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    keep_count: int = 0,
+    digits: int = DIGITS,
 ) -> None:
     """Write ``u = scale · D(p) q``.
 
@@ -156,14 +180,24 @@ def shrink(
         q: ``(L, R)`` in p's dtype, any strides.
         scale: 0-d tensor, read on the device.
         scale_u: whether the scale multiplies ``u``, as in ``G``; else its factor is 1.
-        keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
+        keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None; with a seed it is written.
         inv_keep: factor of the kept entries of ``p``; applied to ``u``.
         input_precision: of fp32 products, "ieee" or "tf32".
         tickets: int32 zeros, at least ``config.blocks(M, R, R)``, contiguous; zeros again
             afterwards. Launches that may run at the same time need different ones. None: made here
             if the contraction is split.
+        seed, keep_count, digits: the mask's, as in :func:`.dropout.dropout_mask`; a seed of None
+            means that ``keep_bits`` is given.
     """
     (M, L), R = p.shape, q.shape[1]
+    first, random = 0, 0
+    if seed is not None:
+        if config.makes_mask:
+            keep_bits, first = keep_bits.view(torch.int64), first_digit(keep_count)
+            random = digits - first
+        else:
+            dropout_mask(keep_bits, seed, keep_count, digits)
+            seed = None
     _, splits = split_evenly(L, config.splits, config.block_l)
     parts = None
     if splits > 1:
@@ -171,18 +205,30 @@ def shrink(
         tickets = tickets_for(config, M, R, R, u) if tickets is None else tickets
     else:
         tickets = None
-    tensors = u, p, q, keep_bits, scale, parts, tickets
-    launch(_shrink, _arguments, config, tensors, (float(inv_keep),), scale_u, input_precision)
+    tensors = u, p, q, keep_bits, scale, parts, tickets, seed
+    scalars = float(inv_keep), keep_count, first
+    launch(_shrink, _arguments, config, tensors, scalars, scale_u, input_precision, random)
 
 
 def _arguments(
-    config, u, p, q, keep_bits, scale, parts, tickets, scale_u: bool, input_precision: str
+    config,
+    u,
+    p,
+    q,
+    keep_bits,
+    scale,
+    parts,
+    tickets,
+    seed,
+    scale_u: bool,
+    input_precision: str,
+    digits: int,
 ) -> Arguments:
     (M, L), R = p.shape, q.shape[1]
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     l_per_split, splits = split_evenly(L, config.splits, block_l)
     return Arguments(
-        grid=(cdiv(M, block_m), splits, cdiv(R, block_r)),
+        grid=(config.blocks(M, R, R), splits),
         operands=(
             u,
             operand(config, p, (block_m, block_l)),
@@ -191,6 +237,7 @@ def _arguments(
             scale,
             u if parts is None else parts,
             u if tickets is None else tickets,
+            u if seed is None else seed,
         ),
         numbers=(
             M,
@@ -206,6 +253,7 @@ def _arguments(
         ),
         constants={
             "HAS_DROPOUT": keep_bits is not None,
+            "DIGITS": digits,
             "SPLIT": splits > 1,
             "EVEN_L": L % block_l == 0,
             "ALIGN_P": in_vectors(p),
@@ -216,6 +264,7 @@ def _arguments(
             "BLOCK_M": block_m,
             "BLOCK_L": block_l,
             "BLOCK_R": block_r,
+            "BLOCKS_R": cdiv(R, block_r),
             "SUM_ROWS": rows_at_once(config, R),
         },
         options=config.options,

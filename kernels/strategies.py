@@ -56,12 +56,10 @@ def forward(
     """
     x, weight, lora_A, lora_B, bias, scale, seed, keep_count, base = operands
     x = _inner_contiguous(x)
-    inv_keep = (1 << DIGITS) / keep_count
-    if seed is not None:
-        dropout_mask(keep_bits, seed, keep_count, DIGITS)
+    dropping = {"keep_bits": keep_bits, "seed": seed, "keep_count": keep_count}
     target = select_config.target_of(x.device)
     if base is not None:
-        S = _shrink(x, lora_A.t(), scale, target, False, keep_bits, inv_keep)
+        S = _shrink(x, lora_A.t(), scale, target, scale_u=False, **dropping)
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
         _add(y, S, lora_B.t(), scale, target, base=_inner_contiguous(base), like=x)
         return y, S
@@ -69,7 +67,7 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     if strategy == "single_pass":
         return _single_pass(x, weight.t(), lora_A.t(), lora_B.t(), scale, target, bias=bias)
-    S = _shrink(x, lora_A.t(), scale, target, False, keep_bits, inv_keep)
+    S = _shrink(x, lora_A.t(), scale, target, scale_u=False, **dropping)
     if strategy == "seeded":
         y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
         _add(y, S, lora_B.t(), scale, target, bias=bias)
@@ -157,8 +155,17 @@ def _adapter_gradients(operands: BackwardOperands, G, dA, dB, target, tickets) -
 
 
 def _shrink(
-    p, q, scale, target, scale_u=True, keep_bits=None, inv_keep=1.0, tickets=None
+    p,
+    q,
+    scale,
+    target,
+    scale_u=True,
+    keep_bits=None,
+    seed=None,
+    keep_count=1 << DIGITS,
+    tickets=None,
 ) -> Tensor:
+    """``scale · D(p) q``; with a seed ``keep_bits`` are written."""
     M, L = p.shape
     R = q.shape[1]
     u = _rank_matrix(M, R, p)
@@ -167,7 +174,8 @@ def _shrink(
     )
     shrink(
         u, p, q.to(p.dtype), scale, config,
-        scale_u=scale_u, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
+        scale_u=scale_u, keep_bits=keep_bits, seed=seed, keep_count=keep_count,
+        inv_keep=(1 << DIGITS) / keep_count, input_precision=_precision(p),
         tickets=_enough(tickets, config.blocks(M, R, R)),
     )  # fmt: skip
     return u

@@ -73,7 +73,8 @@ class _Recorder:
                 self.regions.append(_Region(name, base, shape, strides))
 
     def access(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, kind: str) -> None:
-        addresses = pointers[np.broadcast_to(mask, pointers.shape)].reshape(-1).astype(np.uint64)
+        mask = np.broadcast_to(np.asarray(mask, bool), pointers.shape)  # it may be of integers
+        addresses = pointers[mask].reshape(-1).astype(np.uint64)
         for region in self.regions:
             if region.itemsize != itemsize or not addresses.size:
                 continue

@@ -76,6 +76,42 @@ def test_shrink(case, scale_u):
     check(u, (0.7 if scale_u else 1.0) * (p.double() * mask) @ q.double(), FP32)
 
 
+# M, L, R, dtype, splits, step, descriptors, most columns of a program, keep count
+SEEDED = [
+    (63, 256, 16, BF16, 1, 128, False, 256, 58_982),
+    (17, 123, 4, BF16, 1, 256, False, 256, 1),
+    (37, 1000, 300, FP16, 3, 128, False, 128, 45_000),
+    (1, 17, 1, FP32, 1, 128, False, 256, 32_768),
+    (40, 520, 40, FP32, 2, 256, True, 32, 65_535),
+    (33, 130, 8, FP16, 2, 64, False, 256, 58_982),  # the mask by a launch of its own
+]
+
+
+@pytest.mark.parametrize("case", SEEDED, ids=str)
+def test_shrink_makes_the_mask(case):
+    """The mask equals PyTorch's, padding included, and the result that of the given mask."""
+    M, L, R, dtype, splits, step, descriptors, most, keep = case
+    p, q, seed = rand(M, L, dtype=dtype), rand(L, R, dtype=dtype), torch.tensor(1234567)
+    config = ShrinkConfig(
+        4, 2, descriptors, block_m=16, block_l=step, splits=splits, max_block_r=most
+    )
+    expected = dropout.make_keep_bits(seed, M, L, keep)
+    made, inv_keep = dropout.empty_keep_bits(M, L, seed.device), dropout.KEEP_ALL / keep
+    u, of_given = torch.empty(M, R), torch.empty(M, R)
+    p[dropped(expected, L)] = float("nan")
+    masking = {"scale_u": False, "inv_keep": inv_keep}
+    seeded = {"seed": seed, "keep_count": keep, "digits": DIGITS}
+    shrink(u, p, q, SCALE, config, keep_bits=made, **seeded, **masking)
+    assert torch.equal(made, expected)
+    shrink(of_given, p, q, SCALE, config, keep_bits=expected, **masking)
+    assert torch.equal(u, of_given)
+    check(u, p.double().nan_to_num() @ q.double() * inv_keep, FP32)
+
+
+def dropped(keep_bits, columns):
+    return dropout.keep_mask(keep_bits, columns, torch.float32) == 0
+
+
 # M, N, L, R, dtype, adapter dtype, descriptors, transposed, masked, bias
 GEMM = [
     (96, 80, 128, 16, BF16, BF16, True, True, False, True),

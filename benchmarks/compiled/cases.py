@@ -97,6 +97,8 @@ class Case:
                 mask["scale_u"] = True
                 return lambda: single_pass(x, u, dy, weight, z, A, scale, config, **mask)
             case "shrink", "S":
+                if self.masked:
+                    mask |= {"seed": torch.tensor(1), "keep_count": 58_982}
                 return lambda: shrink(u, x, A.to(dtype).t(), scale, config, scale_u=False, **mask)
             case "shrink", "G":
                 return lambda: shrink(u, dy, B.to(dtype), scale, config)

@@ -166,23 +166,31 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
     config = select_config.shrink_config(target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned)
     _, splits = split_evenly(c.L, config.splits, config.block_l)
     reads = {"p": c.M * c.L * c.itemsize, "q": c.L * c.R * c.itemsize}
+    kernels, written, integers = _cast(c.L * c.R, c), {"u": c.M * c.R * c.itemsize}, 0.0
+    rank_blocks = cdiv(c.R, config.block_r(c.R))
     if c.masked == "operand":
-        reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
+        mask = dropout_mask(c.M, c.L)
+        if config.makes_mask:
+            reads |= mask.reads
+            written |= mask.writes
+            integers = mask.integers * rank_blocks
+        else:
+            kernels.append(mask)
+            reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
     flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
     loads = {
-        "p": reads["p"] * cdiv(c.R, config.block_r(c.R)),
+        "p": reads["p"] * rank_blocks,
         "q": reads["q"] * cdiv(c.M, config.block_m),
     }
-    kernels = _cast(c.L * c.R, c)
     reads |= _scale(True)
-    written = {"u": c.M * c.R * c.itemsize}
     if splits > 1:
         parts = _parts(splits, c.M * c.R, tickets := config.blocks(c.M, c.R, c.R))
         reads["parts"] = parts["parts"]
         written |= parts
         if not c.backward or c.M <= MIN_SPLIT_ROWS:  # else backward has tickets for all its kernels
             kernels.append(_torch("zeros", {}, {"tickets": 4 * tickets}))
-    return [*kernels, Kernel("shrink", reads, written, flops, loads=loads)]
+    kernel = Kernel("shrink", reads, written, flops, loads=loads, integers=integers)
+    return [*kernels, kernel]
 
 
 def lora_gemm(device: Device, c: Product) -> Kernel:
@@ -301,10 +309,14 @@ def product(
 
 
 def torch_operators(device: Device, c: Product) -> list[Kernel]:
-    """The kernels of one direction in PyTorch only, as ``ops/torch_impl.py`` runs it on a GPU."""
+    """The kernels of one direction in PyTorch, as ``ops/torch_impl.py`` runs it on a GPU.
+
+    Triton computes the mask.
+    """
     operand, thin, out = (size * c.itemsize for size in (c.M * c.L, c.M * c.R, c.M * c.N))
     kernels = _cast(c.L * c.R, c)
     if c.masked == "operand":
+        kernels.insert(0, dropout_mask(c.M, c.L))
         kernels += _expanded_mask(c.M, c.L, c.itemsize)
         kernels.append(_torch("mul_", {"mask": operand, "p": operand}, {"p": operand}))
     adapter = {"p": operand, "q": c.L * c.R * c.itemsize}
@@ -361,8 +373,7 @@ def thin_pair(device: Device, c: Product) -> list[Kernel] | None:
 def direction(device: Device, strategy: str, c: Product) -> list[Kernel]:
     """All kernels of a forward, or of a backward with ``dA`` and ``dB``."""
     if not c.backward:
-        mask = [dropout_mask(c.M, c.L)] if c.masked else []
-        return mask + product(device, strategy, c)
+        return product(device, strategy, c)
     pair = None if strategy in ("torch", "single_pass") else thin_pair(device, c)
     if pair is None:
         kernels = product(device, strategy, c) + _rank_gradients(device, strategy, c)
