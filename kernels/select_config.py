@@ -36,6 +36,23 @@ SHARED_BYTES = {
     "gfx950": 163_840,
 }
 DEFAULT_SHARED_BYTES = 65_536  # other gfx9 GPUs; also the smallest of any GPU Triton supports
+# Assumptions of :func:`shrink_cost`, to be replaced by measurement.
+L2_COST = 0.5  # of a byte from the L2 cache; 1 from memory
+RESIDENT_WARPS = 8  # per SM, with 255 registers per thread
+# Bytes in flight per SM that use the memory's whole rate: 1.3 µs of it (data sheets).
+BYTES_IN_FLIGHT = {
+    "sm_80": 24_576,
+    "sm_86": 12_288,
+    "sm_89": 8_192,
+    "sm_90": 32_768,
+    "sm_100": 65_536,
+    "sm_120": 12_288,
+    "gfx90a": 20_480,
+    "gfx942": 24_576,
+    "gfx950": 40_960,
+}
+DEFAULT_BYTES_IN_FLIGHT = 16_384
+MOST_WAVES = 4  # programs per SM that a split aims at
 INTERPRETER = Target("interpreter", sms=4, shared_bytes=1 << 30)
 
 
@@ -160,25 +177,51 @@ def shrink_candidates(
 def shrink_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> ShrinkConfig:
-    """The tile and splits of ``shrink`` for ``P (M, L)``.
-
-    There are enough programs to fill the GPU, as far as the cap on partial sums allows.
+    """The tile and splits of ``shrink`` for ``P (M, L)``: the cheapest by :func:`shrink_cost`.
 
     Args:
         describable: whether a tensor descriptor can address the rows of P (16-byte alignment).
     """
     candidates = shrink_candidates(target, itemsize, rank, describable=describable)
     split = [split_shrink(config, target, itemsize, M, L, rank) for config in candidates]
-    return _choose(split, target, M, rank, rank)
+    return min(split, key=lambda c: shrink_cost(c, target, itemsize, M, L, rank))
 
 
 def split_shrink(
     config: ShrinkConfig, target: Target, itemsize: int, M: int, L: int, rank: int
 ) -> ShrinkConfig:
-    """``config``, split along the contraction for two programs per SM of at least four steps."""
-    wanted = cdiv(2 * target.sms, cdiv(M, config.block_m))
-    wanted = min(wanted, cdiv(L, 4 * config.block_l))
-    return replace(config, splits=_capped(wanted, itemsize * L, rank))
+    """``config`` with its contraction split as :func:`shrink_cost` prefers, at least four steps."""
+    blocks = config.blocks(M, rank, rank)
+    wanted = {1} | {max(1, waves * target.sms // blocks) for waves in range(1, MOST_WAVES + 1)}
+    most = cdiv(L, 4 * config.block_l)
+    options = {_capped(min(splits, most), itemsize * L, rank) for splits in wanted}
+    split = [replace(config, splits=splits) for splits in sorted(options)]
+    return min(split, key=lambda c: shrink_cost(c, target, itemsize, M, L, rank))
+
+
+def shrink_cost(
+    config: ShrinkConfig, target: Target, itemsize: int, M: int, L: int, rank: int
+) -> float:
+    """Bytes that ``shrink`` moves, over the share of the memory's rate that it can use.
+
+    P comes from memory once; Q for every block of rows, and P again for every further block of
+    columns, from the L2 cache. The rate is that of the SMs that have work, and less if too few
+    bytes are in flight on each.
+    """
+    rows, columns = config.tile(rank)
+    blocks = config.blocks(M, rank, rank)
+    again = L2_COST * itemsize * L * (cdiv(M, rows) * rank + (cdiv(rank, columns) - 1) * M)
+    parts = 8 * M * rank * config.splits if config.splits > 1 else 0
+    waves = cdiv(blocks * config.splits, target.sms)
+    resident = min(
+        waves,
+        max(1, target.shared_bytes // config.shared_bytes(itemsize, rank)),
+        max(1, RESIDENT_WARPS // config.num_warps),
+    )
+    in_flight = max(1, config.num_stages - 1) * rows * config.block_l * itemsize * resident
+    wanted = BYTES_IN_FLIGHT.get(target.arch, DEFAULT_BYTES_IN_FLIGHT)
+    used = blocks * config.splits / (waves * target.sms) * min(1.0, in_flight / wanted)
+    return (itemsize * M * L + again + parts) / used
 
 
 def rank_grad_candidates(
