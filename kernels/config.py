@@ -160,10 +160,11 @@ class ShrinkConfig(Config):
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound on the bytes of shared memory that a thread block's tiles take."""
-        block_r = self.block_r(rank)
-        loop = self.num_stages * (self.block_m + block_r) * self.block_l * itemsize
+        # Without dropout the product reads P there. With dropout a copied step is masked in
+        # registers, so there is a buffer less, but the masked step changes its layout there.
+        rows = max(2, self.num_stages) * self.block_m + self.num_stages * self.block_r(rank)
         keep_bits = self.num_stages * self.block_m * cdiv(self.block_l, 32) * 4
-        return loop + keep_bits + self.block_m * self.block_l * max(itemsize, 4)
+        return rows * self.block_l * itemsize + keep_bits
 
 
 @dataclass(frozen=True)

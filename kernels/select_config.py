@@ -39,12 +39,26 @@ SHARED_BYTES = {
     "sm_120": 101_376,
     "gfx950": 163_840,
 }
-# What a kernel that streams one operand needs to reach the bandwidth of DRAM: bytes in flight per
-# SM, by Little's law (3.35 TB/s for 0.7 µs on an H100's 132 SMs), and a share of the SMs. The share
-# is an assumption: an SM can load several times its own part of the bandwidth.
-BYTES_IN_FLIGHT = 18_432
-STREAMING_SMS = 0.7
 DEFAULT_SHARED_BYTES = 65_536  # other gfx9 GPUs; also the smallest of any GPU Triton supports
+# What a kernel that streams one operand needs to reach the bandwidth of memory. Bytes in flight per
+# SM, by Little's law: 0.7 µs of the data sheets' bandwidth. And a share of the SMs, since an SM can
+# load several times its own part. Like the next two, these are assumptions until measured.
+BYTES_IN_FLIGHT = {
+    "sm_80": 13_200,
+    "sm_86": 8_000,
+    "sm_89": 5_500,
+    "sm_90": 17_800,
+    "sm_100": 37_800,
+    "sm_120": 7_400,
+    "gfx90a": 10_800,
+    "gfx942": 12_200,
+    "gfx950": 21_900,
+}
+DEFAULT_BYTES_IN_FLIGHT = 10_000
+STREAMING_SMS = 0.7
+L2_COST = 0.5  # of a byte that is loaded again, from the L2 cache; 1 from memory
+RESIDENT_WARPS = 8  # per SM, with 255 registers per thread
+PROGRAMS_PER_SM = (STREAMING_SMS, 1, 1.5, 2, 3, 4)  # that a split aims at
 INTERPRETER = Target("interpreter", sms=4, shared_bytes=1 << 30)
 
 
@@ -169,25 +183,39 @@ def shrink_candidates(
 def shrink_config(
     target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
 ) -> ShrinkConfig:
-    """The tile and splits of ``shrink`` for ``P (M, L)``.
-
-    There are enough programs to fill the GPU, as far as the cap on partial sums allows.
+    """The tile and splits of ``shrink`` for ``P (M, L)`` with the least :func:`shrink_cost`.
 
     Args:
         describable: whether a tensor descriptor can address the rows of P (16-byte alignment).
     """
     candidates = shrink_candidates(target, itemsize, rank, describable=describable)
     split = [split_shrink(config, target, itemsize, M, L, rank) for config in candidates]
-    return _choose(split, target, M, rank, rank)
+    return min(split, key=lambda config: shrink_cost(config, target, itemsize, M, L, rank))
 
 
 def split_shrink(
     config: ShrinkConfig, target: Target, itemsize: int, M: int, L: int, rank: int
 ) -> ShrinkConfig:
-    """``config``, split along the contraction for two programs per SM of at least four steps."""
-    wanted = cdiv(2 * target.sms, cdiv(M, config.block_m))
-    wanted = min(wanted, cdiv(L, 4 * config.block_l))
-    return replace(config, splits=_capped(wanted, itemsize * L, rank))
+    """``config`` with the cheapest number of splits, each of at least four steps."""
+    most = min(cdiv(L, 4 * config.block_l), _capped(itemsize * L, rank))
+    return min(
+        _splits(config, target, config.blocks(M, rank, rank), most),
+        key=lambda split: shrink_cost(split, target, itemsize, M, L, rank),
+    )
+
+
+def shrink_cost(
+    config: ShrinkConfig, target: Target, itemsize: int, M: int, L: int, rank: int
+) -> float:
+    """Bytes that ``shrink`` moves, over the share of memory's bandwidth that it reaches.
+
+    Every block of rows loads Q, and every block of ranks loads P.
+    """
+    rows, ranks = config.tile(rank)
+    again = itemsize * L * ((cdiv(rank, ranks) - 1) * M + cdiv(M, rows) * rank)
+    moved = itemsize * M * L + L2_COST * again + _partials(config, M, rank)
+    in_flight = _in_flight(config, itemsize * rows * config.block_l)
+    return moved / _reached(config, target, itemsize, rank, config.blocks(M, rank, rank), in_flight)
 
 
 def rank_grad_candidates(
@@ -217,44 +245,58 @@ def rank_grad_config(
     return min(split, key=lambda config: rank_grad_cost(config, target, itemsize, M, L, rank))
 
 
-def rank_grad_cost(
-    config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
-) -> float:
-    """The bytes that SMs load and store, over the share of DRAM's bandwidth that is reached."""
-    columns, rank_blocks = cdiv(L, config.block_l), cdiv(rank, config.block_r(rank))
-    # Every block of ranks reads P, every block of columns reads U.
-    moved = itemsize * M * (L * rank_blocks + rank * columns) + _partials(config, L, rank)
-    step = config.block_m * (config.block_l + config.block_r(rank)) * itemsize
-    return _stream_cost(config, target, step, columns * rank_blocks, moved)
-
-
 def split_rank_grad(
     config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
 ) -> RankGradConfig:
-    """``config`` with the rows split for enough programs, each of at least MIN_SPLIT_ROWS."""
-    step = config.block_m * (config.block_l + config.block_r(rank)) * itemsize
-    blocks = cdiv(L, config.block_l) * cdiv(rank, config.block_r(rank))
-    wanted = min(round(_programs(config, target, step) / blocks), cdiv(M, MIN_SPLIT_ROWS))
-    return replace(config, splits=_capped(wanted, itemsize * M, rank))
+    """``config`` with the cheapest number of splits, each of at least MIN_SPLIT_ROWS."""
+    most = min(cdiv(M, MIN_SPLIT_ROWS), _capped(itemsize * M, rank))
+    return min(
+        _splits(config, target, config.blocks(rank, L, rank), most),
+        key=lambda split: rank_grad_cost(split, target, itemsize, M, L, rank),
+    )
 
 
-def _programs(config: Config, target: Target, step: int) -> float:
-    """How many programs, each loading ``step`` bytes per stage, reach the bandwidth of DRAM."""
-    in_flight = max(1, config.num_stages - 1) * step
-    return target.sms * max(STREAMING_SMS, BYTES_IN_FLIGHT / in_flight)
+def rank_grad_cost(
+    config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
+) -> float:
+    """Bytes that ``rank_grad`` moves, over the share of memory's bandwidth that it reaches.
 
-
-def _stream_cost(config: Config, target: Target, step: int, blocks: int, moved: int) -> float:
-    """Bytes ``moved``, over the share of DRAM's bandwidth that ``splits`` times ``blocks`` reach.
-
-    For kernels that read one large operand and are bound by bandwidth.
+    Every block of ranks loads P, and every block of columns loads U.
     """
-    return moved / min(1.0, config.splits * blocks / _programs(config, target, step))
+    ranks, columns = config.tile(rank)
+    again = itemsize * M * ((cdiv(rank, ranks) - 1) * L + cdiv(L, columns) * rank)
+    moved = itemsize * M * L + L2_COST * again + _partials(config, L, rank)
+    in_flight = _in_flight(config, itemsize * config.block_m * (columns + ranks))
+    return moved / _reached(config, target, itemsize, rank, config.blocks(rank, L, rank), in_flight)
 
 
-def _partials(config: Config, columns: int, rank: int) -> int:
-    """Bytes of the partial sums, written and read in fp32."""
-    return 8 * config.splits * columns * rank if config.splits > 1 else 0
+def _splits(config: Config, target: Target, blocks: int, most: int) -> list[Config]:
+    """``config`` with every number of splits worth considering, from 1 to ``most``."""
+    wanted = {round(share * target.sms / blocks) for share in PROGRAMS_PER_SM}
+    return [replace(config, splits=max(1, min(n, most))) for n in sorted(wanted | {1})]
+
+
+def _in_flight(config: Config, step: int) -> int:
+    """Bytes that a program has requested at any time; each stage but one loads ``step``."""
+    return max(1, config.num_stages - 1) * step
+
+
+def _reached(
+    config: Config, target: Target, itemsize: int, rank: int, blocks: int, in_flight: int
+) -> float:
+    """The share of memory's bandwidth that ``splits`` times ``blocks`` programs reach."""
+    by_shared = target.shared_bytes // config.shared_bytes(itemsize, rank)
+    slots = target.sms * max(1, min(by_shared, RESIDENT_WARPS // config.num_warps))
+    programs = config.splits * blocks
+    running, waves = min(programs, slots), cdiv(programs, slots)
+    needed = target.sms * BYTES_IN_FLIGHT.get(target.arch, DEFAULT_BYTES_IN_FLIGHT)
+    reached = min(1.0, running / (STREAMING_SMS * target.sms), running * in_flight / needed)
+    return reached * programs / (waves * running)
+
+
+def _partials(config: Config, width: int, rank: int) -> int:
+    """Bytes of the partial sums, written and read in fp32, of a result of ``width`` by ``rank``."""
+    return 8 * config.splits * width * rank if config.splits > 1 else 0
 
 
 def thin_pair_candidates(target: Target, itemsize: int, rank: int) -> list[ThinPairConfig]:
@@ -279,26 +321,27 @@ def thin_pair_config(
     Args:
         describable: as for :func:`shrink_config`.
     """
+    candidates = thin_pair_candidates(target, itemsize, rank) if describable else []
     options = []
-    for config in thin_pair_candidates(target, itemsize, rank) if describable else ():
+    for config in candidates:
         blocks = cdiv(L, config.block_l)
-        step = config.block_m * (config.block_l + config.block_r(rank)) * itemsize
-        wanted = min(round(_programs(config, target, step) / blocks), cdiv(M, config.block_m))
-        config = replace(config, splits=max(1, wanted))
-        _, splits = split_evenly(M, config.splits, config.block_m)
-        partial = 8 * rank * (blocks * M + splits * L)  # written and read in fp32
-        if partial < itemsize * M * L:
-            moved = itemsize * M * (L + rank * blocks) + partial
-            options.append((_stream_cost(config, target, step, blocks, moved), config))
+        in_flight = _in_flight(config, itemsize * config.block_m * (config.block_l + rank))
+        for split in _splits(config, target, blocks, cdiv(M, config.block_m)):
+            _, splits = split_evenly(M, split.splits, split.block_m)
+            partial = 8 * rank * (blocks * M + splits * L)  # written and read in fp32
+            if partial < itemsize * M * L:
+                moved = itemsize * M * (L + L2_COST * rank * blocks) + partial
+                reached = _reached(split, target, itemsize, rank, blocks, in_flight)
+                options.append((moved / reached, split))
     return min(options, key=lambda option: option[0], default=(0, None))[1]
 
 
-def _capped(wanted: int, bytes_per_row: int, rank: int) -> int:
-    """``wanted`` splits, or as many whose partial sums are at most a quarter of P's bytes.
+def _capped(bytes_per_row: int, rank: int) -> int:
+    """The most splits whose partial sums are at most a quarter of P's bytes.
 
     A partial sum is written and read in fp32: 8 bytes per element, hence 32 for a quarter.
     """
-    return max(1, min(wanted, bytes_per_row // (32 * rank)))
+    return max(1, bytes_per_row // (32 * rank))
 
 
 def single_pass_candidates(

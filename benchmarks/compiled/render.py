@@ -25,13 +25,14 @@ CHOOSES_CASES = ("select_config.py", "tile_tables.py", "sweep.py", "search.py", 
 
 
 def describe(config: Config | None) -> str:
-    """A config in short: block, warps ``w``, stages ``s``; ``p`` for persistent, descriptors."""
+    """A config in short: block, warps ``w``, stages ``s``, ``p`` for descriptors, ``/`` splits."""
     if config is None:
         return "-"
     names = ("block_m", "block_n", "block_l", "max_block_r")
     sizes = "x".join(str(getattr(config, name)) for name in names if hasattr(config, name))
     flag = " p" if config.descriptors else ""
-    return f"{sizes} w{config.num_warps} s{config.num_stages}{flag}"
+    split = f" /{config.splits}" if config.splits > 1 else ""
+    return f"{sizes} w{config.num_warps} s{config.num_stages}{flag}{split}"
 
 
 def table(rows: Iterable[tuple[Case, Row]]) -> str:

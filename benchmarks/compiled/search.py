@@ -37,6 +37,11 @@ PROBES = {
     "shrink": ("S", (16, 64, 256)),
     "rank_grad": ("dA", (16, 64, 256)),
 }
+# How their reductions are split, and what they then cost.
+STREAMING = {
+    "shrink": (select_config.split_shrink, select_config.shrink_cost),
+    "rank_grad": (select_config.split_rank_grad, select_config.rank_grad_cost),
+}
 
 
 def cases(arch: str, kernel: str, dtype: str, rows: str) -> list[Case]:
@@ -91,17 +96,15 @@ def _tiles(arch: str, kernel: str, itemsize: int, narrow: bool) -> Iterator[Conf
 def score(case: Case, row: Row, shape: tuple[int, int]) -> float:
     """A candidate's score; 0 if it has a fault.
 
-    Product share times intensity times fill; for ``rank_grad``, the bytes of P over its cost.
+    Product share times intensity times fill; for kernels that stream P, its bytes over their cost.
     """
     if row.faults:
         return 0.0
     (rows, columns), config, target = shape, case.config, limits.target(case.arch)
     split = target, DTYPES[case.dtype].itemsize, rows, columns, case.rank
-    if case.kernel == "shrink":
-        config, columns = select_config.split_shrink(config, *split), case.rank
-    elif case.kernel == "rank_grad":
-        config = select_config.split_rank_grad(config, *split)
-        return split[1] * rows * columns / select_config.rank_grad_cost(config, *split)
+    if case.kernel in STREAMING:
+        divide, cost = STREAMING[case.kernel]
+        return split[1] * rows * columns / cost(divide(config, *split), *split)
     filled = select_config.fill(config, target, rows, columns, case.rank)
     return row.share * select_config.intensity(config, case.rank) * filled
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 
 from fused_lora.kernels import select_config
@@ -14,6 +15,7 @@ from .cases import DTYPES, MASKED, PRODUCTS, SIZES, Case
 ARCHS = tuple(limits.LIMITS)
 RANKS = (8, 16, 32, 64, 128, 256)
 VECTOR_RANKS = (16, 64)  # for rows that end within a block: the code hardly depends on the rank
+SPLIT = ("shrink", "rank_grad")  # kernels whose reduction may be split over programs
 THIN = ("dropout_mask", "sum_pair")  # kernels without a config and without a product
 
 SLICE_ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -64,14 +66,18 @@ def full(
             for masked in dropout:
                 if not masked or (kernel, made) in MASKED:
                     yield Case(arch, kernel, made, dtype, rank, rows, masked, config)
+                    if kernel in SPLIT and rows == "even":
+                        split = replace(config, splits=2)
+                        yield Case(arch, kernel, made, dtype, rank, rows, masked, split)
 
 
 def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
-    """Every shipped config for the calls in SLICE, with the product that needs most registers."""
+    """Every shipped config for the calls in SLICE, as the variant that needs most registers."""
     for arch, kernel, (dtype, rows, rank) in product(archs, PRODUCTS, SLICE):
         if kernel in THIN and rows != "vector":
             continue
         made = next((p for p in PRODUCTS[kernel] if (kernel, p) in MASKED), PRODUCTS[kernel][0])
         rank = min(rank, SINGLE_PASS_MAX_RANK) if kernel == "single_pass" else rank
         for config in shipped(arch, kernel, dtype, rank, rows):
+            config = replace(config, splits=2) if kernel in SPLIT else config
             yield Case(arch, kernel, made, dtype, rank, rows, (kernel, made) in MASKED, config)
