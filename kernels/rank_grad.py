@@ -3,8 +3,8 @@
     O = s · Uᵀ D(P)        U (M,R)   P (M,L)   O (R,L)
 
 ``dA``, without s, from U = G, P = x and the keep bits; ``dBᵀ`` from U = S, P = dY. The kernel is
-bound by memory bandwidth: one read of P. The rows may be split over programs; the
-last program to arrive adds the partial sums in a fixed order, so results are bitwise reproducible.
+bound by memory bandwidth: one read of P. The rows may be split over programs; the last program to
+arrive adds the partial sums in a fixed order, so results are bitwise reproducible.
 """
 
 import torch

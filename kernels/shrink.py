@@ -2,10 +2,10 @@
 
     U = s · D(P) Q        P (M,L)   Q (L,R)   U (M,R)
 
-Forward: ``S``, without s, from P = x, Q = Aᵀ and the keep bits. Backward: ``G`` from P = dY, Q = B.
-The kernel is bound by memory bandwidth: one read of P. The contraction may be split over programs;
-the last program to arrive adds the partial sums in a fixed order, so results are bitwise
-reproducible.
+Forward: ``S``, without s, from P = x, Q = Aᵀ and the keep bits, which are computed here from a seed
+if they are not given. Backward: ``G`` from P = dY, Q = B. The kernel is bound by memory bandwidth:
+one read of P. The contraction may be split over programs; the last program to arrive adds the
+partial sums in a fixed order, so results are bitwise reproducible.
 """
 
 import torch
@@ -98,7 +98,7 @@ def _shrink(
     rows = offs_m[:, None] < M
     cols = offs_r[None, :] < R
     if DIGITS:
-        seed = tl.load(seed_ptr)
+        seed = tl.load(seed_ptr)  # inside the loop it would be copied ahead in every step
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     # A split is a whole number of blocks, so only the last block of L may need a mask along L.
     for start in range(first_l, last_l, BLOCK_L):

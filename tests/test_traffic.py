@@ -114,6 +114,7 @@ RECORDED = [
     (130, 65, 129, 100, FP16, FP32, "split", True),
     (65, 64, 63, 200, FP32, FP32, "addmm", True),
     (300, 17, 33, 1, FP32, FP32, "split", False),
+    (17, 1040, 24, 8, BF16, BF16, "split", True),
     (64, 128, 192, 16, BF16, BF16, "addmm", False),
     (63, 600, 80, 8, BF16, FP32, "seeded", True),
     (600, 100, 304, 8, BF16, FP32, "seeded", True),
