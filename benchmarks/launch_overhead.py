@@ -1,7 +1,7 @@
 """Host time of launches and of small layers: ``python benchmarks/launch_overhead.py``.
 
 First, microseconds per launch: with Triton's own look-up ("plain"), and repeated by
-``kernels/launch.py``; "step" is the eleven launches of a training step with dropout. The driver is
+``kernels/launch.py``; "step" is the six launches of a training step with dropout. The driver is
 a stub that runs nothing: no GPU is needed and nothing is compiled. With ``--launcher`` only the
 driver is a stub: Triton compiles, and launches through its function in C (needs gcc).
 
@@ -40,7 +40,7 @@ import fused_lora
 from fused_lora import fused_lora_linear
 from fused_lora.kernels import launch
 
-STEP = "step, 11 launches"
+STEP = "step, 6 launches"
 LAUNCH_TARGET = 8.0  # µs
 STEP_TARGET = 45.0
 PEFT_TARGET = 0.85  # of PEFT's time
@@ -89,9 +89,13 @@ def launches(seconds: float) -> bool:
 
 def step() -> Callable[[], None]:
     """The launches of a training step with dropout, two of them with three descriptors each."""
-    thin = [launch_cases.thin(M=M, K=256, splits=2) for M in (300, 304)]
-    gemms = [launch_cases.gemm(keep_bits=masked, descriptors=True) for masked in (False, True)]
-    runs = launch_cases.mask(32_768), thin[0], gemms[0], thin[1], gemms[1]
+    runs = (
+        launch_cases.masked_shrink(),
+        launch_cases.gemm(descriptors=True),
+        launch_cases.pair(),
+        launch_cases.gemm(keep_bits=True, descriptors=True),
+        launch_cases.gradient(),
+    )
 
     def run():
         for launches in runs:

@@ -33,12 +33,14 @@ from fused_lora.kernels.config import (
     RankGradConfig,
     ShrinkConfig,
     SinglePassConfig,
+    ThinPairConfig,
 )
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
+from fused_lora.kernels.thin_pair import thin_pair
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 launched: list[tuple] = []  # (binary, grid, stream, metadata, arguments)
@@ -178,6 +180,31 @@ def thin(M=64, K=64, R=16, splits=1, *, p=None):
     return both
 
 
+def masked_shrink(M=304, K=256, R=16):
+    """A launch of ``shrink`` that makes the mask."""
+    u, p, q, scale = view(M, R), view(M, K), view(K, R), torch.ones(())
+    keep_bits, seed = view(M, K // 32, torch.int32), torch.zeros((), dtype=torch.int64)
+    config = the(ShrinkConfig, 4, 2, block_m=16, block_l=128)
+    masking = {"keep_bits": keep_bits, "inv_keep": 2.0, "seed": seed, "keep_count": 32_768}
+    return lambda: shrink(u, p, q, scale, config, scale_u=False, **masking)
+
+
+def pair(M=304, N=256, R=16):
+    """Launches of ``thin_pair``: the partial sums, and their sum, which clears tickets."""
+    tensors = view(M, R), view(N, R, FP32), view(M, N), view(N, R), view(M, R), torch.ones(())
+    config, tickets = the(ThinPairConfig, 4, 2, splits=2), torch.ones(64, dtype=torch.int32)
+    return lambda: thin_pair(*tensors, config, tickets=tickets)
+
+
+def gradient(M=304, K=256, R=16):
+    """A launch of ``rank_grad`` with dropout and split rows."""
+    o, u, p, keep_bits = view(R, K, FP32), view(M, R), view(M, K), view(M, K // 32, torch.int32)
+    config = the(RankGradConfig, 4, 2, block_m=16, block_l=64, splits=2)
+    options = {"keep_bits": keep_bits, "inv_keep": 2.0}
+    tickets = torch.zeros(config.blocks(R, K, R), dtype=torch.int32)
+    return lambda: rank_grad(o, u, p, None, config, **options, tickets=tickets)
+
+
 def single(M=16, K=64, N=64, R=16, descriptors=False):
     """A launch of ``single_pass``."""
     tensors = view(M, N), view(M, R, FP32), view(M, K), view(N, K).t(), view(K, R), view(R, N)
@@ -222,6 +249,10 @@ def cases(arch: str, folder: str) -> dict[str, object]:
         "dot dtype": add(dot_dtype=FP16),
         "thin": thin(),
         "thin, split": thin(M=300, K=256, splits=2),
+        "shrink with a mask": masked_shrink(),
+        "pair": pair(),
+        "pair, another width": pair(N=248),
+        "gradient with a mask": gradient(),
         "thin, off 16 bytes": thin(p=view(64, 64, offset=1)),
         "single pass": single(),
         "mask": mask(32_768),

@@ -77,7 +77,7 @@ def test_numerics_are_the_tests_of_the_kernels():
     select = f"test_shrink or test_repeats_bitwise[split-0.0] or ({in_the_sweep})"
     (row,) = steps.numerics(Cpu(), FOREVER, select)
     assert row["passed"]
-    assert row["tests"] == {"passed": 15, "failed": 0, "near": 0, "skipped": 0}
+    assert row["tests"] == {"passed": 21, "failed": 0, "near": 0, "skipped": 0}
 
 
 def test_numerics_that_select_nothing_fail():

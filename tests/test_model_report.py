@@ -16,6 +16,10 @@ COMMITTED = {
         *("--gpu", "h100", "--model", "square", "llama3-8b", "--tokens", "8192"),
         *("--rank", "8", "16", "32", "64", "128", "256"),
     ],
+    "overhead.txt": [
+        *("--overhead", "--gpu", "a100", "h100", "h200", "rtx4090", "mi300x"),
+        *("--model", "square", "--tokens", "8192", "--dropout", "0.1", "--rank", "16", "64", "128"),
+    ],
 }
 
 
@@ -25,6 +29,16 @@ def test_the_committed_reports_are_what_is_printed(name, capsys):
     assert capsys.readouterr().out == (RESULTS / name).read_text(), (
         f"python benchmarks/model_report.py {' '.join(COMMITTED[name])} > {RESULTS / name}"
     )
+
+
+def test_a_step_on_an_h100_stays_within_its_passes_and_launches(capsys):
+    """With Triton's GEMM: 3.5 passes over x and 8 launches at most."""
+    model_report.main([*SMALL, "--overhead"])
+    rows = capsys.readouterr().out.splitlines()
+    (row,) = (line.split() for line in rows if line.startswith("4096") and "split" in line)
+    at = row.index("split")
+    assert float(row[at + 1]) <= 3.5
+    assert int(row[at + 2]) <= 8
 
 
 def test_every_figure_is_called_modelled(capsys):

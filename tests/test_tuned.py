@@ -240,8 +240,8 @@ def test_a_strategy_asked_for_is_the_one_that_runs(strategy, monkeypatch):
     from fused_lora.kernels import strategies
 
     ran, forward, backward = [], strategies.forward, strategies.backward
-    monkeypatch.setattr(strategies, "forward", lambda *a: ran.append(a[-1]) or forward(*a))
-    monkeypatch.setattr(strategies, "backward", lambda *a: ran.append(a[-1]) or backward(*a))
+    monkeypatch.setattr(strategies, "forward", lambda *a: ran.append(a[1]) or forward(*a))
+    monkeypatch.setattr(strategies, "backward", lambda *a: ran.append(a[1]) or backward(*a))
     inputs = make_inputs(5, 64, 48, 4, FP32)
     inputs["x"].requires_grad_()
     fused_lora_linear(**inputs, impl=f"triton:{strategy}").sum().backward()
@@ -258,5 +258,7 @@ def test_beside_a_base_there_is_no_strategy_to_refuse():
 
 def test_a_strategy_that_cannot_run_is_an_error():
     inputs = make_inputs(65, 64, 48, 4, FP32)
-    with pytest.raises(ValueError, match="expected split or addmm for forward float32 M128"):
+    with pytest.raises(
+        ValueError, match="expected split or seeded or addmm for forward float32 M128"
+    ):
         fused_lora_linear(**inputs, impl="triton:single_pass")
