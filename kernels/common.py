@@ -80,6 +80,25 @@ def load_keep_bits(
     """A tile's keep bits as (BLOCK_M, BLOCK_N) int32 of 0 and 1; 0 beyond the last row and word.
 
     Each word is loaded once and expanded by 32 shifts; one load per bit spills registers on sm_100.
+    Arguments as in :func:`load_keep_words`.
+    """
+    words = load_keep_words(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def load_keep_words(
+    keep_bits_ptr,
+    stride_keep_m,
+    first_m,
+    first_n,
+    M,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile's 32-bit words, (BLOCK_M, BLOCK_N / 32); 0 beyond the last row and word.
+
     ``first_n`` and ``BLOCK_N`` are multiples of 32; the row pitch is a multiple of 4 words.
     """
     tl.static_assert(BLOCK_N % 32 == 0, "a tile of keep bits is whole words")
@@ -87,13 +106,96 @@ def load_keep_bits(
     offs_m = first_m + tl.arange(0, BLOCK_M)
     # Rows are stored without gaps, so the row pitch is also the number of words per row.
     offs_w = first_n // 32 + tl.arange(0, BLOCK_N // 32)
-    keep_bits = tl.load(
+    return tl.load(
         keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_keep_m + offs_w[None, :],
         mask=(offs_m[:, None] < M) & (offs_w[None, :] < stride_keep_m),
         other=0,
     )
-    bits = (keep_bits[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(bits, (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def keep_entries(x, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``x (BLOCK_M, BLOCK_N)`` with zeros where the bit in the 32-bit ``words`` is 0.
+
+    Selected, not multiplied by zero: NaN and infinity at a dropped entry do not count.
+    """
+    if x.dtype.primitive_bitwidth == 16:
+        # Two entries at a time: a predicate per entry takes three times as many instructions.
+        low, high = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True), (BLOCK_M, BLOCK_N // 2, 2)))
+        pairs = low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+        bits = (words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]) & 0xFF
+        # Twice, 15 places apart: shifted by 2i, bits 0 and 16 are those of entries 2i and 2i + 1.
+        bits = tl.reshape(bits | (bits << 15), (BLOCK_M, BLOCK_N // 8))
+        bits = bits[:, :, None] >> (2 * tl.arange(0, 4))[None, None, :]
+        bits = (bits & 0x10001).to(tl.uint32) * 0xFFFF
+        pairs &= tl.reshape(bits, (BLOCK_M, BLOCK_N // 2))
+        halves = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16))
+        return tl.reshape(halves, (BLOCK_M, BLOCK_N)).to(x.dtype, bitcast=True)
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.where(tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0, x, 0.0)
+
+
+@triton.jit
+def _low_rank_pointers(
+    u_ptr,
+    v_ptr,
+    offs_m,
+    offs_n,
+    offs_r,
+    N,
+    R,
+    stride_um,
+    stride_vr,
+    stride_vn,
+    ALIGN_U: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
+):
+    """Pointers to a tile of U and one of V; N and R in forms that show their alignment."""
+    if ALIGN_U > 1:
+        stride_um = multiple(stride_um, ALIGN_U)
+        R = multiple(R, ALIGN_U)
+    if ALIGN_V:
+        if V_TRANSPOSED:
+            stride_vn = multiple(stride_vn, 8)
+            R = multiple(R, 8)
+        else:
+            stride_vr = multiple(stride_vr, 8)
+            N = multiple(N, 8)
+    u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
+    v_ptrs = (
+        v_ptr + offs_r.to(tl.int64)[:, None] * stride_vr + offs_n.to(tl.int64)[None, :] * stride_vn
+    )
+    return u_ptrs, v_ptrs, N, R
+
+
+@triton.jit
+def load_low_rank(
+    u_ptr,
+    v_ptr,
+    offs_m,
+    offs_n,
+    first_r,
+    M,
+    N,
+    R,
+    stride_um,
+    stride_vr,
+    stride_vn,
+    BLOCK_R: tl.constexpr,
+    ALIGN_U: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
+):
+    """A tile of U and one of V, of BLOCK_R ranks from ``first_r`` on; zeros outside."""
+    offs_r = first_r + tl.arange(0, BLOCK_R)
+    u_ptrs, v_ptrs, N, R = _low_rank_pointers(
+        u_ptr, v_ptr, offs_m, offs_n, offs_r, N, R, stride_um, stride_vr, stride_vn,
+        ALIGN_U, ALIGN_V, V_TRANSPOSED,
+    )  # fmt: skip
+    u = tl.load(u_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R), other=0.0)
+    v = tl.load(v_ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0)
+    return u, v
 
 
 @triton.jit
@@ -121,27 +223,20 @@ def add_low_rank(
 
     U and V may have any floating dtype; both are cast to DTYPE before the product.
     """
-    if ALIGN_U > 1:
-        stride_um = multiple(stride_um, ALIGN_U)
-        R = multiple(R, ALIGN_U)
-    if ALIGN_V:
-        if V_TRANSPOSED:
-            stride_vn = multiple(stride_vn, 8)
-            R = multiple(R, 8)
-        else:
-            stride_vr = multiple(stride_vr, 8)
-            N = multiple(N, 8)
-    offs_r = tl.arange(0, BLOCK_R)
-    u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
-    v_ptrs = (
-        v_ptr + offs_r.to(tl.int64)[:, None] * stride_vr + offs_n.to(tl.int64)[None, :] * stride_vn
-    )
     if CHUNKS == 1:
-        u = tl.load(u_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R), other=0.0)
-        v = tl.load(v_ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0)
+        u, v = load_low_rank(
+            u_ptr, v_ptr, offs_m, offs_n, 0, M, N, R, stride_um, stride_vr, stride_vn,
+            BLOCK_R, ALIGN_U, ALIGN_V, V_TRANSPOSED,
+        )  # fmt: skip
         # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
         acc = tl.dot(u.to(DTYPE), v.to(DTYPE), acc, input_precision=INPUT_PRECISION)
     else:
+        offs_r = tl.arange(0, BLOCK_R)
+        u_ptrs, v_ptrs, N, R = _low_rank_pointers(
+            u_ptr, v_ptr, offs_m, offs_n, offs_r, N, R, stride_um, stride_vr, stride_vn,
+            ALIGN_U, ALIGN_V, V_TRANSPOSED,
+        )  # fmt: skip
+        # Pointers advance: computed from the chunk's number, they take up to 60 registers more.
         for chunk in tl.range(0, CHUNKS, num_stages=2):
             rest = R - chunk * BLOCK_R
             u = tl.load(u_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < rest), other=0.0)
