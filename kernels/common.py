@@ -141,6 +141,69 @@ def keep_entries(x, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _low_rank_pointers(
+    u_ptr,
+    v_ptr,
+    offs_m,
+    offs_n,
+    offs_r,
+    N,
+    R,
+    stride_um,
+    stride_vr,
+    stride_vn,
+    ALIGN_U: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
+):
+    """Pointers to a tile of U and one of V; N and R in forms that show their alignment."""
+    if ALIGN_U > 1:
+        stride_um = multiple(stride_um, ALIGN_U)
+        R = multiple(R, ALIGN_U)
+    if ALIGN_V:
+        if V_TRANSPOSED:
+            stride_vn = multiple(stride_vn, 8)
+            R = multiple(R, 8)
+        else:
+            stride_vr = multiple(stride_vr, 8)
+            N = multiple(N, 8)
+    u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
+    v_ptrs = (
+        v_ptr + offs_r.to(tl.int64)[:, None] * stride_vr + offs_n.to(tl.int64)[None, :] * stride_vn
+    )
+    return u_ptrs, v_ptrs, N, R
+
+
+@triton.jit
+def load_low_rank(
+    u_ptr,
+    v_ptr,
+    offs_m,
+    offs_n,
+    first_r,
+    M,
+    N,
+    R,
+    stride_um,
+    stride_vr,
+    stride_vn,
+    BLOCK_R: tl.constexpr,
+    ALIGN_U: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    V_TRANSPOSED: tl.constexpr,
+):
+    """A tile of U and one of V, of BLOCK_R ranks from ``first_r`` on; zeros outside."""
+    offs_r = first_r + tl.arange(0, BLOCK_R)
+    u_ptrs, v_ptrs, N, R = _low_rank_pointers(
+        u_ptr, v_ptr, offs_m, offs_n, offs_r, N, R, stride_um, stride_vr, stride_vn,
+        ALIGN_U, ALIGN_V, V_TRANSPOSED,
+    )  # fmt: skip
+    u = tl.load(u_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R), other=0.0)
+    v = tl.load(v_ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0)
+    return u, v
+
+
+@triton.jit
 def add_low_rank(
     acc,
     u_ptr,
@@ -165,27 +228,20 @@ def add_low_rank(
 
     U and V may have any floating dtype; both are cast to DTYPE before the product.
     """
-    if ALIGN_U > 1:
-        stride_um = multiple(stride_um, ALIGN_U)
-        R = multiple(R, ALIGN_U)
-    if ALIGN_V:
-        if V_TRANSPOSED:
-            stride_vn = multiple(stride_vn, 8)
-            R = multiple(R, 8)
-        else:
-            stride_vr = multiple(stride_vr, 8)
-            N = multiple(N, 8)
-    offs_r = tl.arange(0, BLOCK_R)
-    u_ptrs = u_ptr + offs_m.to(tl.int64)[:, None] * stride_um + offs_r[None, :]
-    v_ptrs = (
-        v_ptr + offs_r.to(tl.int64)[:, None] * stride_vr + offs_n.to(tl.int64)[None, :] * stride_vn
-    )
     if CHUNKS == 1:
-        u = tl.load(u_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R), other=0.0)
-        v = tl.load(v_ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0)
+        u, v = load_low_rank(
+            u_ptr, v_ptr, offs_m, offs_n, 0, M, N, R, stride_um, stride_vr, stride_vn,
+            BLOCK_R, ALIGN_U, ALIGN_V, V_TRANSPOSED,
+        )  # fmt: skip
         # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
         acc = tl.dot(u.to(DTYPE), v.to(DTYPE), acc, input_precision=INPUT_PRECISION)
     else:
+        offs_r = tl.arange(0, BLOCK_R)
+        u_ptrs, v_ptrs, N, R = _low_rank_pointers(
+            u_ptr, v_ptr, offs_m, offs_n, offs_r, N, R, stride_um, stride_vr, stride_vn,
+            ALIGN_U, ALIGN_V, V_TRANSPOSED,
+        )  # fmt: skip
+        # Pointers advance: computed from the chunk's number, they take up to 60 registers more.
         for chunk in tl.range(0, CHUNKS, num_stages=2):
             rest = R - chunk * BLOCK_R
             u = tl.load(u_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < rest), other=0.0)

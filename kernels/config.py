@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 MIN_BLOCK_R = 16  # the smallest inner size of a matrix instruction for half precision
 MAX_BLOCK_R = 32  # larger ranks are chunked: at 64, U's fp32 tile spills on sm_80 and sm_90
+MAX_WHOLE_R = 64  # the same in lora_add and in a slice of lora_gemm, where few registers are taken
+SLICE_COLUMNS = 64  # of lora_gemm with ``overlap``: with 128 columns, rank 16 takes 253 registers
 MAX_THIN_BLOCK_R = 256  # in shrink and rank_grad: larger ranks are split over several programs
 SINGLE_PASS_MAX_ROWS = 64
 SINGLE_PASS_MAX_RANK = 64
@@ -85,17 +87,27 @@ class Config:
 
 @dataclass(frozen=True)
 class GemmConfig(Config):
-    """``lora_gemm``: one program per tile if ``programs`` is 0, else that many persistent ones."""
+    """``lora_gemm``: one program per tile if ``programs`` is 0, else that many persistent ones.
+
+    With ``overlap``, which needs descriptors, U V comes after the loop over L, in slices of
+    columns, while the next tile's first copies are in flight.
+    """
 
     block_m: int = 64
     block_n: int = 64
     block_l: int = 32
     group_m: int = 8
     programs: int = 0
+    overlap: bool = False
+
+    @property
+    def slices(self) -> int:
+        """Parts of a tile's columns that are computed and stored one after the other."""
+        return max(1, self.block_n // SLICE_COLUMNS) if self.overlap else 1
 
     def rank_blocks(self, rank: int) -> tuple[int, int]:
         """``(block size, number of blocks)`` that cover ``rank``."""
-        block = padded_rank(rank)
+        block = padded_rank(rank, MAX_WHOLE_R if self.overlap else MAX_BLOCK_R)
         return block, cdiv(rank, block)
 
     def tile(self, rank: int) -> tuple[int, int]:
@@ -108,13 +120,18 @@ class GemmConfig(Config):
         # With descriptors the product is asynchronous: it still reads the previous step's buffer.
         buffers = self.num_stages if self.descriptors else max(1, self.num_stages - 1)
         loop = buffers * (self.block_m + self.block_n) * self.block_l * itemsize
-        output = self.block_m * self.block_n * itemsize if self.descriptors else 0
+        columns = self.block_n // self.slices
+        output = self.block_m * columns * itemsize if self.descriptors else 0
+        low_rank = (self.block_m + columns) * block_r * itemsize
+        if self.overlap:
+            zeros = (self.block_m + self.block_n) * MIN_BLOCK_R * itemsize
+            return loop + low_rank + output + zeros
         if chunks > 1:
             # The loop over the rank reuses the main loop's memory. It stages U and V in fp32, and
             # V once more in the dtype of the product.
             staged = (self.block_m + self.block_n) * 4 + self.block_n * itemsize
             return max(loop, staged * block_r) + output
-        return loop + (self.block_m + self.block_n) * block_r * itemsize + output
+        return loop + low_rank + output
 
 
 @dataclass(frozen=True)
@@ -124,12 +141,18 @@ class AddConfig(Config):
     block_m: int = 64
     block_n: int = 64
 
-    rank_blocks = GemmConfig.rank_blocks
+    def rank_blocks(self, rank: int) -> tuple[int, int]:
+        """``(block size, number of blocks)`` that cover ``rank``."""
+        block = padded_rank(rank, MAX_WHOLE_R if rank <= MAX_WHOLE_R else MAX_BLOCK_R)
+        return block, cdiv(rank, block)
+
     tile = GemmConfig.tile
 
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound on the bytes of shared memory that a thread block's tiles take."""
-        staged = 2 * (self.block_m + self.block_n) * padded_rank(rank) * 4
+        block_r, chunks = self.rank_blocks(rank)
+        buffers = min(chunks, 2)
+        staged = buffers * (self.block_m + self.block_n) * block_r * 4
         return max(staged, self.block_m * self.block_n * 4)
 
 

@@ -11,7 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, add_low_rank, in_vectors, load_keep_bits, multiple, vector_of
+from .common import (
+    TL_DTYPE,
+    add_low_rank,
+    in_vectors,
+    keep_entries,
+    load_keep_words,
+    multiple,
+    vector_of,
+)
 from .config import AddConfig, cdiv
 from .launch import Arguments, launch
 
@@ -63,24 +71,32 @@ def _lora_add(
     first_n = tl.program_id(1) * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
+    # Offsets of rows are 64-bit: M times a row stride may exceed 2³¹ elements.
+    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    rows = offs_m.to(tl.int64)[:, None]
+    # Everything that does not depend on U V is loaded first: V's tile waits for a barrier, and
+    # loads do not move across it.
+    if HAS_BASE:
+        base = tl.load(base_ptr + rows * stride_bm + offs_n[None, :], mask=inside, other=0.0)
+    if HAS_DROPOUT:
+        words = load_keep_words(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = add_low_rank(
         acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
         DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
     )  # fmt: skip
     if HAS_SCALE:
-        acc *= tl.load(scale_ptr).to(tl.float32)
+        acc *= scale.to(tl.float32)
     if HAS_DROPOUT:
-        keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
-        acc = tl.where(keep != 0, acc * inv_keep, 0.0)
+        acc = keep_entries(acc * inv_keep, words, BLOCK_M, BLOCK_N)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    # Offsets of rows are 64-bit: M times a row stride may exceed 2³¹ elements.
-    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    rows = offs_m.to(tl.int64)[:, None]
+        acc += bias.to(tl.float32)[None, :]
     if HAS_BASE:
-        base_ptrs = base_ptr + rows * stride_bm + offs_n[None, :]
-        acc += tl.load(base_ptrs, mask=inside, other=0.0).to(tl.float32)
+        acc += base.to(tl.float32)
     o_ptrs = o_ptr + rows * stride_om + offs_n[None, :]
     tl.store(o_ptrs, acc.to(o_ptr.dtype.element_ty), mask=inside)
 

@@ -131,9 +131,12 @@ def gemm_candidates(target: Target, itemsize: int, rank: int, *, aligned: bool) 
     described = aligned and itemsize == 2 and target.arch in tile_tables.PERSISTENT
     described = described or (aligned and target.arch == "interpreter")
     programs = target.sms if described else 0
+    overlap = described and target.arch in (*tile_tables.OVERLAPPED, "interpreter")
     return _valid(
         [
-            GemmConfig(warps, stages, described, rows, columns, step, programs=programs)
+            GemmConfig(
+                warps, stages, described, rows, columns, step, programs=programs, overlap=overlap
+            )
             for warps, stages, rows, columns, step in tile_tables.band(bands, rank)
         ],
         target, itemsize, rank,

@@ -13,6 +13,9 @@ Rows = tuple[tuple[int, ...], ...]
 
 # Architectures on which lora_gemm is persistent and uses tensor descriptors, for "half".
 PERSISTENT = ("sm_90", "sm_100")
+# Of these, those where a tile is finished while the next one's copies are in flight. On sm_100 all
+# tiles spill then.
+OVERLAPPED = ("sm_90",)
 
 # By largest rank: warps, stages, rows, columns, step of the inner dimension
 _AMPERE = ((8, 4, 128, 128, 64), (4, 4, 64, 128, 32), (8, 4, 64, 64, 64))
@@ -216,8 +219,12 @@ THIN_PAIR: dict[str, dict[int, Rows]] = {
 }
 
 # warps, rows, columns; for aligned and "narrow" rows alike
+_ADD_AMPERE = ((8, 128, 64), (8, 64, 64), (8, 32, 64))
 ADD: dict[str, dict[str, Rows]] = {
     "half": {
+        "sm_80": _ADD_AMPERE,
+        "sm_86": _ADD_AMPERE,
+        "sm_89": _ADD_AMPERE,
         "sm_100": ((8, 64, 64), (8, 32, 64), (8, 64, 32)),
         "any": ((8, 64, 128), (8, 64, 64), (8, 32, 64)),
     },

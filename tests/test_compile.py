@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from compiled import limits, sweep
+from compiled import limits, machine_code, pipeline, sweep
 from compiled.cases import DTYPES, PRODUCTS
 from fused_lora.kernels import select_config
 from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, Target, is_valid
@@ -174,3 +174,52 @@ def test_an_unknown_gpu_gets_the_conservative_tile():
     config = select_config.gemm_config(target, 2, 4096, 4096, 16, aligned=True)
     assert (config.block_m, config.block_n, config.num_warps) == (64, 64, 4)
     assert not config.descriptors
+
+
+# A loop over the steps of several tiles: products, and a tile's end that a jump skips.
+STEPS = """
+        /*0000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR17], R14 ;
+        /*0010*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR20], R24 ;
+{wait}
+        /*0030*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR40], R24, gsb0 ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0050*/               @P0 BRA 0x90 ;
+        /*0060*/                   HGMMA.64x64x16.F32.BF16 R152, gdesc[UR40], RZ, !UPT, gsb0 ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/                   UTMASTG.2D [UR16], [UR4] ;
+        /*0090*/                   UTMALDG.2D [UR12], [UR20] ;
+        /*00a0*/               @P1 BRA 0x0 ;
+"""
+
+
+def test_serial_products_and_the_end_of_a_tile():
+    for wait, serial in (("", False), ("/*0020*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", True)):
+        text = STEPS.format(wait=" " * 8 + wait)
+        loop = machine_code.Code(0, 0, machine_code.parse_sass(text)).main_loop()
+        assert not any(i.name.startswith("UTMASTG") for i in loop)
+        assert len(loop) == 7 + serial
+        assert machine_code.are_serial(loop) is serial
+
+
+TILES = """
+  scf.for %step = %c0 to %steps step %c1 iter_args(%acc = %zero) -> (tensor<64x64xf32>) {
+    %next = ttng.warp_group_dot %p, %q, %acc : !ttg.memdesc<64x64xbf16> -> tensor<64x64xf32>
+    %end = scf.if %last -> (tensor<64x64xf32>) {
+      %all = ttng.warp_group_dot_wait %next {pendings = 0 : i32} : tensor<64x64xf32>
+      STORE
+      scf.yield %zero : tensor<64x64xf32>
+    } else {
+      scf.yield %next : tensor<64x64xf32>
+    }
+    scf.yield %end : tensor<64x64xf32>
+  }
+"""
+
+
+def test_the_end_of_a_tile_may_wait():
+    for store, found in (
+        ("ttng.async_tma_copy_local_to_global %o[%m, %n] %s", []),
+        ("", ["waits for all matrix groups"]),
+    ):
+        (loop,) = pipeline.main_loops(TILES.replace("STORE", store))
+        assert pipeline.faults(loop) == found

@@ -121,21 +121,32 @@ GEMM = [
     (17, 123, 63, 24, FP16, FP32, False, False, True, False),
     (123, 63, 17, 1, FP32, FP32, False, True, False, True),
     (65, 65, 33, 200, FP32, FP32, False, False, True, True),
+    (65, 296, 40, 136, FP16, FP16, True, False, True, True),
+    (40, 520, 24, 16, BF16, FP32, True, True, False, True),
 ]
 
 
-@pytest.mark.parametrize("programs", [0, 3], ids=["tile", "persistent"])
-@pytest.mark.parametrize("case", GEMM, ids=str)
-def test_lora_gemm(case, programs):
+GEMM_BY_PROGRAMS = [
+    (case, programs, overlap)
+    for case in GEMM
+    for programs in (0, 3)
+    for overlap in ((False, True) if case[6] else (False,))
+]
+
+
+@pytest.mark.parametrize(("case", "programs", "overlap"), GEMM_BY_PROGRAMS, ids=str)
+def test_lora_gemm(case, programs, overlap):
     M, N, L, R, dtype, adapter, descriptors, transposed, masked, has_bias = case
     p, u, v = rand(M, L, dtype=dtype), rand(M, R), rand(R, N, dtype=adapter)
     q = rand(N, L, dtype=dtype).t() if transposed else rand(L, N, dtype=dtype)
     bias = rand(N, dtype=dtype) if has_bias else None
     keep_bits, mask = random_keep_bits(M, N) if masked else (None, 1.0)
     o = torch.empty(M, N, dtype=dtype)
+    columns = 64 if N < 100 or not overlap else 128 if N < 500 else 256
     config = GemmConfig(
-        4, 2, descriptors, block_m=32, block_n=64, block_l=32, group_m=2, programs=programs
-    )
+        4, 2, descriptors, block_m=32, block_n=columns, block_l=32, group_m=2, programs=programs,
+        overlap=overlap,
+    )  # fmt: skip
     lora_gemm(
         o, p, q, u, v, SCALE, config,
         bias=bias, keep_bits=keep_bits, inv_keep=INV_KEEP if masked else 1.0,

@@ -22,6 +22,7 @@ MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|DMMA|QGMMA|UTC\w*MMA|v_mfma|v_smfmac)")
 ASYNC = re.compile(r"(LDGSTS|UTMALDG|UBLKCP|buffer_load\w*_lds|global_load_lds)")
 STORE = re.compile(r"(ST|STG|UTMASTG|buffer_store|global_store|flat_store)(?![A-Za-z])")
 LOCAL = re.compile(r"(LDL|STL|scratch_load|scratch_store)(?![A-Za-z])")
+WAIT = re.compile(r"(WARPGROUP\.DEPBAR)")
 TRAP = re.compile(r"(BPT|s_trap)\b")
 _SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.M)
 _GCN = re.compile(r"^(\.LBB\w+):|^\s+([a-z]\w+)[ \t]*([^;\n]*)", re.M)
@@ -60,7 +61,11 @@ class Code:
         return bool(self.count(TRAP)) and not self.count(STORE)
 
     def main_loop(self) -> list[Instruction]:
-        """The innermost loop with the most matrix instructions; among equals the shortest."""
+        """The innermost loop with the most matrix instructions; among equals the shortest.
+
+        If it stores, it walks the steps of several tiles: what its jumps skip is done per tile, and
+        left out.
+        """
         jumps = [i for i in self.instructions if i.target is not None and i.target < i.address]
         bodies = [
             [i for i in self.instructions if jump.target <= i.address <= jump.address]
@@ -73,7 +78,22 @@ class Code:
                 jump.target <= other.target and other.address < jump.address for other in jumps
             )
         ]
-        return max(inner, key=lambda body: (_matrix_count(body), -len(body)), default=[])
+        loop = max(inner, key=lambda body: (_matrix_count(body), -len(body)), default=[])
+        if not any(STORE.match(i.name) for i in loop):
+            return loop
+        end = loop[-1].address
+        skips = [
+            (i.address, i.target)
+            for i in loop
+            if i.target is not None and i.address < i.target <= end
+        ]
+        return [i for i in loop if not any(jump < i.address < to for jump, to in skips)]
+
+
+def are_serial(loop: list[Instruction]) -> bool:
+    """Whether the PTX assembler inserted a wait after every matrix instruction of a warp group."""
+    products = sum(i.name.startswith("HGMMA") for i in loop)
+    return 1 < products <= sum(bool(WAIT.match(i.name)) for i in loop)
 
 
 def _matrix_count(instructions: list[Instruction]) -> int:

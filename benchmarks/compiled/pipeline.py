@@ -2,7 +2,8 @@
 
 A main loop is an innermost loop with a matrix product and a trip count that is not a constant. It
 is pipelined if no load is consumed in its own iteration and if it never waits for all matrix
-instructions in flight.
+instructions in flight. An ``scf.if`` that stores does not count: in a loop over several tiles'
+steps it finishes a tile.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from dataclasses import dataclass, field
 _DOT = re.compile(r"(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b(?!_)")
 _LOAD = re.compile(r"(tt\.load|amdg?\.buffer_load|tt\.descriptor_load)\b")
 _COPY = re.compile(r"(async_copy_global_to_local|async_tma_copy_global_to_local|_load_to_local)\b")
+_STORE = re.compile(
+    r"(tt\.store|buffer_store|tt\.descriptor_store|async_tma_copy_local_to_global)\b"
+)
 _VALUE = re.compile(r"%[\w.#-]+")
 _DEFINES = re.compile(r"^\s*(%[\w-]+)(?::\d+)? = (.*)$")
 _SHAPE = re.compile(r"<((?:\d+x)+)\w+,")
@@ -22,11 +26,16 @@ _DRAIN = re.compile(r"warp_group_dot_wait.*pendings = 0\b")
 
 @dataclass
 class Loop:
-    """The header of an ``scf.for`` or ``scf.while`` and the operations inside it, in order."""
+    """The header of a region, such as an ``scf.for``, and the operations inside it, in order."""
 
     header: str
     body: list[str] = field(default_factory=list)
     nested: bool = False
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether it is a loop and not another region."""
+        return re.search(r"\bscf\.(for|while)\b", self.header) is not None
 
     @property
     def dots(self) -> list[str]:
@@ -41,23 +50,21 @@ class Loop:
 
 def loops(ttgir: str) -> Iterator[Loop]:
     """Every loop of a module, innermost ones first."""
-    open_regions: list[Loop | None] = []
+    open_regions: list[Loop] = [Loop("module")]
     for line in ttgir.splitlines():
         line = re.sub(r" loc\(.*$", "", line.rstrip())
-        if line.lstrip().startswith("}") and open_regions:
+        if line.lstrip().startswith("}") and len(open_regions) > 1:
             closed = open_regions.pop()
-            if closed is not None:
+            if closed.is_loop:
                 yield closed
-        for region in open_regions:
-            if region is not None:
-                region.body.append(line)
-        if line.endswith("{"):
-            is_loop = re.search(r"\bscf\.(for|while)\b", line) is not None
-            if is_loop:
                 for region in open_regions:
-                    if region is not None:
-                        region.nested = True
-            open_regions.append(Loop(line) if is_loop else None)
+                    region.nested = True
+            finishes = "scf.if" in closed.header and any(map(_STORE.search, closed.body))
+            if not finishes:
+                open_regions[-1].body += closed.body
+        open_regions[-1].body.append(line)
+        if line.endswith("{"):
+            open_regions.append(Loop(line))
 
 
 def main_loops(ttgir: str) -> list[Loop]:

@@ -66,6 +66,7 @@ def inspect(binary: Binary, expected: Expected) -> Row:
     """Read a compiled kernel and list its faults."""
     code, ttgir = machine_code.read(binary), binary.text("ttgir")
     shared, warps = binary.metadata["shared"], binary.metadata["num_warps"]
+    loop = code.main_loop()
     main = pipeline.main_loops(ttgir)
     product = pipeline.largest_product(ttgir)
     columns = binary.metadata.get("tmem_size") or 0
@@ -79,8 +80,8 @@ def inspect(binary: Binary, expected: Expected) -> Row:
         matrix=dict(code.count(machine_code.MATRIX)),
         copies=dict(code.count(machine_code.ASYNC)),
         instructions=len(code.instructions),
-        share=product_share(binary.arch, code.main_loop(), product, warps) if main else 0.0,
-        pipelined=not any(pipeline.faults(loop) for loop in main) if main else None,
+        share=product_share(binary.arch, loop, product, warps) if main else 0.0,
+        pipelined=not any(pipeline.faults(each) for each in main) if main else None,
     )
     if row.spill:
         row.faults.append(f"spills {row.spill} bytes")
@@ -103,7 +104,9 @@ def inspect(binary: Binary, expected: Expected) -> Row:
     if expected.pipelined and not main:
         row.faults.append("no main loop")
     if expected.pipelined:
-        row.faults += sorted({fault for loop in main for fault in pipeline.faults(loop)})
+        row.faults += sorted({fault for each in main for fault in pipeline.faults(each)})
+        if machine_code.are_serial(loop):
+            row.faults.append("waits for every matrix instruction")
     return row
 
 

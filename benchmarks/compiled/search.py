@@ -19,7 +19,7 @@ from fused_lora.kernels.config import (
     SinglePassConfig,
     is_valid,
 )
-from fused_lora.kernels.tile_tables import PERSISTENT
+from fused_lora.kernels.tile_tables import OVERLAPPED, PERSISTENT
 
 from . import limits
 from .cases import DTYPES, Case
@@ -77,7 +77,10 @@ def _tiles(arch: str, kernel: str, itemsize: int, narrow: bool) -> Iterator[Conf
             described = arch in PERSISTENT and itemsize == 2 and not narrow
             wide = (64, 128) if narrow else (64, 128, 256)
             for warps, m, n, step in product((4, 8), (32, *wide), wide, steps):
-                yield GemmConfig(warps, 2, described, m, n, step, programs=int(described))
+                overlap = described and arch in OVERLAPPED
+                yield GemmConfig(
+                    warps, 2, described, m, n, step, programs=int(described), overlap=overlap
+                )
         case "lora_add":
             for warps, m, n in product((4, 8), (32, 64, 128), (32, 64, 128)):
                 yield AddConfig(warps, 1, False, m, n)
