@@ -50,6 +50,18 @@ def multiple(x, n: tl.constexpr):
 
 
 @triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """The first statement of a kernel that may be launched with :attr:`.Config.pdl`.
+
+    The kernel may have started before earlier ones ended: until they have, it must not read what
+    they write, nor write what they read. The next kernel may then start, and waits in turn.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def advance(step: tl.constexpr, stride):
     """``step · stride`` in 64 bits: a view's rows may be 2³¹ / step elements apart."""
     return tl.full((), step, tl.int64) * stride

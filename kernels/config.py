@@ -5,7 +5,7 @@ Launchers take an explicit configuration; ``select_config.py`` chooses one for a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MIN_BLOCK_R = 16  # the smallest inner size of a matrix instruction for half precision
 MAX_BLOCK_R = 32  # larger ranks are chunked: at 64, U's fp32 tile spills on sm_80 and sm_90
@@ -63,11 +63,17 @@ def padded_rank(rank: int, most: int = MAX_BLOCK_R) -> int:
 
 @dataclass(frozen=True)
 class Config:
-    """The fields that every kernel's configuration has."""
+    """The fields that every kernel's configuration has.
+
+    Attributes:
+        pdl: programmatic dependent launch: the kernel starts while the previous one still ends.
+            Off in all tables, since nobody has measured it; so is :attr:`AddConfig.backwards`.
+    """
 
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    pdl: bool = field(default=False, kw_only=True)
     splits = 1  # parts of the reduction, each computed by its own programs
 
     def tile(self, rank: int) -> tuple[int, int]:
@@ -82,7 +88,8 @@ class Config:
     @property
     def options(self) -> dict[str, int]:
         """Triton's launch options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"launch_pdl": True} if self.pdl else options  # AMD's has no such option
 
 
 @dataclass(frozen=True)
@@ -136,10 +143,16 @@ class GemmConfig(Config):
 
 @dataclass(frozen=True)
 class AddConfig(Config):
-    """``lora_add``."""
+    """``lora_add``.
+
+    Attributes:
+        backwards: walk the rows from the last to the first. The last rows of a product before it,
+            and the first rows for one after it, may then still be in the cache.
+    """
 
     block_m: int = 64
     block_n: int = 64
+    backwards: bool = field(default=False, kw_only=True)
 
     def rank_blocks(self, rank: int) -> tuple[int, int]:
         """``(block size, number of blocks)`` that cover ``rank``."""
@@ -274,10 +287,17 @@ class Target:
         """Whether hardware copies the tiles of tensor descriptors; True for the interpreter."""
         return self.arch in ("sm_90", "sm_100", "sm_120", "interpreter")
 
+    @property
+    def dependent_launches(self) -> bool:
+        """Whether kernels can be launched with ``pdl``."""
+        return self.arch in ("sm_90", "sm_100", "sm_120")
+
 
 def is_valid(config: Config, target: Target, itemsize: int, rank: int) -> bool:
     """Whether ``config`` fits ``target``: the one predicate of tables, tile search and tests."""
     if config.descriptors and not target.descriptors:
+        return False
+    if config.pdl and not target.dependent_launches:
         return False
     if isinstance(config, SinglePassConfig) and rank > SINGLE_PASS_MAX_RANK:
         return False

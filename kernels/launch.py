@@ -60,7 +60,7 @@ class Arguments(NamedTuple):
         operands: tensors and :class:`Tile`.
         numbers: integers that the kernel may specialise.
         constants: ``tl.constexpr`` parameters by name.
-        options: ``num_warps`` and ``num_stages``.
+        options: ``num_warps``, ``num_stages``, and ``launch_pdl`` if it is on.
     """
 
     grid: tuple[int, ...]

@@ -19,6 +19,7 @@ from .common import (
     load_keep_words,
     multiple,
     vector_of,
+    wait_for_previous,
 )
 from .config import AddConfig, cdiv
 from .launch import Arguments, launch
@@ -59,7 +60,10 @@ def _lora_add(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     if ALIGN_O:
         stride_om = multiple(stride_om, 8)
         N = multiple(N, 8)
@@ -67,7 +71,10 @@ def _lora_add(
         stride_bm = multiple(stride_bm, 8)
     # Row blocks are the grid's first axis: consecutive programs share V's tile in cache, and only
     # the first axis may exceed 65,535 programs.
-    first_m = tl.program_id(0) * BLOCK_M
+    block_m = tl.program_id(0)
+    if BACKWARDS:
+        block_m = tl.num_programs(0) - 1 - block_m
+    first_m = block_m * BLOCK_M
     first_n = tl.program_id(1) * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -169,6 +176,8 @@ def _arguments(
             "BLOCK_N": config.block_n,
             "BLOCK_R": block_r,
             "CHUNKS": chunks,
+            "BACKWARDS": config.backwards,
+            "PDL": config.pdl,
         },
         options=config.options,
     )

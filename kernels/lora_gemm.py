@@ -24,6 +24,7 @@ from .common import (
     multiple,
     operand,
     vector_of,
+    wait_for_previous,
 )
 from .config import GemmConfig, cdiv
 from .launch import Arguments, launch
@@ -363,7 +364,9 @@ def _lora_gemm(
     PERSISTENT: tl.constexpr,
     OVERLAP: tl.constexpr,
     SLICES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     # Multiples of 8 half-precision elements are 16 bytes: see :func:`.common.multiple`.
     if ALIGN_O:
         stride_om = multiple(stride_om, 8)
@@ -494,6 +497,7 @@ def _arguments(config, o, p, q, u, v, keep_bits, bias, scale, input_precision: s
             "PERSISTENT": config.programs > 0,
             "OVERLAP": config.overlap,
             "SLICES": config.slices,
+            "PDL": config.pdl,
         },
         options=config.options,
     )

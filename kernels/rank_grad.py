@@ -24,6 +24,7 @@ from .common import (
     sum_parts,
     tickets_for,
     vector_of,
+    wait_for_previous,
 )
 from .config import RankGradConfig, cdiv, split_evenly
 from .launch import Arguments, launch
@@ -64,7 +65,9 @@ def _rank_grad(
     BLOCK_R: tl.constexpr,
     BLOCKS_R: tl.constexpr,
     SUM_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     if ALIGN_P:
         stride_pm = multiple(stride_pm, 8)
         L = multiple(L, 8)
@@ -221,6 +224,7 @@ def _arguments(
             "BLOCK_R": block_r,
             "BLOCKS_R": cdiv(R, block_r),
             "SUM_ROWS": rows_at_once(config, R),
+            "PDL": config.pdl,
         },
         options=config.options,
     )

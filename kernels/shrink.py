@@ -23,6 +23,7 @@ from .common import (
     rows_at_once,
     sum_parts,
     tickets_for,
+    wait_for_previous,
 )
 from .config import DIGITS, ShrinkConfig, cdiv, split_evenly
 from .dropout import dropout_mask, first_digit, keep_words
@@ -69,7 +70,9 @@ def _shrink(
     BLOCK_R: tl.constexpr,
     BLOCKS_R: tl.constexpr,
     SUM_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     if ALIGN_P:
         stride_pm = multiple(stride_pm, 8)
         L = multiple(L, 8)
@@ -266,6 +269,7 @@ def _arguments(
             "BLOCK_R": block_r,
             "BLOCKS_R": cdiv(R, block_r),
             "SUM_ROWS": rows_at_once(config, R),
+            "PDL": config.pdl,
         },
         options=config.options,
     )

@@ -13,7 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, advance, in_vectors, load_keep_bits, multiple, operand
+from .common import (
+    TL_DTYPE,
+    advance,
+    in_vectors,
+    load_keep_bits,
+    multiple,
+    operand,
+    wait_for_previous,
+)
 from .config import SinglePassConfig, cdiv
 from .launch import Arguments, launch
 
@@ -64,7 +72,9 @@ def _single_pass(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     if ALIGN_O:
         stride_om = multiple(stride_om, 8)
         N = multiple(N, 8)
@@ -258,6 +268,7 @@ def _arguments(
             "BLOCK_N": block_n,
             "BLOCK_L": block_l,
             "BLOCK_R": config.block_r(R),
+            "PDL": config.pdl,
         },
         options=config.options,
     )

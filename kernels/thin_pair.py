@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import TL_DTYPE, advance, in_vectors, multiple, sum_parts, vector_of
+from .common import TL_DTYPE, advance, in_vectors, multiple, sum_parts, vector_of, wait_for_previous
 from .config import ThinPairConfig, cdiv, padded_rank, split_evenly
 from .launch import Arguments, launch
 
@@ -39,7 +39,9 @@ def _thin_pair(
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     if ALIGN_P:
         stride_pm = multiple(stride_pm, 8)
         L = multiple(L, 8)
@@ -189,6 +191,7 @@ def _arguments(config, v_parts, o_parts, p, q, u) -> Arguments:
             "BLOCK_M": config.block_m,
             "BLOCK_L": config.block_l,
             "BLOCK_R": config.block_r(R),
+            "PDL": config.pdl,
         },
         options=config.options,
     )

@@ -177,6 +177,17 @@ def test_lora_add(case, masked, base):
     check(o, before + low_rank + bias.double(), dtype)
 
 
+def test_lora_add_backwards_is_the_same():
+    u, v, base = rand(200, 8), rand(8, 100), rand(200, 100)
+    keep_bits, _ = random_keep_bits(200, 100)
+    results = []
+    for backwards in (False, True):
+        config = AddConfig(4, 1, block_m=32, block_n=64, backwards=backwards)
+        results.append(torch.empty(200, 100))
+        lora_add(results[-1], u, v, SCALE, config, base=base, keep_bits=keep_bits)
+    assert torch.equal(*results)
+
+
 # M, L, R, dtype, output dtype, splits, descriptors, masked, transposed output
 RANK_GRAD = [
     (300, 64, 16, BF16, FP32, 3, True, True, False),

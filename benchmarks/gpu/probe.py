@@ -46,8 +46,8 @@ SHAPES = (
 RANKS = (16, 64)
 SPLITS_OF_SHRINK = (1, 2, 4)
 COLUMNS_OF_RANK_GRAD = (64, 128)  # block_l, in addition to the candidate's own
-SPLITS_OF_RANK_GRAD = (2, 3, 4, 8, 16)
-SPLITS_OF_PAIR = (4, 8, 12, 16)
+SPLITS_OF_RANK_GRAD = (3, 4, 8, 16)
+SPLITS_OF_PAIR = (8, 12)
 LEAST_ROWS = 256  # per split
 INV_KEEP = 1.1
 
@@ -117,16 +117,20 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
     yield Race("copy", 4 * M * N, {"copy_": partial(o.copy_, other)})
     yield Race("mask", M * N / 8, {"dropout_mask": make_mask})
 
-    product = 2.0 * (M * K + N * K + M * N)
+    moved = 2.0 * (M * K + N * K + M * N)
     gemms: dict[str, Call] = {
         "mm": partial(torch.mm, x, W.t(), out=o),
         "addmm_ beta=1": partial(o.addmm_, x, W.t()),
         "mm, then addmm_(S, B)": lambda: torch.mm(x, W.t(), out=o).addmm_(u, B.t()),
     }
-    for config in select_config.add_candidates(target, 2, R):
+    first, *others = select_config.add_candidates(target, 2, R)
+    levers = ("backwards", "pdl")[: 2 if target.dependent_launches else 1]
+    for tried in (first, *(replace(first, **{lever: True}) for lever in levers), *others):
+        run = partial(lora_add, o, u, B.t(), scale, tried)
         # S Bᵀ + b is written first, and the vendor's product accumulates into it.
-        write = partial(lora_add, o, u, B.t(), scale, config, base=None, bias=bias)
-        gemms[f"seeded {tile(config)}"] = lambda write=write: (write(), o.addmm_(x, W.t()))
+        write, add = partial(run, base=None, bias=bias), partial(run, base=o)
+        gemms[f"seeded {tile(tried)}"] = lambda write=write: (write(), o.addmm_(x, W.t()))
+        gemms[f"mm, then {tile(tried)}"] = lambda add=add: (torch.mm(x, W.t(), out=o), add())
     for config in select_config.gemm_candidates(target, 2, R, aligned=True):
         run = partial(lora_gemm, o, x, W.t(), u, B.t(), scale, config)
         gemms |= {f"lora_gemm {tile(config)}": partial(run, bias=bias)}
@@ -136,7 +140,7 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
             gemms[f"single_pass {tile(config)}"] = partial(
                 single_pass, o, s, x, W.t(), A.t(), B.t(), scale, config, bias=bias
             )
-    yield Race("gemm", product, gemms)
+    yield Race("gemm", moved, gemms)
 
     adds: dict[str, Call] = {"addmm_(S, B)": partial(o.addmm_, u, B.t())}
     for config in select_config.add_candidates(target, 2, R):
@@ -186,7 +190,7 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
         steps[strategy] = partial(strategies.backward, back, strategy)
         if side is not None:
             steps[f"{strategy}, side stream"] = partial(strategies.backward, back, strategy, side)
-    yield Race("backward", product, steps)
+    yield Race("backward", moved, steps)
 
 
 def tile(config: Config) -> str:
