@@ -114,7 +114,8 @@ class GemmConfig(Config):
 
     def rank_blocks(self, rank: int) -> tuple[int, int]:
         """``(block size, number of blocks)`` that cover ``rank``."""
-        block = padded_rank(rank, MAX_WHOLE_R if self.overlap else MAX_BLOCK_R)
+        whole = self.overlap and rank <= MAX_WHOLE_R
+        block = padded_rank(rank, MAX_WHOLE_R if whole else MAX_BLOCK_R)
         return block, cdiv(rank, block)
 
     def tile(self, rank: int) -> tuple[int, int]:
@@ -129,8 +130,10 @@ class GemmConfig(Config):
         loop = buffers * (self.block_m + self.block_n) * self.block_l * itemsize
         columns = self.block_n // self.slices
         output = self.block_m * columns * itemsize if self.descriptors else 0
-        low_rank = (self.block_m + columns) * block_r * itemsize
         if self.overlap:
+            # The next tiles of U and V are loaded early: of several, up to three are there at once.
+            tiles = (1, 2) if chunks == 1 else (3, 3)
+            low_rank = (tiles[0] * self.block_m + tiles[1] * columns) * block_r * itemsize
             zeros = (self.block_m + self.block_n) * MIN_BLOCK_R * itemsize
             return loop + low_rank + output + zeros
         if chunks > 1:
@@ -138,7 +141,7 @@ class GemmConfig(Config):
             # V once more in the dtype of the product.
             staged = (self.block_m + self.block_n) * 4 + self.block_n * itemsize
             return max(loop, staged * block_r) + output
-        return loop + low_rank + output
+        return loop + (self.block_m + self.block_n) * block_r * itemsize + output
 
 
 @dataclass(frozen=True)
