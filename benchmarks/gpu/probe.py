@@ -45,9 +45,9 @@ SHAPES = (
 )
 RANKS = (16, 64)
 SPLITS_OF_SHRINK = (1, 2, 4)
-COLUMNS_OF_RANK_GRAD = (64, 128)  # block_l, in addition to the candidate's own
-SPLITS_OF_RANK_GRAD = (3, 4, 8, 16)
-SPLITS_OF_PAIR = (8, 12)
+COLUMNS_OF_RANK_GRAD = (128,)  # block_l, in addition to the candidate's own
+SPLITS_OF_RANK_GRAD = (3, 4, 8)
+SPLITS_OF_PAIR = (12,)
 LEAST_ROWS = 256  # per split
 INV_KEEP = 1.1
 
@@ -124,13 +124,13 @@ def races(device: torch.device, M: int, K: int, N: int, R: int) -> Iterator[Race
         "mm, then addmm_(S, B)": lambda: torch.mm(x, W.t(), out=o).addmm_(u, B.t()),
     }
     first, *others = select_config.add_candidates(target, 2, R)
-    levers = ("backwards", "pdl")[: 2 if target.dependent_launches else 1]
-    for tried in (first, *(replace(first, **{lever: True}) for lever in levers), *others):
+    for tried in (first, replace(first, backwards=True), *others):
         run = partial(lora_add, o, u, B.t(), scale, tried)
         # S Bᵀ + b is written first, and the vendor's product accumulates into it.
         write, add = partial(run, base=None, bias=bias), partial(run, base=o)
         gemms[f"seeded {tile(tried)}"] = lambda write=write: (write(), o.addmm_(x, W.t()))
-        gemms[f"mm, then {tile(tried)}"] = lambda add=add: (torch.mm(x, W.t(), out=o), add())
+        if tried not in others:
+            gemms[f"mm, then {tile(tried)}"] = lambda add=add: (torch.mm(x, W.t(), out=o), add())
     for config in select_config.gemm_candidates(target, 2, R, aligned=True):
         run = partial(lora_gemm, o, x, W.t(), u, B.t(), scale, config)
         gemms |= {f"lora_gemm {tile(config)}": partial(run, bias=bias)}
