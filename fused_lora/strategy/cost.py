@@ -5,7 +5,8 @@
     call    =  max(device, host); in a CUDA graph's replay, the device's time only
 
 Bytes and operations are from :mod:`.traffic`, the rates (of half-precision products) from
-:mod:`.devices`.
+:mod:`.devices`. A kernel's memory traffic, products and integer arithmetic overlap, so of these the
+slowest counts: also for the vendor's GEMM that reads what it accumulates onto ("seeded").
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ SUSTAINED = 0.72
 # (NVIDIA, "Getting started with CUDA graphs", 2019).
 LAUNCH_SECONDS = 0.9e-6
 # Host time to queue one kernel. A PyTorch operator: the lowest of the published 5 to 25 µs (Lin
-# Jiahuang, "From PyTorch op to kernel launch"). A Triton launch: 2.6 to 4.8 µs if repeated and 8 to
-# 28 if plain, measured without a driver (benchmarks/launch_overhead.py), plus the driver's call.
+# Jiahuang, "From PyTorch op to kernel launch"). A Triton launch: 3.4 to 6.0 µs if repeated and 13
+# to 36 if plain, measured without a driver (benchmarks/launch_overhead.py), plus the driver's call.
 TORCH_HOST_SECONDS = 5e-6
 TRITON_HOST_SECONDS = 5e-6
 PLAIN_TRITON_HOST_SECONDS = 20e-6
