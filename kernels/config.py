@@ -203,7 +203,10 @@ class ShrinkConfig(Config):
         # registers, so there is a buffer less, but the masked step changes its layout there.
         rows = max(2, self.num_stages) * self.block_m + self.num_stages * self.block_r(rank)
         keep_bits = self.num_stages * self.block_m * cdiv(self.block_l, 32) * 4
-        return rows * self.block_l * itemsize + keep_bits
+        # Partial sums of a split change their layout there, in fp32.
+        return max(
+            rows * self.block_l * itemsize + keep_bits, self.block_m * self.block_r(rank) * 4
+        )
 
 
 @dataclass(frozen=True)
