@@ -149,17 +149,19 @@ class AddConfig(Config):
     """``lora_add``.
 
     Attributes:
+        whole_r: a rank up to this is one block.
         backwards: walk the rows from the last to the first. The last rows of a product before it,
             and the first rows for one after it, may then still be in the cache.
     """
 
     block_m: int = 64
     block_n: int = 64
+    whole_r: int = MAX_WHOLE_R
     backwards: bool = field(default=False, kw_only=True)
 
     def rank_blocks(self, rank: int) -> tuple[int, int]:
         """``(block size, number of blocks)`` that cover ``rank``."""
-        block = padded_rank(rank, MAX_WHOLE_R if rank <= MAX_WHOLE_R else MAX_BLOCK_R)
+        block = padded_rank(rank, self.whole_r if rank <= self.whole_r else MAX_BLOCK_R)
         return block, cdiv(rank, block)
 
     tile = GemmConfig.tile

@@ -223,17 +223,19 @@ THIN_PAIR: dict[str, dict[int, Rows]] = {
     },
 }
 
-# warps, rows, columns; for aligned and "narrow" rows alike
-_ADD_AMPERE = ((8, 128, 64), (8, 64, 64), (8, 32, 64))
+# warps, rows, columns, largest rank in one block; for aligned and "narrow" rows alike
+_ADD_AMPERE = ((8, 128, 64, 64), (8, 64, 64, 64), (8, 32, 64, 64))
 ADD: dict[str, dict[str, Rows]] = {
     "half": {
         "sm_80": _ADD_AMPERE,
         "sm_86": _ADD_AMPERE,
         "sm_89": _ADD_AMPERE,
-        "sm_100": ((8, 64, 64), (8, 32, 64), (8, 64, 32)),
-        "any": ((8, 64, 128), (8, 64, 64), (8, 32, 64)),
+        "sm_90": ((8, 64, 128, 64), (8, 64, 64, 64), (4, 32, 64, 64)),
+        "sm_100": ((8, 64, 64, 64), (8, 32, 64, 64), (8, 64, 32, 64)),
+        "any": ((8, 64, 128, 64), (8, 64, 64, 64), (8, 32, 64, 64)),
     },
-    "fp32": {"any": ((8, 32, 64), (8, 64, 32), (4, 32, 32))},
+    # Narrow rows of rank 64 in one block spill.
+    "fp32": {"any": ((8, 32, 64, 32), (8, 64, 32, 32), (4, 32, 32, 32))},
 }
 
 # warps, stages, rows, columns, step of the inner dimension

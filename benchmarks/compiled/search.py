@@ -83,7 +83,7 @@ def _tiles(arch: str, kernel: str, itemsize: int, narrow: bool) -> Iterator[Conf
                 )
         case "lora_add":
             for warps, m, n in product((4, 8), (32, 64, 128), (32, 64, 128)):
-                yield AddConfig(warps, 1, False, m, n)
+                yield AddConfig(warps, 1, False, m, n, 128 // itemsize)
         case "single_pass":
             for m, n, step in product((16, 32, 64), (32, 64, 128), (2 * steps[0], *steps)):
                 yield SinglePassConfig(4, 2, False, m, n, step)
