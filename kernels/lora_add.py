@@ -81,10 +81,11 @@ def _lora_add(
     # Offsets of rows are 64-bit: M times a row stride may exceed 2³¹ elements.
     inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
     rows = offs_m.to(tl.int64)[:, None]
-    # Everything that does not depend on U V is loaded first: V's tile waits for a barrier, and
-    # loads do not move across it.
-    if HAS_BASE:
-        base = tl.load(base_ptr + rows * stride_bm + offs_n[None, :], mask=inside, other=0.0)
+    # Everything that does not depend on U V is loaded first: the product waits for a barrier, and
+    # no load moves across it. But a base that is not read in vectors takes too many registers.
+    base_ptrs = base_ptr + rows * stride_bm + offs_n[None, :]
+    if HAS_BASE and ALIGN_BASE:
+        base = tl.load(base_ptrs, mask=inside, other=0.0)
     if HAS_DROPOUT:
         words = load_keep_words(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
     if HAS_BIAS:
@@ -103,6 +104,8 @@ def _lora_add(
     if HAS_BIAS:
         acc += bias.to(tl.float32)[None, :]
     if HAS_BASE:
+        if not ALIGN_BASE:
+            base = tl.load(base_ptrs, mask=inside, other=0.0)
         acc += base.to(tl.float32)
     o_ptrs = o_ptr + rows * stride_om + offs_n[None, :]
     tl.store(o_ptrs, acc.to(o_ptr.dtype.element_ty), mask=inside)

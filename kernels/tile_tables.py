@@ -224,7 +224,7 @@ THIN_PAIR: dict[str, dict[int, Rows]] = {
 }
 
 # warps, rows, columns, largest rank in one block; for aligned and "narrow" rows alike
-_ADD_AMPERE = ((8, 128, 64, 64), (8, 64, 64, 64), (8, 32, 64, 64))
+_ADD_AMPERE = ((8, 128, 64, 64), (8, 32, 64, 64), (8, 64, 32, 64))
 ADD: dict[str, dict[str, Rows]] = {
     "half": {
         "sm_80": _ADD_AMPERE,
