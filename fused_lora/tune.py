@@ -96,7 +96,7 @@ def tune(
         for layer in dict.fromkeys(layers):
             found = {}
             for call, candidates, problem in _directions(layer, device):
-                modelled, _ = dispatch.modelled(call, device)
+                modelled, _ = dispatch.modelled(call, device, call.strategies)
                 entry, line = _winner(call, candidates, problem, modelled, timer, graphs)
                 report(f"{call.key}: {line}")
                 if entry is not None:

@@ -84,8 +84,7 @@ def launch(
         arguments: a function whose result depends only on the config, the flags and the tensors'
             shapes, strides, dtypes and alignment to 16 bytes; its operands are among ``tensors``.
         config: identified by ``id``: pass the same object each time; None if the kernel has none.
-        tensors: the possible operands, on the current device; None for one that is omitted. Only
-            Triton's own launch, so the first of each key, notices a tensor in the CPU's memory.
+        tensors: the possible operands, on the current device; None for one that is omitted.
         scalars: floats, and 32-bit integers that the kernel does not specialise.
         flags: hashable arguments of ``arguments``.
     """
@@ -101,7 +100,7 @@ def launch(
             addresses.append(None)
         else:
             address = t.data_ptr()
-            key.append((t.shape, t.stride(), t.dtype, address % 16 == 0))
+            key.append((t.shape, t.stride(), t.dtype, t.get_device(), address % 16 == 0))
             addresses.append(address)
     if _BUFFERS_HAVE_SIZES:
         key += [t is not None and t.untyped_storage().nbytes() < _BUFFER_BYTES for t in tensors]

@@ -204,7 +204,9 @@ def shrink(
     _, splits = split_evenly(L, config.splits, config.block_l)
     parts = None
     if splits > 1:
-        parts = torch.empty((splits, M, R), dtype=torch.float32, device=u.device)
+        # A whole number of 16 rows apart, for any M: Triton specialises on multiples of 16.
+        padded = torch.empty((splits, cdiv(M, 16) * 16, R), dtype=torch.float32, device=u.device)
+        parts = padded[:, :M]
         tickets = tickets_for(config, M, R, R, u) if tickets is None else tickets
     else:
         tickets = None

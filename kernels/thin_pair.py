@@ -105,7 +105,7 @@ def _sum_tile(
     offs_r = tl.arange(0, BLOCK_R)
     inside = (offs_m[:, None] < rows) & (offs_r[None, :] < R)
     part_ptrs = parts_ptr + offs_m[:, None] * R + offs_r[None, :]
-    acc = sum_parts(part_ptrs, rows.to(tl.int64) * R, splits, inside) * factor
+    acc = sum_parts(part_ptrs, advance(1, rows) * R, splits, inside) * factor
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_r[None, :].to(tl.int64) * stride_or
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
 

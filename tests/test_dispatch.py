@@ -116,7 +116,7 @@ def test_auto_falls_back_with_one_warning(broken, monkeypatch):
     if broken == "dropout_mask":  # PyTorch's operators run the forward with Triton's mask
         modelled = {"forward": "torch", "backward": "split"}
         monkeypatch.setattr(
-            dispatch, "modelled", lambda call, device, **_: (modelled[call.direction], "modelled")
+            dispatch, "modelled", lambda call, device, _: (modelled[call.direction], "modelled")
         )
     dispatch.clear_decisions()
     kernels = BrokenKernels(strategies, (broken,))
@@ -175,6 +175,7 @@ def test_subclasses_take_aten_operators():
     )
 
 
+TRITON = ("split", "seeded", "addmm")
 SHAPE = {"M": 16_384, "N": 4096, "L": 4096, "rank": 16}
 # GPU, item size, changes to SHAPE, strategy
 STRATEGIES = [
@@ -194,7 +195,7 @@ STRATEGIES = [
     # The host is the bottleneck: a strategy is selected if it saves enough host time.
     ("h100", 2, {"M": 512, "N": 1024, "L": 1024}, "addmm"),
     ("h100", 2, {"M": 512, "N": 1024, "L": 1024, "repeated": False}, "torch"),
-    ("h100", 2, {"M": 512, "N": 1024, "L": 1024, "repeated": False, "with_torch": False}, "addmm"),
+    ("h100", 2, {"M": 512, "N": 1024, "L": 1024, "repeated": False, "strategies": TRITON}, "addmm"),
     ("h100", 2, {"M": 512, "N": 1024, "L": 1024, "repeated": False, "masked": "operand"}, "addmm"),
     ("h100", 2, {"M": 16_384, "repeated": False}, "seeded"),  # the device is slower here
 ]
@@ -350,7 +351,7 @@ def test_either_direction_may_be_pytorchs(case, p, pretended):
     forward, backward, impl = case
     chosen = {"forward": forward, "backward": backward}
     pretended.setattr(
-        dispatch, "modelled", lambda call, device, **options: (chosen[call.direction], "modelled")
+        dispatch, "modelled", lambda call, device, _: (chosen[call.direction], "modelled")
     )
     for dtype in (BF16, FP32):
         inputs = make_inputs(130, 40, 24, 5, dtype)  # PyTorch's S is a transpose from 128 rows on

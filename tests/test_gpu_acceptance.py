@@ -164,7 +164,7 @@ def test_the_verdict_does_not_pass_over_what_was_not_run(case):
 @pytest.mark.parametrize("run", [steps.repeatability, steps.graphs])
 def test_strategies_repeat_and_replay(run):
     rows = list(run(Cpu(), FOREVER))
-    assert len(rows) == 21  # four strategies, three with dropout, three dtypes
+    assert len(rows) == 19  # four strategies, three with dropout, three dtypes; no seeded float16
     assert all(row["passed"] for row in rows)
 
 
@@ -177,14 +177,14 @@ def test_results_that_differ_from_run_to_run_are_found(monkeypatch):
         return y + 1e-2 * len(count), S
 
     monkeypatch.setattr(strategies, "forward", noisy)
-    assert len(failures(steps.repeatability(Cpu(), FOREVER))) == 21
+    assert len(failures(steps.repeatability(Cpu(), FOREVER))) == 19
     assert any("a replay and an eager" in f for f in failures(steps.graphs(Cpu(), FOREVER)))
 
 
 def test_a_mask_that_does_not_change_is_found(monkeypatch):
     monkeypatch.setattr(dropout, "draw_seed", lambda device: torch.tensor(3))
     found = failures(steps.graphs(Cpu(), FOREVER))
-    assert len(found) == 9
+    assert len(found) == 8
     assert all("two replays drop the same entries" in line for line in found)
 
 
@@ -198,7 +198,7 @@ def test_a_backward_with_another_mask_is_found(monkeypatch):
 
     monkeypatch.setattr(strategies, "backward", other_mask)
     found = failures(steps.graphs(Cpu(), FOREVER))
-    assert len(found) == 9
+    assert len(found) == 8
     assert all("by the mask of dx, y: relative RMS" in line for line in found)
 
 

@@ -17,9 +17,10 @@ from fused_lora import (
     fused_lora_linear,
 )
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
-from fused_lora.ops import cpu_gemm, custom_ops, dropout, functional, torch_impl
+from fused_lora.ops import cpu_gemm, custom_ops, dispatch, dropout, functional, torch_impl
 from fused_lora.ops.operands import pack
 from fused_lora.ops.triton_impl import run_forward
+from fused_lora.strategy.tuning_cache import Call
 from support import UNIT_ROUNDOFF, by_default, needs_triton, relative_rms
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -114,7 +115,9 @@ def cases(impls, dtypes, scales, tensors):
     for impl, (dtype, adapter), scale, p, added, tensor in itertools.product(
         impls, dtypes, scales, (0.0, P), (False, True), tensors
     ):
-        if impl != "triton:single_pass" or not (p or added):  # which it does not run
+        if impl == "triton:single_pass" and (p or added):  # which it does not run
+            continue
+        if impl != "triton:seeded" or dtype != FP16 or added:
             yield impl, dtype, adapter, scale, p, added, tensor
 
 
@@ -242,6 +245,8 @@ def test_any_scale_is_finite_in_the_kernels(scaling):
 @pytest.mark.parametrize("dtype", [FP32, FP16])
 def test_a_scale_of_zero_propagates_what_eager_does(impl, dtype):
     """0 · infinity is NaN in eager, also for a branch that the scale switches off."""
+    if impl == "triton:seeded" and dtype == FP16:
+        pytest.skip("refused: see test_a_seed_is_not_rounded_to_float16")
     x, weight, A, B, _ = draw(3, 16, 32, 2, dtype, dtype)
     B[5, 0] = torch.inf
     for scaling in (0.0, torch.tensor(0.0)):
@@ -249,6 +254,25 @@ def test_a_scale_of_zero_propagates_what_eager_does(impl, dtype):
         expected = eager(x, weight, A, B, 0.0)
         assert torch.equal(y.isnan(), expected.isnan())
         assert y[:, 5].isnan().all()
+
+
+@needs_triton
+def test_a_seed_is_not_rounded_to_float16():
+    """The branch plus the bias, 70,000, would be infinite before -20,000 of the base is added."""
+    x, A, B = torch.ones(32, 64).half(), torch.zeros(4, 64).half(), torch.ones(48, 4).half()
+    A[0, 0], B[:, 0] = 1, 30_000
+    weight, bias = torch.full((48, 64), -20_000 / 64).half(), torch.full((48,), 40_000.0).half()
+    for impl in ("triton:split", "triton:addmm"):
+        y = fused_lora_linear(x, weight, A, B, bias, scaling=1.0, impl=impl)
+        torch.testing.assert_close(y.float(), torch.full((32, 48), 50_000.0), rtol=1e-3, atol=0)
+    with pytest.raises(
+        ValueError, match="expected single_pass or split or addmm for forward float16"
+    ):
+        fused_lora_linear(x, weight, A, B, bias, impl="triton:seeded")
+    call = Call("forward", FP16, 8192, 4096, 4096, 16, False)
+    for strategies in (call.strategies, call.kernel_strategies):
+        assert "seeded" not in strategies
+        assert dispatch.modelled(call, torch.device("cpu"), strategies)[0] != "seeded"
 
 
 @pytest.mark.parametrize("native", [False, True])

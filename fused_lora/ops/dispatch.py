@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -132,7 +133,7 @@ def decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
         if entry is not None and (best := entry.best(allowed)):
             other = "" if best == entry.strategy else f"; {best} is the fastest kernel strategy"
             return best, f"tuned entry {call.key!r}: {entry}{other}"
-        chosen, reason = modelled(call, device, with_torch=impl == "auto")
+        chosen, reason = modelled(call, device, allowed)
         return chosen, f"{reason}{_UNTUNED if device.type == 'cuda' else ''}"
 
     forward, reason = strategy("forward", aligned)
@@ -145,12 +146,12 @@ def decide(impl, device, dtype, M, N, K, R, dropped, aligned=True) -> Decision:
 
 
 def modelled(
-    call: tuning_cache.Call, device: torch.device, *, with_torch: bool = True
+    call: tuning_cache.Call, device: torch.device, strategies: Collection[str]
 ) -> tuple[str, str]:
     """The strategy that the cost model chooses for ``call``, and its reason.
 
     Args:
-        with_torch: whether "torch", PyTorch's operators only, is a candidate.
+        strategies: the candidates, of ``call.strategies``.
     """
     from ..kernels import launch
 
@@ -166,7 +167,7 @@ def modelled(
         masked=call.masked,
         aligned=call.aligned,
         gradients=not forward,
-        with_torch=with_torch,
+        strategies=strategies,
         repeated=launch.REPEATS,
     )
 

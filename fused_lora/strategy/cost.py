@@ -11,9 +11,12 @@ slowest counts: also for the vendor's GEMM that reads what it accumulates onto (
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ..kernels.config import cdiv, single_pass_applies
 from .devices import Device
 from .traffic import Kernel, Product, direction
+from .tuning_cache import STRATEGIES
 
 # Share of the peak that cuBLAS reaches in large products: 716 of 989 TFLOPS on H100 (P. Shankhdhar,
 # "Outperforming cuBLAS on H100", 2024), 1610 of 2250 on B200 (pyptx.dev/performance, 2025).
@@ -72,7 +75,7 @@ def choose_strategy(
     masked: str | None,
     aligned: bool,
     gradients: bool = False,
-    with_torch: bool = True,
+    strategies: Collection[str] = STRATEGIES,
     repeated: bool = True,
 ) -> tuple[str, str]:
     """``(strategy, reason)`` for one direction, a product ``(M,L) @ (L,N)``.
@@ -84,7 +87,7 @@ def choose_strategy(
             low-rank product, in backward) or None.
         aligned: whether every row of the operands starts on a 16-byte boundary.
         gradients: whether the gradients of A and B are computed too, as in backward.
-        with_torch: whether "torch", PyTorch's operators only, is a candidate.
+        strategies: those that can run the call; "torch" is PyTorch's operators only.
         repeated: whether Triton launches are repeated, see ``kernels/launch.py``.
     """
     arch = device.target.arch
@@ -93,7 +96,7 @@ def choose_strategy(
         return ("single_pass" if few_rows else "split"), "the interpreter runs Triton's own GEMM"
     # With few rows the columns provide the parallelism: half of the SMs at least need a program.
     single = few_rows and device.target.sms / 2 <= cdiv(N, SINGLE_PASS_COLUMNS)
-    candidates, reason = ["torch"] if with_torch else [], None
+    candidates, reason = ["torch"] if "torch" in strategies else [], None
     if itemsize == 4:
         reason = "float32 products are faster in the vendor's GEMM"
     elif not aligned:
@@ -111,7 +114,7 @@ def choose_strategy(
         return max(seconds(kernels, device), host_seconds(kernels, repeated=repeated))
 
     # Both run the vendor's GEMM and the same thin kernels; only the order of the sum differs.
-    vendors = {name: expected(name) for name in ("addmm", "seeded")}
+    vendors = {name: expected(name) for name in ("addmm", "seeded") if name in strategies}
     default = min(vendors, key=vendors.get)
     gains = {name: vendors[default] / expected(name) - 1.0 for name in candidates}
     best = max(gains, key=gains.get, default=None)

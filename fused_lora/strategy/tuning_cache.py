@@ -68,8 +68,13 @@ class Call:
     @property
     def kernel_strategies(self) -> tuple[str, ...]:
         """The Triton strategies that can run this call."""
-        single_pass = single_pass_applies(self.M, self.R, self.masked)
-        return KERNEL_STRATEGIES if single_pass else KERNEL_STRATEGIES[1:]
+        unable = set()
+        if not single_pass_applies(self.M, self.R, self.masked):
+            unable.add("single_pass")
+        if self.direction == "forward" and self.dtype == torch.float16:
+            # The low-rank product plus the bias may overflow where the whole sum does not.
+            unable.add("seeded")
+        return tuple(name for name in KERNEL_STRATEGIES if name not in unable)
 
     @property
     def strategies(self) -> tuple[str, ...]:
