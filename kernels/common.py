@@ -85,26 +85,6 @@ def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 
 
 @triton.jit
-def load_keep_bits(
-    keep_bits_ptr,
-    stride_keep_m,
-    first_m,
-    first_n,
-    M,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """A tile's keep bits as (BLOCK_M, BLOCK_N) int32 of 0 and 1; 0 beyond the last row and word.
-
-    Each word is loaded once and expanded by 32 shifts; one load per bit spills registers on sm_100.
-    Arguments as in :func:`load_keep_words`.
-    """
-    words = load_keep_words(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
-    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(bits, (BLOCK_M, BLOCK_N))
-
-
-@triton.jit
 def load_keep_words(
     keep_bits_ptr,
     stride_keep_m,
@@ -114,8 +94,9 @@ def load_keep_words(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A tile's 32-bit words, (BLOCK_M, BLOCK_N / 32); 0 beyond the last row and word.
+    """A tile's 32-bit words of keep bits, (BLOCK_M, BLOCK_N / 32); 0 beyond the last row and word.
 
+    Each word is loaded once, for :func:`keep_entries`: one load per bit spills registers on sm_100.
     ``first_n`` and ``BLOCK_N`` are multiples of 32; the row pitch is a multiple of 4 words.
     """
     tl.static_assert(BLOCK_N % 32 == 0, "a tile of keep bits is whole words")

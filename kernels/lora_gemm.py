@@ -18,7 +18,6 @@ from .common import (
     grouped_tile,
     in_vectors,
     keep_entries,
-    load_keep_bits,
     load_keep_words,
     load_low_rank,
     multiple,
@@ -88,8 +87,8 @@ def _gemm_tile(
     if HAS_SCALE:
         acc *= tl.load(scale_ptr).to(tl.float32)
     if HAS_DROPOUT:
-        keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
-        acc = tl.where(keep != 0, acc * inv_keep, 0.0)
+        words = load_keep_words(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
+        acc = keep_entries(acc * inv_keep, words, BLOCK_M, BLOCK_N)
     if USE_DESC:
         # No masks: descriptors load zeros outside the tensor, and do not store there.
         for start in range(0, L, BLOCK_L):

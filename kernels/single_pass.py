@@ -17,7 +17,8 @@ from .common import (
     TL_DTYPE,
     advance,
     in_vectors,
-    load_keep_bits,
+    keep_entries,
+    load_keep_words,
     multiple,
     operand,
     wait_for_previous,
@@ -169,8 +170,8 @@ def _single_pass(
     if not SCALE_U:
         up *= scale
     if HAS_DROPOUT:
-        keep = load_keep_bits(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
-        up = tl.where(keep != 0, up * inv_keep, 0.0)
+        words = load_keep_words(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
+        up = keep_entries(up * inv_keep, words, BLOCK_M, BLOCK_N)
     acc += up
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]

@@ -96,6 +96,20 @@ def what_is_kept() -> dict[str, bool]:
     }
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor of another device with the same shape, strides, dtype and alignment."""
+
+    def get_device(self):
+        return 1
+
+
+def on_another_device() -> int:
+    """Calls of Triton's launch by a repeatable launch, one of whose tensors then moves."""
+    p = torch.zeros(64, 64, dtype=torch.bfloat16)
+    gemm(tensors={"p": p})()
+    return passed_through(gemm(tensors={"p": p.as_subclass(Elsewhere)}))
+
+
 class Launcher:
     """A launcher in the form of Triton's, that passes the kernel's arguments with ``pack``."""
 
@@ -125,5 +139,6 @@ def called_below() -> dict[str, bool]:
 
 if __name__ == "__main__":
     make_driver("sm_90")
-    results = {"watched": while_watched(), "kept": what_is_kept(), "below": called_below()}
+    results = {"watched": while_watched(), "moved": on_another_device()}
+    results |= {"kept": what_is_kept(), "below": called_below()}
     print(json.dumps(results))

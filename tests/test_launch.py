@@ -87,6 +87,10 @@ def test_a_watched_launch_is_plain(limits):
     assert len(watched) == 15
 
 
+def test_a_tensor_on_another_device_is_not_taken_for_one_of_an_earlier_launch(limits):
+    assert limits["moved"] == 1
+
+
 def test_a_launcher_in_an_unknown_form_is_called_itself(limits):
     below = {name for name, called in limits["below"].items() if called}
     assert below == {"as in 3.6", "as in 3.7"}
