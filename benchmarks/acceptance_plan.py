@@ -35,7 +35,7 @@ from fused_lora.kernels import (
 )
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.ops import dropout
-from fused_lora.strategy import cost, traffic, tuning_cache
+from fused_lora.strategy import cost, schedule, traffic, tuning_cache
 from fused_lora.strategy.devices import KNOWN
 from gpu import probe, steps
 from gpu.budget import BUDGET, SOFT, STEPS
@@ -117,7 +117,7 @@ def seconds_of(layer: steps.Layer) -> float:
             masked=call.masked, backward=direction == "backward",
         )  # fmt: skip
         for name in call.strategies:
-            total += cost.seconds(traffic.direction(H100, name, case), H100)
+            total += cost.seconds(schedule.direction(H100, name, case), H100)
     return total
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import product as combinations
 from pathlib import Path
 
-from fused_lora.strategy import cost, traffic
+from fused_lora.strategy import cost, schedule
 from fused_lora.strategy.devices import KNOWN, Device
 from fused_lora.strategy.traffic import Kernel, Product
 from harness import shapes
@@ -109,8 +109,8 @@ class Row:
         frozen = [cost.seconds([kernel], device) for kernel in self.schedules["frozen"]]
         for names in (*((name, name) for name in OURS), self.auto):
             both = [
-                traffic.direction(device, *call)
-                for call in zip(names, (c, traffic.back(c)), strict=True)
+                schedule.direction(device, *call)
+                for call in zip(names, (c, schedule.back(c)), strict=True)
             ]
             kernels = both[0] + both[1]
             passes = sum(kernel.thin_bytes for kernel in kernels) / (c.M * c.L * c.itemsize)
@@ -177,8 +177,8 @@ def make_row(gpu: str, model: str, layer: str, c: Product) -> Row:
     )
     schedules = {"frozen": peer_traffic.frozen(device, c)}
     schedules |= {name: run(device, c) for name, run in peer_traffic.PEERS.items()}
-    schedules |= {name: traffic.layer(device, c, name, name) for name in OURS}
-    schedules["auto"] = traffic.layer(device, c, *auto)
+    schedules |= {name: schedule.layer(device, c, name, name) for name in OURS}
+    schedules["auto"] = schedule.layer(device, c, *auto)
     return Row(gpu, model, layer, c, schedules, auto)
 
 

@@ -3,9 +3,10 @@
     V = s · P Q        O = s · Pᵀ U        P (M,L)   Q (L,R)   U (M,R)   V (M,R)   O (L,R)
 
 ``G`` and ``dB``: P = dY, Q = B, U = S, V = G, O = dB. A program computes its part of both for one
-block of columns and a range of rows. The partial sums are added in a fixed order, so results are
-bitwise reproducible. They are a cost of the rank, so from some rank on :mod:`.shrink` and
-:mod:`.rank_grad`, which read P twice, move fewer bytes.
+block of columns and a range of rows. A second launch adds the partial sums, in a fixed order, so
+results are bitwise reproducible: they are too many for the last program of each block to add. They
+grow with the rank, so from some rank on :mod:`.shrink` and :mod:`.rank_grad`, which read P twice,
+move fewer bytes.
 """
 
 import torch

@@ -8,7 +8,7 @@ import torch
 from fused_lora.kernels import select_config
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.ops import dropout
-from fused_lora.strategy import traffic
+from fused_lora.strategy import schedule, traffic
 from fused_lora.strategy.devices import INTERPRETER, KNOWN
 from fused_lora.strategy.traffic import Product
 from modelled import peer_traffic
@@ -75,7 +75,7 @@ def test_thin_traffic_is_under_its_target(gpu, width):
     assert lorafusion / eager == pytest.approx(0.29, abs=0.005)
     for adapter_itemsize in (2, 4):
         ours = replace(case, adapter_itemsize=adapter_itemsize)
-        assert thin(traffic.layer(device, ours, "split", "split")) / eager <= 0.22
+        assert thin(schedule.layer(device, ours, "split", "split")) / eager <= 0.22
 
 
 @pytest.mark.parametrize("case", [(1, 1), (100, 9000), (9000, 100), (8192, 1024), (40_000, 777)])
@@ -168,7 +168,7 @@ def test_compulsory_bytes_are_the_recorded_ones(case):
     )
     modelled = [
         kernel
-        for kernel in traffic.layer(INTERPRETER, product, strategy, strategy)
+        for kernel in schedule.layer(INTERPRETER, product, strategy, strategy)
         if not kernel.is_torch  # PyTorch's kernels are not recorded
     ]
     found = recorded(case)
@@ -191,7 +191,7 @@ def test_the_recorded_cases_cover_every_kernel():
     for M, K, N, R, dtype, adapter_dtype, strategy, dropped in RECORDED:
         case = Product(M, K, N, R, dtype.itemsize, adapter_dtype.itemsize)
         case = replace(case, masked="operand" if dropped else None)
-        names |= {k.name for k in traffic.layer(INTERPRETER, case, strategy, strategy)}
+        names |= {k.name for k in schedule.layer(INTERPRETER, case, strategy, strategy)}
     assert names == {
         "dropout_mask", "shrink", "lora_gemm", "lora_add", "rank_grad",
         "single_pass", "thin_pair", "sum_pair", "zeros", "zero_",

@@ -31,7 +31,7 @@ from fused_lora.kernels import launch
 from fused_lora.kernels.config import is_aligned
 from fused_lora.ops import dropout
 from fused_lora.ops.triton_impl import described, is_sticky
-from fused_lora.strategy import cost, devices, traffic, tuning_cache
+from fused_lora.strategy import cost, devices, schedule, traffic, tuning_cache
 from fused_lora.tune import Layer, tune
 from gpu import probe as probes
 from gpu.devices import Gpu, P, Rehearsal
@@ -332,7 +332,7 @@ def comparison(gpu: Gpu, allowance: Allowance) -> Iterator[Row]:
             )  # fmt: skip
             row = {"case": call.key}
             for name in entry.microseconds:
-                kernels = traffic.direction(device, name, product)
+                kernels = schedule.direction(device, name, product)
                 busy = 1e6 * cost.seconds(kernels, device)
                 host = 1e6 * cost.host_seconds(kernels, repeated=launch.REPEATS)
                 row[name] = {

@@ -4,9 +4,10 @@
     host    =  Σ over kernels of  the time to queue one
     call    =  max(device, host); in a CUDA graph's replay, the device's time only
 
-Bytes and operations are from :mod:`.traffic`, the rates (of half-precision products) from
-:mod:`.devices`. A kernel's memory traffic, products and integer arithmetic overlap, so of these the
-slowest counts: also for the vendor's GEMM that reads what it accumulates onto ("seeded").
+The kernels are from :mod:`.schedule`, their bytes and operations from :mod:`.traffic`, and the
+rates, of half-precision products, from :mod:`.devices`. Memory traffic, products and integer
+arithmetic of a kernel overlap, so the slowest of them counts. This includes the vendor's GEMM that
+accumulates onto what it reads ("seeded"), an assumption.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Collection
 
 from ..kernels.config import cdiv, single_pass_applies
 from .devices import Device
-from .traffic import Kernel, Product, direction
+from .schedule import direction
+from .traffic import Kernel, Product
 from .tuning_cache import STRATEGIES
 
 # Share of the peak that cuBLAS reaches in large products: 716 of 989 TFLOPS on H100 (P. Shankhdhar,

@@ -1,4 +1,4 @@
-"""What each kernel of the layer moves and computes: bytes per operand, operations, launches.
+"""What each kernel of the layer moves and computes: bytes per operand, operations.
 
 A kernel moves its compulsory bytes: each address once. Recorded under Triton's interpreter, the
 kernels read and write exactly these (tests/test_traffic.py). Large products read more. The tiles
@@ -9,7 +9,7 @@ do not fit in the cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..kernels import select_config
 from ..kernels.config import (
@@ -31,7 +31,6 @@ VENDOR_TILE = (128, 256, 8)  # rows, columns, row blocks per group; with it the 
 # Integer instructions per mask word of 64 columns. For 8 words there are 200 in the loop, per
 # digit, and 352 around it [compiled, sm_90, Triton 3.7.1].
 _MASK_LOOP, _MASK_REST = 25, 44
-_TABLE_OPERATORS = ("arange", "arange", "shift", "and", "to")  # in dropout._byte_table
 _OWN = ("p", "q", "o")  # operands of the frozen product itself; those of the epilogue are thin
 
 
@@ -166,7 +165,7 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
     config = select_config.shrink_config(target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned)
     _, splits = split_evenly(c.L, config.splits, config.block_l)
     reads = {"p": c.M * c.L * c.itemsize, "q": c.L * c.R * c.itemsize}
-    kernels, written, integers = _cast(c.L * c.R, c), {"u": c.M * c.R * c.itemsize}, 0.0
+    kernels, written, integers = cast(c.L * c.R, c), {"u": c.M * c.R * c.itemsize}, 0.0
     rank_blocks = cdiv(c.R, config.block_r(c.R))
     if c.masked == "operand":
         mask = dropout_mask(c.M, c.L)
@@ -188,7 +187,7 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
         reads["parts"] = parts["parts"]
         written |= parts
         if not c.backward or c.M <= MIN_SPLIT_ROWS:  # else backward has tickets for all its kernels
-            kernels.append(_torch("zeros", {}, {"tickets": 4 * tickets}))
+            kernels.append(torch_kernel("zeros", {}, {"tickets": 4 * tickets}))
     kernel = Kernel("shrink", reads, written, flops, loads=loads, integers=integers)
     return [*kernels, kernel]
 
@@ -249,7 +248,7 @@ def single_pass(device: Device, c: Product) -> list[Kernel]:
     written = {"o": c.M * c.N * c.itemsize, "u": c.M * c.R * c.itemsize}
     # With few rows each panel of Q is read once: no later wave reads it again.
     kernel = Kernel("single_pass", reads, written, flops, gemm=1.0, speed=device.gemm_ratio)
-    return [*_cast(c.L * c.R, c), kernel]
+    return [*cast(c.L * c.R, c), kernel]
 
 
 def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
@@ -264,8 +263,8 @@ def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
     if not rank_grad_applies(c.M, c.R, masked=masked):
         result = c.R * c.L * 4
         return [
-            _torch("mm", {"u": u, "p": p}, {"o": result}, 2.0 * c.M * c.L * c.R),
-            _torch("mul" if scaled else "copy", {"o": result} | _scale(scaled), {"o": out}),
+            torch_kernel("mm", {"u": u, "p": p}, {"o": result}, 2.0 * c.M * c.L * c.R),
+            torch_kernel("mul" if scaled else "copy", {"o": result} | _scale(scaled), {"o": out}),
         ]
     config = select_config.rank_grad_config(
         device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned
@@ -283,65 +282,6 @@ def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
         reads["parts"] = parts["parts"]
         written |= parts
     return [Kernel("rank_grad", reads, written, flops, loads=loads)]
-
-
-def product(
-    device: Device, strategy: str, c: Product, thin: list[Kernel] | None = None
-) -> list[Kernel]:
-    """The kernels of one direction, as ``kernels/strategies.py`` launches them for ``strategy``.
-
-    Args:
-        strategy: "torch" is PyTorch's operators only.
-        thin: the kernels that compute ``U``; by default, those of :func:`shrink`.
-    """
-    if strategy == "torch":
-        return torch_operators(device, c)
-    if strategy == "single_pass":
-        return single_pass(device, c)
-    thin = shrink(device, c) if thin is None else thin
-    if strategy == "split":
-        return [*thin, lora_gemm(device, c)]
-    shape = device.target.sms, c.M, c.L, c.N, c.itemsize
-    if strategy == "seeded":
-        gemm = vendor_gemm("addmm_", *shape, seeded=True)
-        return [*thin, lora_add(device, c, seeds=True), gemm]
-    return [*thin, vendor_gemm("mm", *shape, bias=c.bias), lora_add(device, c)]
-
-
-def torch_operators(device: Device, c: Product) -> list[Kernel]:
-    """The kernels of one direction in PyTorch, as ``ops/torch_impl.py`` runs it on a GPU.
-
-    Triton computes the mask.
-    """
-    operand, thin, out = (size * c.itemsize for size in (c.M * c.L, c.M * c.R, c.M * c.N))
-    kernels = _cast(c.L * c.R, c)
-    if c.masked == "operand":
-        kernels.insert(0, dropout_mask(c.M, c.L))
-        kernels += _expanded_mask(c.M, c.L, c.itemsize)
-        kernels.append(_torch("mul_", {"mask": operand, "p": operand}, {"p": operand}))
-    adapter = {"p": operand, "q": c.L * c.R * c.itemsize}
-    is_half = c.itemsize == 2
-    # On a GPU the scale is a tensor. It multiplies G, or S, or in half precision S Bᵀ.
-    wide = c.M * c.R * 4 if c.backward else thin
-    kernels.append(_torch("mm", adapter, {"u": wide}, 2.0 * c.M * c.L * c.R))
-    if c.backward or not is_half:
-        kernels.append(_torch("mul", {"u": wide, "scale": 4}, {"u": wide}))
-    if c.backward and is_half:
-        kernels.append(_torch("cast", {"u": wide}, {"u": thin}))
-    kernels += [
-        vendor_gemm("mm", device.target.sms, c.M, c.L, c.N, c.itemsize, bias=c.bias),
-        *_cast(c.R * c.N, c),
-    ]
-    low_rank, flops = {"u": thin, "v": c.R * c.N * c.itemsize}, 2.0 * c.M * c.N * c.R
-    if c.masked == "output":
-        factor = {"mask": out}
-        kernels += _expanded_mask(c.M, c.N, c.itemsize)
-    elif c.backward or not is_half:
-        return [*kernels, _torch("addmm_", {"o": out} | low_rank, {"o": out}, flops)]
-    else:
-        factor = {"scale": 4}
-    kernels.append(_torch("mm", low_rank, {"branch": out}, flops))
-    return [*kernels, _torch("addcmul_", {"o": out, "branch": out} | factor, {"o": out})]
 
 
 def thin_pair(device: Device, c: Product) -> list[Kernel] | None:
@@ -364,58 +304,10 @@ def thin_pair(device: Device, c: Product) -> list[Kernel] | None:
     reads = {"p": c.M * c.L * c.itemsize, "q": q, "u": u}
     loads = reads | {"q": q * splits, "u": u * cdiv(c.L, config.block_l)}
     return [
-        *_cast(c.L * c.R, c),
+        *cast(c.L * c.R, c),
         Kernel("thin_pair", reads, parts, flops, loads=loads),
         Kernel("sum_pair", parts | _scale(True), written),
     ]
-
-
-def direction(device: Device, strategy: str, c: Product) -> list[Kernel]:
-    """All kernels of a forward, or of a backward with ``dA`` and ``dB``."""
-    if not c.backward:
-        return product(device, strategy, c)
-    pair = None if strategy in ("torch", "single_pass") else thin_pair(device, c)
-    if pair is None:
-        kernels = product(device, strategy, c) + _rank_gradients(device, strategy, c)
-        if strategy != "torch" and c.M > MIN_SPLIT_ROWS:
-            kernels.insert(0, _torch("zero_", {}, {"tickets": 4 * TICKETS}))
-        return kernels
-    ahead = replace(c, L=c.N, N=c.L, masked="operand" if c.masked else None)
-    return product(device, strategy, c, pair) + rank_grad(device, ahead, scaled=False)
-
-
-def _rank_gradients(device: Device, strategy: str, back: Product) -> list[Kernel]:
-    """Both gradients of the adapter, each with a pass over dY or x of its own."""
-    ahead = replace(back, L=back.N, N=back.L, masked="operand" if back.masked else None)
-    if strategy != "torch":
-        return rank_grad(device, ahead, scaled=False) + rank_grad(device, back, scaled=True)
-    kernels = []
-    if back.masked:  # the expanded mask is shared with dx, which counts it
-        x = back.M * back.N * back.itemsize
-        kernels.append(_torch("mul_", {"mask": x, "p": x}, {"p": x}))
-    is_widened = back.adapter_itemsize > back.itemsize
-    for columns, scaled in ((back.N, {}), (back.L, {"scale": 4})):
-        reads = {"p": back.M * columns * back.itemsize, "u": back.M * back.R * back.itemsize}
-        # dB is scaled in float32, and so is dA by 1/(1-p), unless that is the product's ``alpha``.
-        is_wide = scaled or is_widened
-        result = {"o": back.R * columns * (4 if is_wide else back.adapter_itemsize)}
-        kernels.append(_torch("mm", reads, result, 2.0 * back.M * columns * back.R))
-        if scaled or (back.masked and is_widened):
-            kernels.append(_torch("mul_", result | scaled, result))
-        if is_wide and back.adapter_itemsize < 4:
-            kernels.append(_torch("cast", result, {"o": back.R * columns * 2}))
-    return kernels
-
-
-def back(c: Product) -> Product:
-    """The product of backward, ``dY W``, for that of forward."""
-    masked = "output" if c.masked else None
-    return replace(c, L=c.N, N=c.L, masked=masked, bias=False, backward=True)
-
-
-def layer(device: Device, c: Product, forward: str, backward: str) -> list[Kernel]:
-    """The forward of ``c`` with one strategy, and all three gradients with another."""
-    return direction(device, forward, c) + direction(device, backward, back(c))
 
 
 def _operands(c: Product) -> dict[str, int]:
@@ -442,25 +334,18 @@ def _scale(is_read: bool) -> dict[str, int]:
     return {"scale": 4} if is_read else {}
 
 
-def _cast(elements: int, c: Product) -> list[Kernel]:
+def cast(elements: int, c: Product) -> list[Kernel]:
+    """The cast of a part of the adapter to the product's dtype, if they differ."""
     if c.adapter_itemsize == c.itemsize:
         return []
     written = {"cast": elements * c.itemsize}
-    return [_torch("cast", {"adapter": elements * c.adapter_itemsize}, written)]
+    return [torch_kernel("cast", {"adapter": elements * c.adapter_itemsize}, written)]
 
 
-def _expanded_mask(M: int, columns: int, itemsize: int) -> list[Kernel]:
-    """Keep bits unpacked to zeros and ones: each byte selects a row of a table with 256 rows."""
-    table = [_torch(name, {}, {"table": 2048 * itemsize}) for name in _TABLE_OPERATORS]
-    packed = 4 * M * _pitch(columns)
-    return [
-        *table,
-        _torch("int", {"keep_bits": packed}, {"bytes": 4 * packed}),
-        _torch("embedding", {"bytes": 4 * packed}, {"mask": M * columns * itemsize}),
-    ]
-
-
-def _torch(name: str, reads: dict[str, int], writes: dict[str, int], flops=0.0) -> Kernel:
+def torch_kernel(
+    name: str, reads: dict[str, int], writes: dict[str, int], flops: float = 0.0
+) -> Kernel:
+    """A kernel that one of PyTorch's operators launches."""
     return Kernel(name, reads, writes, flops, is_torch=True)
 
 
