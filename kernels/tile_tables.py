@@ -91,6 +91,11 @@ _SHRINK = {
         (4, 3, 16, 128, 128),
     ),
 }
+_SHRINK_ADA = {  # 99 KB of shared memory
+    32: _SHRINK[32],
+    64: _SHRINK[64],
+    256: ((8, 2, 64, 128, 128), (8, 2, 32, 128, 128), (4, 2, 16, 128, 128)),
+}
 _CDNA_SHRINK = {
     # Two warps: with four, several threads would compute the same word of the mask.
     32: ((2, 2, 64, 128, 32), (2, 2, 32, 128, 32), (2, 2, 16, 128, 32)),
@@ -122,6 +127,9 @@ SHRINK: dict[str, dict[str, dict[int, Rows]]] = {
             128: ((8, 2, 128, 128, 128), (8, 3, 64, 128, 128), (4, 3, 32, 128, 128)),
             256: ((8, 2, 128, 128, 256), (8, 2, 64, 128, 256), (4, 3, 32, 128, 128)),
         },
+        "sm_86": _SHRINK_ADA,
+        "sm_89": _SHRINK_ADA,
+        "sm_120": _SHRINK_ADA,
         "gfx90a": _CDNA_SHRINK,
         "gfx942": _CDNA_SHRINK,
         "any": _SHRINK,
@@ -222,7 +230,7 @@ THIN_PAIR: dict[str, dict[int, Rows]] = {
     "gfx950": _NO_PAIR,
     "any": {
         16: ((4, 4, 32, 512), (4, 4, 32, 256), (4, 4, 32, 128)),
-        32: ((8, 4, 32, 512), (4, 4, 32, 256), (4, 4, 32, 128)),
+        32: ((8, 4, 32, 512), (4, 4, 32, 256), (4, 4, 32, 128), (4, 4, 32, 64)),
     },
 }
 

@@ -456,6 +456,7 @@ def test_gradients_of_the_adapter_beside_dx(monkeypatch):
         events.clear()
         got = strategies.backward(operands, "seeded", side)
         assert all(map(torch.equal, got, expected))
+        assert ("_shrink" in events) == (R == 16)
         assert events[-4:] == [
             "side waits for main",
             "_adapter_gradients",
