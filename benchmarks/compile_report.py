@@ -1,7 +1,7 @@
 """Compile the kernels for GPUs that are not present, and check the shipped configs.
 
     python benchmarks/compile_report.py --slice                     two minutes: what CI runs
-    python benchmarks/compile_report.py --json rows.jsonl --write   everything: an hour on two cores
+    python benchmarks/compile_report.py --json rows.jsonl --write   everything: two hours on 2 cores
     python benchmarks/compile_report.py --arch sm_90 --kernel lora_gemm --rank 16 64
     python benchmarks/compile_report.py --search --arch sm_80 --kernel lora_gemm --dtype bf16
 

@@ -102,6 +102,8 @@ def _shrink(
     cols = offs_r[None, :] < R
     if DIGITS:
         seed = tl.load(seed_ptr)  # inside the loop it would be copied ahead in every step
+        # Every block of ranks makes the mask, the first one stores it.
+        stored_words = tl.where(block_r == 0, stride_keep_m, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     # A split is a whole number of blocks, so only the last block of L may need a mask along L.
     for start in range(first_l, last_l, BLOCK_L):
@@ -121,7 +123,7 @@ def _shrink(
             tl.store(
                 keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_keep_m + offs_w[None, :],
                 made,
-                mask=rows & (offs_w[None, :] < stride_keep_m) & (block_r == 0),
+                mask=rows & (offs_w[None, :] < stored_words),
             )
             words = tl.join(made.to(tl.int32), (made >> 32).to(tl.int32))
             p = keep_entries(p, tl.reshape(words, (BLOCK_M, BLOCK_L // 32)), BLOCK_M, BLOCK_L)

@@ -76,7 +76,7 @@ def test_planted_faults_are_found():
         "waits for all, sm_100": "waits for all matrix groups",
         "own iteration, AMD": "consumes a load in its own iteration",
         "waits for all": "waits for all matrix groups",
-        "tensor memory": "tensor memory",
+        "does not compile": "does not compile",
         "traps": "a body of traps",
         "no matrix": "no HMMA",
     }

@@ -13,7 +13,7 @@ from .cases import Case
 from .driver import FakeDriver, activate
 from .report import Row, inspect
 
-CHUNK = 25  # cases per process: they share the cost of importing torch
+CHUNK = 100  # cases per process: they share the cost of importing torch
 
 
 def compile_case(fake: FakeDriver, case: Case) -> Row:

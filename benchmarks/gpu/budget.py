@@ -3,9 +3,9 @@
 # Each step's share of the budget. A step that ends early leaves its rest to the later ones.
 STEPS = {
     "preflight": 30,
-    "probe": 85,
-    "numerics": 95,
-    "repeatability": 75,
+    "probe": 102,
+    "numerics": 68,
+    "repeatability": 85,
     "graphs": 20,
     "tuning": 60,
     "benchmark": 100,

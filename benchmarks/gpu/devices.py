@@ -26,7 +26,7 @@ class Gpu:
     small = ((63, 300, 123, 8), (48, 1024, 2048, 16), (2048, 2048, 512, 128))
     probed = tuple((*shape, rank) for shape in probe.SHAPES for rank in probe.RANKS)
 
-    test_processes = min(8, os.cpu_count() or 1)  # each has a GPU context
+    test_processes = min(16, os.cpu_count() or 1)  # each has a GPU context
 
     def __init__(self, device: torch.device):
         self.device = device
