@@ -143,6 +143,11 @@ SHRINK: dict[str, dict[str, dict[int, Rows]]] = {
         "any": _SHRINK,
     },
     "half narrow": {
+        # 32 rows of up to 256 ranks spill under Triton 3.9.
+        "sm_90": {
+            **_SHRINK_NARROW,
+            256: ((8, 2, 32, 32, 128), *_SHRINK_NARROW[256][1:]),
+        },
         "sm_100": {
             **_SHRINK_NARROW,
             256: ((8, 2, 32, 32, 256), (8, 1, 64, 32, 128), (8, 2, 16, 32, 256)),
@@ -233,7 +238,14 @@ RANK_GRAD: dict[str, dict[str, dict[int, Rows]]] = {
         },
         "any": _RANK_GRAD_NARROW,
     },
-    "fp32": {"sm_120": _RANK_GRAD_FP32_GEFORCE, "any": _RANK_GRAD_FP32},
+    "fp32": {
+        "sm_90": {
+            **_RANK_GRAD_FP32,
+            256: ((8, 2, 16, 64, 64), (8, 2, 32, 32, 64), (8, 2, 16, 32, 64)),
+        },
+        "sm_120": _RANK_GRAD_FP32_GEFORCE,
+        "any": _RANK_GRAD_FP32,
+    },
     "fp32 narrow": {"sm_120": _RANK_GRAD_FP32_GEFORCE, "any": _RANK_GRAD_FP32},
 }
 

@@ -14,7 +14,7 @@ from .cases import DTYPES, MASKED, PRODUCTS, SIZES, Case
 
 ARCHS = tuple(limits.LIMITS)
 RANKS = (8, 16, 32, 64, 128, 256)
-RANKS_OF = {  # the ranks compiled for each key of SIZES: code for masked rows hardly depends on them
+RANKS_OF = {  # for each key of SIZES; where rows are masked, the code hardly depends on the rank
     "even": RANKS,
     "vector": (16, 64),
     "narrow": (16, 64, 256),
