@@ -39,6 +39,7 @@ from fused_lora.strategy import cost, schedule, traffic, tuning_cache
 from fused_lora.strategy.devices import KNOWN
 from gpu import probe, steps
 from gpu.budget import BUDGET, SOFT, STEPS
+from gpu.devices import TEST_PROCESSES
 
 H100 = KNOWN["h100"]
 LAUNCHERS = (lora_add, lora_gemm, mask_kernel, rank_grad, shrink, single_pass, thin_pair)
@@ -49,7 +50,6 @@ META = torch.device("meta")
 COMPILE_SECONDS = 0.6
 START_SECONDS = 12.0  # per step: imports and a CUDA context; on the EPYC the imports alone take 4
 TEST_SECONDS = 0.15  # per test of the kernels, without compiling
-TEST_PROCESSES = 16
 ROW_SECONDS = steps.LAYER_SECONDS + 1.5  # per row of the benchmark: its rounds, and its checks
 PROBE_REPEATS = 3 + 1 + 15  # runs of a call: warm-up, capture, rounds
 TUNE_REPEATS = 2 * 3 + 1 + 30 * 3 + 30  # 2 warm-ups of 3, capture, host and device rounds

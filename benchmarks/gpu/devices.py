@@ -18,6 +18,7 @@ from harness import machine
 from harness.shapes import GPU_TARGETS
 
 P = 0.1  # the probability of cases with dropout
+TEST_PROCESSES = 16  # at most, of the tests: each has a GPU context
 
 
 class Gpu:
@@ -26,7 +27,7 @@ class Gpu:
     small = ((63, 300, 123, 8), (48, 1024, 2048, 16), (2048, 2048, 512, 128))
     probed = tuple((*shape, rank) for shape in probe.SHAPES for rank in probe.RANKS)
 
-    test_processes = min(16, os.cpu_count() or 1)  # each has a GPU context
+    test_processes = min(TEST_PROCESSES, os.cpu_count() or 1)
 
     def __init__(self, device: torch.device):
         self.device = device
