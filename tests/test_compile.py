@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from compiled import limits, machine_code, pipeline, sweep
+from compiled import limits, machine_code, pipeline, sources, sweep
 from compiled.cases import DTYPES, PRODUCTS
 from fused_lora.kernels import select_config
 from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, Target, is_valid
@@ -42,6 +43,44 @@ def test_a_slice_of_the_shipped_tiles_compiles_clean(arch, tmp_path):
         assert row["spill"] == 0, row
         assert row["shared"] <= row["shared_limit"], row
         assert row["registers"] > 0, row
+
+
+STREAMING = {"shrink", "rank_grad"}
+# A file, an edit of it, the kernels whose rows it invalidates.
+EDITS = [
+    ("kernels/shrink.py", ("# The blocks of one row", "# All blocks of one row"), set()),
+    ("kernels/shrink.py", ("    acc *= factor", "    acc *= 1 * factor"), {"shrink"}),
+    ("kernels/dropout.py", ("z >> 30", "z >> 29"), {"shrink", "dropout_mask"}),
+    ("kernels/common.py", ("last = tl.atomic_add", "last = 0 + tl.atomic_add"), STREAMING),
+    ("kernels/thin_pair.py", ("block = 1024 //", "block = 512 //"), {"thin_pair", "sum_pair"}),
+    ("kernels/tile_tables.py", ("_HOPPER = (", "_HOPPER = 1 * ("), set()),
+    ("compiled/cases.py", ("rank_grad(A, u, x,", "rank_grad(A, u, x + 0,"), {"rank_grad"}),
+    ("compiled/report.py", ("spill=code.spill", "spill=code.stack"), set(PRODUCTS)),
+]
+
+
+@pytest.mark.parametrize(("file", "edit", "invalid"), EDITS, ids=lambda case: str(case)[:40])
+def test_an_edit_invalidates_the_rows_of_the_kernels_that_it_reaches(
+    file, edit, invalid, tmp_path, monkeypatch
+):
+    folders = {package: tmp_path / package.rpartition(".")[2] for package in sources.FOLDERS}
+
+    def digests():
+        sources.digest.cache_clear()
+        sources._module.cache_clear()
+        return {kernel: sources.digest(kernel) for kernel in PRODUCTS}
+
+    before = digests()
+    for package, copy in folders.items():
+        shutil.copytree(sources.FOLDERS[package], copy)
+    text = (tmp_path / file).read_text()
+    assert text.count(edit[0]) == 1
+    (tmp_path / file).write_text(text.replace(*edit))
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "FOLDERS", folders)
+        after = digests()
+    digests()
+    assert {kernel for kernel in PRODUCTS if after[kernel] != before[kernel]} == invalid
 
 
 def test_a_report_continues_from_its_rows(tmp_path):

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import triton
 
-import fused_lora.kernels as kernels
 from fused_lora.kernels.config import Config
 
 from .cases import Case
 from .report import Row
+from .sources import digest
 
 COLUMNS = (
     "kernel", "dtype", "rows", "config", "n", "registers", "spill", "shared", "of", "tmem",
     "occupancy", "share", "matrix", "copies", "instructions", "pipelined", "faults",
 )  # fmt: skip
-# These files select and show cases: changing them leaves the rows valid, see :func:`sources`.
-CHOOSES_CASES = ("select_config.py", "tile_tables.py", "sweep.py", "search.py", "render.py")
+_KERNEL = re.compile(r"kernel='(\w+)'")  # in the text of a case
 
 
 def describe(config: Config | None) -> str:
@@ -82,27 +81,17 @@ def _span(numbers: Iterable[int]) -> str:
     return str(found[0]) if found[0] == found[-1] else f"{found[0]}-{found[-1]}"
 
 
-def sources() -> str:
-    """A digest of what a row depends on: Triton's version, the kernels, the parsing code."""
-    digest = hashlib.sha256(triton.__version__.encode())
-    for folder in (Path(kernels.__file__).parent, Path(__file__).parent):
-        for path in sorted(folder.glob("*.py")):
-            if path.name not in CHOOSES_CASES:
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def append(file, case: Case, row: Row) -> None:
     """Write one row as a line of JSON."""
-    line = {"sources": sources(), "triton": triton.__version__, "case": repr(case)}
+    line = {"sources": digest(case.kernel), "triton": triton.__version__, "case": repr(case)}
     print(json.dumps(line | row.as_dict()), file=file, flush=True)
 
 
 def load(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows that an earlier run with the same sources wrote, each with its case's text."""
-    current = sources()
+    """Rows that an earlier run of the same code wrote, each with its case's text."""
     for line in path.read_text().splitlines() if path.exists() else ():
         fields = json.loads(line)
-        if fields.pop("sources") == current:
+        case = fields.pop("case")
+        if fields.pop("sources") == digest(_KERNEL.search(case)[1]):
             fields.pop("triton")
-            yield fields.pop("case"), Row(**fields)
+            yield case, Row(**fields)
