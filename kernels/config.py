@@ -175,6 +175,22 @@ class AddConfig(Config):
 
 
 @dataclass(frozen=True)
+class GatedConfig(Config):
+    """``gated`` and ``gated_backward``, whose low-rank product is that of :class:`AddConfig`."""
+
+    block_m: int = 32
+    block_n: int = 64
+    whole_r: int = MAX_BLOCK_R
+
+    rank_blocks = AddConfig.rank_blocks
+    tile = GemmConfig.tile
+
+    def shared_bytes(self, itemsize: int, rank: int) -> int:
+        """As for :class:`AddConfig`; gate, up and dh may change their layout there as well."""
+        return max(AddConfig.shared_bytes(self, itemsize, rank), 12 * self.block_m * self.block_n)
+
+
+@dataclass(frozen=True)
 class ShrinkConfig(Config):
     """``shrink``; ``splits`` divides the contraction."""
 

@@ -17,6 +17,7 @@ from .config import (
     THIN_PAIR_MAX_RANK,
     AddConfig,
     Config,
+    GatedConfig,
     GemmConfig,
     RankGradConfig,
     ShrinkConfig,
@@ -166,6 +167,29 @@ def add_candidates(target: Target, itemsize: int, rank: int) -> list[AddConfig]:
 def add_config(target: Target, itemsize: int, M: int, N: int, rank: int) -> AddConfig:
     """The tile of ``lora_add`` for an ``(M, N)`` output."""
     return _choose(add_candidates(target, itemsize, rank), target, M, N, rank)
+
+
+def gated_candidates(
+    target: Target, itemsize: int, rank: int, *, aligned: bool
+) -> list[GatedConfig]:
+    """The valid configurations, from which :func:`gated_config` chooses."""
+    rows = tile_tables.look_up(tile_tables.GATED, target.arch, itemsize, aligned)
+    return _valid(
+        [GatedConfig(warps, 1, False, *block) for warps, *block in rows], target, itemsize, rank
+    )
+
+
+def gated_config(
+    target: Target, itemsize: int, M: int, N: int, rank: int = 0, *, aligned: bool
+) -> GatedConfig:
+    """The tile of ``gated`` and ``gated_backward`` for ``(M, N)`` operands.
+
+    Args:
+        rank: of the low-rank product in backward; 0 without one.
+        aligned: whether every row of each operand and result starts on a 16-byte boundary.
+    """
+    candidates = gated_candidates(target, itemsize, rank, aligned=aligned)
+    return _choose(candidates, target, M, N, rank)
 
 
 def shrink_candidates(

@@ -278,6 +278,15 @@ ADD: dict[str, dict[str, Rows]] = {
     "fp32": {"any": ((8, 32, 64, 32), (8, 64, 32, 32), (4, 32, 32, 32))},
 }
 
+# warps, rows, columns, largest rank in one block
+GATED: dict[str, dict[str, Rows]] = {
+    "half": {"any": ((8, 64, 64, 32), (4, 32, 64, 32))},
+    "half narrow": {"any": ((8, 32, 64, 32), (4, 32, 32, 32))},
+    "fp32": {"any": ((8, 32, 64, 32), (4, 32, 32, 32))},
+    # Eight values per thread spill.
+    "fp32 narrow": {"any": ((8, 32, 32, 32), (4, 16, 32, 32))},
+}
+
 # warps, stages, rows, columns, step of the inner dimension
 SINGLE_PASS: dict[str, dict[str, Rows]] = {
     "half": {"any": ((4, 4, 64, 64, 64), (4, 4, 32, 64, 64), (4, 4, 16, 64, 64))},

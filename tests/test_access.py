@@ -12,12 +12,14 @@ from access_recorder import AccessError, assert_guards, guarded, record
 from fused_lora.kernels import strategies
 from fused_lora.kernels.config import (
     AddConfig,
+    GatedConfig,
     GemmConfig,
     RankGradConfig,
     ShrinkConfig,
     SinglePassConfig,
     ThinPairConfig,
 )
+from fused_lora.kernels.gated import gated, gated_backward
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
@@ -109,6 +111,26 @@ def test_tiles_wider_than_the_matrix(M, N, L, R, transposed, masked):
                 results = torch.empty(M, min(R, 32)), torch.empty(L, min(R, 32))
                 thin_pair(*results, *half, scale, pair)
     assert len(launches) >= 16
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("M", "N", "R"), [(33, 72, 40), (17, 65, 5), (1, 1, 1), (40, 300, 0)])
+def test_gated_in_bounds_and_written_once(M, N, R, in_place):
+    """Rows of gate and up are parts of wider ones, as in the output of one stacked projection."""
+    pairs = [guarded(torch.randn(M, 2 * N)) for _ in range(3)]
+    (gate, up), (dh, h), (dgate, dup) = (wide.split(N, dim=1) for wide, _ in pairs)
+    low_rank = {"u": torch.randn(M, R), "v": torch.randn(R, N)} if R else {}
+    if R > 5:
+        low_rank["keep_bits"] = dropout.make_keep_bits(torch.tensor(1), M, N, 45_000)
+    results = {} if in_place else {"dgate": dgate, "dup": dup, "h": h}
+    with record() as launches:
+        for block in (32, 256):
+            config = GatedConfig(4, 1, block_m=16, block_n=block)
+            gated(h, gate, up, config, activation="silu")
+            gated_backward(gate, up, dh, config, activation="silu", **results, **low_rank)
+    assert len(launches) == 4
+    for _, buffer in pairs:
+        assert_guards(buffer)
 
 
 def test_bytes_of_the_split_strategy():

@@ -2,9 +2,11 @@
 
 import contextlib
 import itertools
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from support import UNIT_ROUNDOFF, assert_error, make_inputs, relative_rms
 
@@ -14,6 +16,7 @@ from fused_lora.kernels import select_config, strategies
 from fused_lora.kernels.config import (
     DIGITS,
     AddConfig,
+    GatedConfig,
     GemmConfig,
     RankGradConfig,
     ShrinkConfig,
@@ -21,6 +24,7 @@ from fused_lora.kernels.config import (
     Target,
     ThinPairConfig,
 )
+from fused_lora.kernels.gated import ACTIVATIONS, gated, gated_backward
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
@@ -264,6 +268,81 @@ def test_single_pass(case, scale_u):
     check(o, p.double() @ q.double() + low_rank + (bias.double() if has_bias else 0), dtype)
 
 
+ACTIVATE = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def gated_in_float64(gate, up, dh, activation):
+    """``h``, ``dgate``, ``dup`` by PyTorch, in float64."""
+    leaves = [t.double().requires_grad_() for t in (gate, up)]
+    h = ACTIVATE[activation](leaves[0]) * leaves[1]
+    return h.detach(), *torch.autograd.grad(h, leaves, dh.double())
+
+
+# M, I, R, dtype, adapter dtype, masked
+GATED = [
+    (63, 123, 8, BF16, FP32, True),
+    (17, 96, 100, FP16, FP16, True),
+    (1, 1, 1, FP32, FP32, False),
+    (40, 264, 300, FP32, FP32, True),
+    (33, 80, 0, BF16, None, False),
+    (70, 65, 0, FP16, None, False),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_gated(case, activation):
+    """Both directions; in place the same bits as out of place."""
+    M, N, R, dtype, adapter, masked = case
+    gate, up = rand(M, 2 * N, dtype=dtype).split(N, dim=1)
+    dh, config = rand(M, N, dtype=dtype), GatedConfig(4, 1, block_m=16, block_n=64)
+    operands, wide = {}, dh.double()
+    if R:
+        u, v = rand(M, R, dtype=dtype), rand(R, N, dtype=adapter)
+        keep_bits, mask = random_keep_bits(M, N) if masked else (None, 1.0)
+        operands = {"u": u, "v": v, "scale": SCALE, "keep_bits": keep_bits}
+        operands["inv_keep"] = INV_KEEP if masked else 1.0
+        wide = wide + 0.7 * u.double() @ v.to(dtype).double() * mask
+    expected = gated_in_float64(gate, up, wide, activation)
+    h = torch.empty(M, N, dtype=dtype)
+    gated(h, gate, up, config, activation=activation)
+    check(h, expected[0], dtype)
+    results = {name: torch.empty(M, N, dtype=dtype) for name in ("h", "dgate", "dup")}
+    gated_backward(gate, up, dh, config, activation=activation, **results, **operands)
+    for result, value in zip(results.values(), expected, strict=True):
+        check(result, value, dtype)
+    gated_backward(gate, up, dh, config, activation=activation, **operands)
+    assert all(map(torch.equal, (dh, gate, up), results.values()))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered")  # of NumPy, which runs the kernel
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("value", [1e4, -1e4, torch.inf, -torch.inf, torch.nan, 0.0])
+def test_gated_at_the_ends(value, activation):
+    """Where a formula could overflow, all results are PyTorch's, NaN included."""
+    gate, up, dh = torch.tensor([[[value], [1.5], [2.0]]]).expand(8, 3, 16).to(BF16).unbind(1)
+    h, dgate, dup = gated_in_float64(gate, up, dh, activation)
+    results = [torch.empty(8, 16, dtype=BF16) for _ in range(4)]
+    config = GatedConfig(4, 1, block_m=16, block_n=32)
+    gated(results[0], gate, up, config, activation=activation)
+    given = dict(zip(("h", "dgate", "dup"), results[1:], strict=True))
+    gated_backward(gate, up, dh, config, activation=activation, **given)
+    for result, expected in zip(results, (h, h, dgate, dup), strict=True):
+        torch.testing.assert_close(result, expected.to(BF16), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered")
+def test_gated_writes_zero_where_relu_stops_an_infinite_gradient():
+    gate, up, dh = torch.tensor([[-1.0, 2.0]]), torch.full((1, 2), 2.0), torch.full((1, 2), 1e38)
+    gated_backward(gate, up, dh * 2, GatedConfig(4, 1), activation="relu")
+    assert gate.tolist() == [[0.0, torch.inf]]
+
+
 ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950"]
 
 
@@ -313,6 +392,26 @@ def test_shipped_tiles_of_lora_add(case):
     before = o.double()
     lora_add(o, u, v, None, config, base=o, keep_bits=keep_bits, inv_keep=INV_KEEP)
     check(o, before + u.to(FP16).double() @ v.double() * mask, FP16)
+
+
+@pytest.mark.parametrize(
+    "case",
+    shipped(lambda t, i, r, a: select_config.gated_candidates(t, i, r, aligned=a), [16, 64]),
+    ids=tile_id,
+)
+def test_shipped_tiles_of_gated(case):
+    config, R = case
+    M, N = config.block_m + 5, config.block_n + 8
+    gate, up, dh = (rand(M, N, dtype=FP16) for _ in range(3))
+    u, v = rand(M, R), rand(R, N, dtype=FP16)
+    keep_bits, mask = random_keep_bits(M, N)
+    wide = dh.double() + u.to(FP16).double() @ v.double() * mask
+    h, dgate, dup = gated_in_float64(gate, up, wide, "silu")
+    masking = {"keep_bits": keep_bits, "inv_keep": INV_KEEP}
+    gated_backward(gate, up, dh, config, activation="silu", u=u, v=v, **masking)
+    check(gate, dgate, FP16)
+    check(up, dup, FP16)
+    check(dh, h, FP16)
 
 
 @pytest.mark.parametrize(
@@ -485,3 +584,10 @@ def test_rows_two_to_the_31_elements_apart(tmp_path):
     shrink(got, p, far_q, SCALE, config)
     shrink(expected, p, q, SCALE, config)
     assert torch.equal(got, expected)
+    got, expected = (torch.empty(M, 32, dtype=BF16) for _ in range(2))
+    config = GatedConfig(4, 1, block_m=16, block_n=32)
+    gated(got, far, near, config, activation="silu")
+    gated(expected, near, near, config, activation="silu")
+    assert torch.equal(got, expected)
+    gated(far, near, near, config, activation="silu")
+    assert torch.equal(far, expected)

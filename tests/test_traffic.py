@@ -177,6 +177,73 @@ def test_compulsory_bytes_are_the_recorded_ones(case):
         assert {o: total[o] for o in kernel.loads} == kernel.loads, name
 
 
+def operands_of(launch) -> tuple[str, dict, dict]:
+    """A recorded launch as a kernel of the model: its name, bytes read and bytes written."""
+    sizes = ({n.removesuffix("_ptr"): s for n, s in d.items()} for d in (
+        launch.read_unique, launch.written,
+    ))  # fmt: skip
+    return launch.kernel.removeprefix("_"), *sizes
+
+
+# M, I, R, dtype, adapters' dtype, dropout, in place
+GATED = [
+    (63, 520, 8, BF16, FP32, True, True),
+    (130, 123, 40, FP16, FP16, True, False),
+    (17, 65, 1, FP32, FP32, False, True),
+    (65, 96, 0, BF16, BF16, False, False),
+    (1, 1, 0, FP32, FP32, False, True),
+]
+
+
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_bytes_of_the_gated_mlp_are_the_recorded_ones(case):
+    pytest.importorskip("triton")
+    from access_recorder import record
+
+    from fused_lora.kernels.gated import gated, gated_backward
+
+    M, columns, R, dtype, adapter_dtype, dropped, in_place = case
+    gate, up, dh, *others = (torch.randn(M, columns).to(dtype) for _ in range(6))
+    results = {} if in_place else dict(zip(("dgate", "dup", "h"), others, strict=True))
+    low_rank, mask = {}, {}
+    if R:
+        low_rank = {
+            "u": torch.randn(M, R).to(dtype),
+            "v": torch.randn(R, columns).to(adapter_dtype),
+        }
+    if dropped:
+        mask = {"keep_bits": dropout.make_keep_bits(torch.tensor(7), M, columns, 50_000)}
+    aligned = columns * dtype.itemsize % 16 == 0
+    config = select_config.gated_config(
+        INTERPRETER.target, dtype.itemsize, M, columns, R, aligned=aligned
+    )
+    with record() as launches:
+        gated(others[0], gate, up, config, activation="silu")
+        gated_backward(gate, up, dh, config, activation="silu", **results, **low_rank, **mask)
+    product = Product(
+        M, 1, columns, R, dtype.itemsize, adapter_dtype.itemsize, "output" if dropped else None,
+        backward=True,
+    )  # fmt: skip
+    modelled = [
+        traffic.gated(M, columns, dtype.itemsize),
+        traffic.gated_backward(INTERPRETER, product, in_place=in_place),
+    ]
+    assert list(map(operands_of, launches)) == [(k.name, k.reads, k.writes) for k in modelled]
+    loads = {f"{name}_ptr": size for name, size in modelled[1].loads.items()}
+    assert {name: launches[1].read_total[name] for name in loads} == loads
+
+
+def test_the_activation_spares_the_adapter_its_own_pass():
+    """With the low-rank product in it, two passes over dh less than with ``lora_add`` before."""
+    case = Product(4096, 4096, 14_336, 16, masked="output", backward=True)
+    together = traffic.gated_backward(H100, case)
+    apart = traffic.gated_backward(H100, replace(case, R=0, masked=None))
+    added = traffic.lora_add(H100, case)
+    one_pass = case.M * case.N * 2
+    assert apart.thin_bytes == 6 * one_pass
+    assert added.thin_bytes + apart.thin_bytes - together.thin_bytes == 2 * one_pass
+
+
 @pytest.mark.parametrize(("rank", "most"), [(16, 80e6), (64, 110e6)])
 def test_a_gradient_of_the_adapter_loads_little_more_than_its_operand(rank, most):
     """All bytes that the SMs of an H100 load and store for dA; P alone is 67 MB."""

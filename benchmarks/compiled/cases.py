@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_lora.kernels.config import BARRIER_BYTES, DIGITS, Config, ThinPairConfig
 from fused_lora.kernels.dropout import dropout_mask
+from fused_lora.kernels.gated import ACTIVATIONS, gated, gated_backward
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
@@ -25,6 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ADAPTER_DTYPES = {"bf16": torch.float32, "fp16": torch.float16, "fp32": torch.float32}
 # (M, K, N): whole blocks; rows aligned to 16 bytes that end within a block; neither.
 SIZES = {"even": (512, 1024, 1024), "vector": (512, 1032, 1048), "narrow": (512, 1003, 1001)}
+MEMBERS = 3  # projections that share their input: " of 3" in the name of a product
 PRODUCTS = {
     "lora_gemm": ("y", "dx"),
     "lora_add": ("y", "dx"),
@@ -33,12 +35,19 @@ PRODUCTS = {
     "rank_grad": ("dA", "dB"),
     "thin_pair": ("G, dB",),
     "sum_pair": ("G, dB",),
+    "gated": ACTIVATIONS,
+    "gated_backward": (*ACTIVATIONS, "silu alone"),
     "dropout_mask": ("keep_bits",),
 }
 LOOPING = ("lora_gemm", "single_pass", "shrink", "rank_grad", "thin_pair")
 MASKED = {("lora_gemm", "dx"), ("lora_add", "dx"), ("single_pass", "dx")} | {
     ("shrink", "S"),
     ("rank_grad", "dA"),
+    *(("gated_backward", activation) for activation in ACTIVATIONS),
+}
+# Without a matrix product; their code does not depend on a rank.
+RANKLESS = {("gated", activation) for activation in ACTIVATIONS} | {
+    ("gated_backward", "silu alone")
 }
 
 
@@ -60,8 +69,10 @@ class Case:
         """The properties that the compiled kernel must have."""
         config, itemsize = self.config, DTYPES[self.dtype].itemsize
         matrix = "any" if self.kernel in ("shrink", "rank_grad", "thin_pair") else "widest"
+        if config is None or itemsize == 4 or (self.kernel, self.product) in RANKLESS:
+            matrix = "none"
         return Expected(
-            matrix="none" if config is None or itemsize == 4 else matrix,
+            matrix=matrix,
             pipelined=self.kernel in LOOPING and (self.rows != "narrow" or itemsize == 4),
             shared=None
             if config is None
@@ -89,6 +100,9 @@ class Case:
                 return lambda: lora_add(dy, u, B.t(), scale, config, base=dy)
             case "lora_add", "dx":
                 return lambda: lora_add(x, u, A, None, config, base=x, **mask)
+            case "lora_add", "dx of 3":
+                A, u, mask = _of_members(x, R, A.dtype)
+                return lambda: lora_add(x, u, A, None, config, base=x, **mask)
             case "single_pass", "y":
                 z = A.to(dtype).t()
                 return lambda: single_pass(dy, u, x, weight.t(), z, B.t(), scale, config, bias=bias)
@@ -100,9 +114,17 @@ class Case:
                 if self.masked:
                     mask |= {"seed": torch.tensor(1), "keep_count": 58_982}
                 return lambda: shrink(u, x, A.to(dtype).t(), scale, config, scale_u=False, **mask)
+            case "shrink", "S of 3":
+                A, u, mask = _of_members(x, R, dtype)
+                seeds = torch.ones(MEMBERS, dtype=torch.int64)
+                mask |= {"seed": seeds, "keep_count": 58_982, "scale_u": False}
+                return lambda: shrink(u, x, A.t(), scale, config, **mask)
             case "shrink", "G":
                 return lambda: shrink(u, dy, B.to(dtype), scale, config)
             case "rank_grad", "dA":
+                return lambda: rank_grad(A, u, x, None, config, **mask)
+            case "rank_grad", "dA of 3":
+                A, u, mask = _of_members(x, R, A.dtype)
                 return lambda: rank_grad(A, u, x, None, config, **mask)
             case "rank_grad", "dB":
                 return lambda: rank_grad(B.t(), u, dy, scale, config)
@@ -110,10 +132,27 @@ class Case:
                 config = config or ThinPairConfig(4, 2)
                 v = torch.empty_like(u)
                 return lambda: thin_pair(v, B, dy, B.to(dtype), u, scale, config)
+            case "gated", activation:
+                gate, up = torch.empty_like(x), torch.empty_like(x)
+                return lambda: gated(x, gate, up, config, activation=activation)
+            case "gated_backward", _:
+                gate, up = torch.empty_like(x), torch.empty_like(x)
+                activation, _, alone = self.product.partition(" ")
+                options = {} if alone else {"u": u, "v": A, **mask}
+                options["activation"] = activation
+                return lambda: gated_backward(gate, up, x, config, **options)
             case "dropout_mask", _:
                 keep_bits = dropout.empty_keep_bits(M, K, x.device)
                 return lambda: dropout_mask(keep_bits, torch.tensor(1), 58_982, DIGITS)
         raise ValueError(f"expected a kernel and a product of PRODUCTS, got {self}")
+
+
+def _of_members(x: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict]:
+    """The stacked A, the U and the masks of MEMBERS projections of ``x``."""
+    M, K = x.shape
+    words = dropout.empty_keep_bits(M, K, x.device).shape[1]
+    mask = {"keep_bits": torch.empty((MEMBERS, M, words), dtype=torch.int32), "inv_keep": 1.25}
+    return _empty(MEMBERS * rank, K, dtype), _empty(M, MEMBERS * rank, x.dtype), mask
 
 
 def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

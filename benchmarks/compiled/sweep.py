@@ -10,7 +10,7 @@ from fused_lora.kernels import select_config
 from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, THIN_PAIR_MAX_RANK, Config
 
 from . import limits
-from .cases import DTYPES, MASKED, PRODUCTS, SIZES, Case
+from .cases import DTYPES, MASKED, PRODUCTS, RANKLESS, SIZES, Case
 
 ARCHS = tuple(limits.LIMITS)
 RANKS = (8, 16, 32, 64, 128, 256)
@@ -20,6 +20,8 @@ RANKS_OF = {  # for each key of SIZES; where rows are masked, the code hardly de
     "narrow": (16, 64, 256),
 }
 FP16_RANKS = (16, 64)  # a sample: fp16 rarely has a fault where bf16 has none
+SAMPLE_RANKS = {"gelu_tanh": (16,), "relu": (16,)}  # products that need fewer registers than others
+RANKLESS_AT = 16
 SPLIT = ("shrink", "rank_grad")  # kernels whose reduction may be split over programs
 THIN = ("dropout_mask", "sum_pair")  # kernels without a config and without a product
 
@@ -41,6 +43,8 @@ def shipped(arch: str, kernel: str, dtype: str, rank: int, rows: str) -> list[Co
             return select_config.gemm_candidates(target, itemsize, rank, aligned=aligned)
         case "lora_add":
             return select_config.add_candidates(target, itemsize, rank)
+        case "gated" | "gated_backward":
+            return select_config.gated_candidates(target, itemsize, rank, aligned=aligned)
         case "single_pass":
             return select_config.single_pass_candidates(target, itemsize, rank, describable=aligned)
         case "shrink":
@@ -68,6 +72,10 @@ def full(
         if kernel == "sum_pair" and rank > THIN_PAIR_MAX_RANK:
             continue
         for config, made in product(shipped(arch, kernel, dtype, rank, rows), PRODUCTS[kernel]):
+            if (kernel, made) in RANKLESS and rank != RANKLESS_AT:
+                continue
+            if rank not in SAMPLE_RANKS.get(made, RANKS):
+                continue
             for masked in dropout:
                 if not masked or (kernel, made) in MASKED:
                     yield Case(arch, kernel, made, dtype, rank, rows, masked, config)

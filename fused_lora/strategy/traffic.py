@@ -234,6 +234,35 @@ def lora_add(device: Device, c: Product, *, seeds: bool = False) -> Kernel:
     return Kernel("lora_add", reads, {"o": out}, flops, {"u": again}, _low_rank_loads(c, config))
 
 
+def gated(M: int, columns: int, itemsize: int) -> Kernel:
+    """``h = act(gate) · up`` of a gated MLP, all ``(M, columns)``."""
+    size = M * columns * itemsize
+    return Kernel("gated", {"gate": size, "up": size}, {"h": size})
+
+
+def gated_backward(device: Device, c: Product, *, in_place: bool = True) -> Kernel:
+    """The gradients of gate and up, and ``h`` again, from ``dh + D(U V)``; all ``(c.M, c.N)``.
+
+    Args:
+        c: the down projection's backward, of which ``dh`` is the product; a rank of 0: without
+            ``D(U V)``, which its own kernel has added.
+        in_place: whether the results are written over gate, up and dh.
+    """
+    aligned = is_aligned(c.N * c.itemsize)
+    config = select_config.gated_config(device.target, c.itemsize, c.M, c.N, c.R, aligned=aligned)
+    size = c.M * c.N * c.itemsize
+    reads = dict.fromkeys(("gate", "up", "dh"), size)
+    written = dict.fromkeys(("gate", "up", "dh") if in_place else ("dgate", "dup", "h"), size)
+    if not c.R:
+        return Kernel("gated_backward", reads, written)
+    reads |= _low_rank(c, config.block_n)
+    between = reads["u"] + 6 * c.M * config.block_n * c.itemsize  # as in lora_add
+    again = cdiv(c.N, config.block_n) if between > device.cache > 0 else 1
+    flops = 2.0 * c.M * c.N * _padded(c.R, config.rank_blocks(c.R)[0])
+    loads = _low_rank_loads(c, config)
+    return Kernel("gated_backward", reads, written, flops, {"u": again}, loads)
+
+
 def single_pass(device: Device, c: Product) -> list[Kernel]:
     """``U`` and ``O`` in one launch, for small M."""
     config = select_config.single_pass_config(
