@@ -30,6 +30,11 @@ def vector_of(u: torch.Tensor) -> int:
     return next((n for n in (8, 4) if in_vectors(u, n)), 1)
 
 
+def members_of(keep_bits: torch.Tensor | None) -> int:
+    """The projections of one input whose masks are stacked, ``(n, M, words)``; else 1."""
+    return 1 if keep_bits is None or keep_bits.dim() == 2 else keep_bits.shape[0]
+
+
 def operand(config: Config, t: torch.Tensor, block: tuple[int, int], transposed: bool = False):
     """The kernel's argument for ``t``: the tensor itself, or a descriptor of it in ``block`` tiles.
 
@@ -286,6 +291,9 @@ def rows_at_once(config: Config, rank: int) -> int:
     return max(1, min(rows, _LOADED * 32 * config.num_warps // (PARTS_AT_ONCE.value * columns)))
 
 
-def tickets_for(config: Config, rows: int, columns: int, rank: int, like: torch.Tensor):
-    """Tickets for :func:`is_last`, one for each block of a ``(rows, columns)`` result."""
-    return torch.zeros(config.blocks(rows, columns, rank), dtype=torch.int32, device=like.device)
+def tickets_for(
+    config: Config, rows: int, columns: int, rank: int, members: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Tickets for :func:`is_last`, one per block of ``members`` results ``(rows, columns)``."""
+    blocks = members * config.blocks(rows, columns, rank)
+    return torch.zeros(blocks, dtype=torch.int32, device=like.device)

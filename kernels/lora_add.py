@@ -5,6 +5,10 @@
 Used in place after the vendor's GEMM: in forward with U = S, V = Bᵀ, in backward with U = G, V = A,
 the keep bits and no s. Used out of place if something else computes the frozen product. The kernel
 is bound by memory bandwidth: one pass over O.
+
+For the n projections of one input, its gradient has a product per member, each with its own mask:
+
+    O = base + s · Σ D_i(U_i V_i) + bias        U (M,n·R)   V (n·R,N)
 """
 
 import torch
@@ -14,9 +18,11 @@ import triton.language as tl
 from .common import (
     TL_DTYPE,
     add_low_rank,
+    advance,
     in_vectors,
     keep_entries,
     load_keep_words,
+    members_of,
     multiple,
     vector_of,
     wait_for_previous,
@@ -46,6 +52,7 @@ def _lora_add(
     stride_vn,
     stride_keep_m,
     DTYPE: tl.constexpr,
+    MEMBERS: tl.constexpr,
     HAS_BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -86,20 +93,37 @@ def _lora_add(
     base_ptrs = base_ptr + rows * stride_bm + offs_n[None, :]
     if HAS_BASE and ALIGN_BASE:
         base = tl.load(base_ptrs, mask=inside, other=0.0)
-    if HAS_DROPOUT:
+    if HAS_DROPOUT and MEMBERS == 1:
         words = load_keep_words(keep_bits_ptr, stride_keep_m, first_m, first_n, M, BLOCK_M, BLOCK_N)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
     if HAS_SCALE:
         scale = tl.load(scale_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = add_low_rank(
-        acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
-        DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
-    )  # fmt: skip
+    if MEMBERS == 1:
+        acc = add_low_rank(
+            acc, u_ptr, v_ptr, offs_m, offs_n, M, N, R, stride_um, stride_vr, stride_vn,
+            DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
+        )  # fmt: skip
+    else:
+        keep_pitch = advance(1, M) * multiple(stride_keep_m, 4)
+        for member in tl.range(0, MEMBERS, num_stages=1):
+            words = load_keep_words(
+                keep_bits_ptr + keep_pitch * member, stride_keep_m, first_m, first_n, M,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            first_r = multiple(R, ALIGN_U) * member
+            of_member = add_low_rank(
+                tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+                u_ptr + first_r, v_ptr + advance(1, stride_vr) * first_r, offs_m, offs_n,
+                M, N, R, stride_um, stride_vr, stride_vn,
+                DTYPE, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED, INPUT_PRECISION,
+            )  # fmt: skip
+            acc += keep_entries(of_member, words, BLOCK_M, BLOCK_N)
+        acc *= inv_keep
     if HAS_SCALE:
         acc *= scale.to(tl.float32)
-    if HAS_DROPOUT:
+    if HAS_DROPOUT and MEMBERS == 1:
         acc = keep_entries(acc * inv_keep, words, BLOCK_M, BLOCK_N)
     if HAS_BIAS:
         acc += bias.to(tl.float32)[None, :]
@@ -131,6 +155,8 @@ def lora_add(
         o: ``(M, N)``, inner stride 1, any floating dtype.
         base: ``(M, N)``, inner stride 1, any floating dtype; may be ``o`` itself; None for zeros.
         dot_dtype: the dtype that ``u`` and ``v`` are cast to; o's dtype by default.
+        u, v, keep_bits: of one member; or ``(M, n·R)``, ``(n·R, N)`` and contiguous
+            ``(n, M, words)``, for the sum of n members.
     """
     tensors = o, base, u, v, keep_bits, bias, scale
     flags = dot_dtype or o.dtype, input_precision
@@ -140,7 +166,8 @@ def lora_add(
 def _arguments(
     config, o, base, u, v, keep_bits, bias, scale, dot_dtype: torch.dtype, input_precision: str
 ) -> Arguments:
-    (M, N), R = o.shape, u.shape[1]
+    (M, N), members = o.shape, members_of(keep_bits)
+    R = u.shape[1] // members
     block_r, chunks = config.rank_blocks(R)
     return Arguments(
         grid=(cdiv(M, config.block_m), cdiv(N, config.block_n)),
@@ -161,18 +188,19 @@ def _arguments(
             0 if base is None else base.stride(0),
             u.stride(0),
             *v.stride(),
-            0 if keep_bits is None else keep_bits.stride(0),
+            0 if keep_bits is None else keep_bits.stride(-2),
         ),
         constants={
             "DTYPE": TL_DTYPE[dot_dtype],
+            "MEMBERS": members,
             "HAS_BASE": base is not None,
             "HAS_BIAS": bias is not None,
             "HAS_DROPOUT": keep_bits is not None,
             "HAS_SCALE": scale is not None,
             "ALIGN_O": in_vectors(o),
             "ALIGN_BASE": base is not None and in_vectors(base),
-            "ALIGN_U": vector_of(u),
-            "ALIGN_V": in_vectors(v),
+            "ALIGN_U": vector_of(u[:, :R]),
+            "ALIGN_V": in_vectors(v[:R]),
             "V_TRANSPOSED": v.stride(1) != 1,
             "INPUT_PRECISION": input_precision,
             "BLOCK_M": config.block_m,

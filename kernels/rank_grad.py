@@ -5,6 +5,10 @@
 ``dA``, without s, from U = G, P = x and the keep bits; ``dBᵀ`` from U = S, P = dY. The kernel is
 bound by memory bandwidth: one read of P. The rows may be split over programs; the last program to
 arrive adds the partial sums in a fixed order, so results are bitwise reproducible.
+
+For the n projections of one input, each with its own mask, the members' products are one launch:
+
+    O_i = s · U_iᵀ D_i(P)        U (M,n·R)   O (n·R,L)
 """
 
 import torch
@@ -18,6 +22,7 @@ from .common import (
     is_last,
     keep_entries,
     load_keep_words,
+    members_of,
     multiple,
     operand,
     rows_at_once,
@@ -53,6 +58,7 @@ def _rank_grad(
     stride_pm,
     stride_keep_m,
     DTYPE: tl.constexpr,
+    MEMBERS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -75,8 +81,16 @@ def _rank_grad(
         stride_um = multiple(stride_um, ALIGN_U)
         R = multiple(R, ALIGN_U)
     # The blocks of one column of tiles run at the same time: they share P in the L2 cache.
-    first_r = tl.program_id(0) % BLOCKS_R * BLOCK_R
-    first_l = tl.program_id(0) // BLOCKS_R * BLOCK_L
+    block_r = tl.program_id(0) % (MEMBERS * BLOCKS_R)
+    first_l = tl.program_id(0) // (MEMBERS * BLOCKS_R) * BLOCK_L
+    if MEMBERS > 1:
+        member = block_r // BLOCKS_R
+        block_r = block_r % BLOCKS_R
+        u_ptr += member * R
+        o_ptr += advance(1, stride_or) * (member * R)
+        parts_ptr += advance(1, stride_pr) * (member * R)
+        keep_bits_ptr += advance(1, M) * member * multiple(stride_keep_m, 4)
+    first_r = block_r * BLOCK_R
     split = tl.program_id(1)
     offs_l = first_l + tl.arange(0, BLOCK_L)
     offs_r = first_r + tl.arange(0, BLOCK_R)
@@ -166,16 +180,19 @@ def rank_grad(
         keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None.
         inv_keep: factor of the kept entries of ``p``.
         input_precision: of fp32 products, "ieee" or "tf32".
-        tickets: int32 zeros, at least ``config.blocks(R, L, R)``, contiguous; zeros again
+        u, o, keep_bits: of one member; or ``(M, n·R)``, ``(n·R, L)`` and contiguous
+            ``(n, M, words)``, for n members.
+        tickets: int32 zeros, at least ``n · config.blocks(R, L, R)``, contiguous; zeros again
             afterwards. Launches that may run at the same time need different ones. None: made here
             if the rows are split.
     """
-    (M, L), R = p.shape, u.shape[1]
+    (M, L), members = p.shape, members_of(keep_bits)
+    R = u.shape[1] // members
     _, splits = split_evenly(M, config.splits, config.block_m)
     parts = None
     if splits > 1:
-        parts = torch.empty((splits, R, L), dtype=torch.float32, device=o.device)
-        tickets = tickets_for(config, R, L, R, o) if tickets is None else tickets
+        parts = torch.empty((splits, members * R, L), dtype=torch.float32, device=o.device)
+        tickets = tickets_for(config, R, L, R, members, o) if tickets is None else tickets
     else:
         tickets = None
     tensors = o, u, p, keep_bits, scale, parts, tickets
@@ -185,11 +202,12 @@ def rank_grad(
 def _arguments(
     config, o, u, p, keep_bits, scale, parts, tickets, input_precision: str
 ) -> Arguments:
-    (M, L), R = p.shape, u.shape[1]
+    (M, L), members = p.shape, members_of(keep_bits)
+    R = u.shape[1] // members
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     m_per_split, splits = split_evenly(M, config.splits, block_m)
     return Arguments(
-        grid=(config.blocks(R, L, R), splits),
+        grid=(members * config.blocks(R, L, R), splits),
         operands=(
             o,
             u,
@@ -208,15 +226,16 @@ def _arguments(
             *o.stride(),
             u.stride(0),
             p.stride(0),
-            0 if keep_bits is None else keep_bits.stride(0),
+            0 if keep_bits is None else keep_bits.stride(-2),
         ),
         constants={
             "DTYPE": TL_DTYPE[p.dtype],
+            "MEMBERS": members,
             "HAS_DROPOUT": keep_bits is not None,
             "HAS_SCALE": scale is not None,
             "SPLIT": splits > 1,
             "ALIGN_P": in_vectors(p),
-            "ALIGN_U": vector_of(u),
+            "ALIGN_U": vector_of(u[:, :R]),
             "USE_DESC": config.descriptors,
             "INPUT_PRECISION": input_precision,
             "BLOCK_M": block_m,

@@ -156,17 +156,27 @@ def gemm_config(
     return _choose(gemm_candidates(target, itemsize, rank, aligned=aligned), target, M, N, rank)
 
 
-def add_candidates(target: Target, itemsize: int, rank: int) -> list[AddConfig]:
+def add_candidates(
+    target: Target, itemsize: int, rank: int, *, members: int = 1
+) -> list[AddConfig]:
     """The valid configurations, from which :func:`add_config` chooses."""
-    rows = tile_tables.look_up(tile_tables.ADD, target.arch, itemsize, True)
+    table = tile_tables.ADD if members == 1 else tile_tables.ADD_OF_MEMBERS
+    rows = tile_tables.look_up(table, target.arch, itemsize, True)
     return _valid(
         [AddConfig(warps, 1, False, *block) for warps, *block in rows], target, itemsize, rank
     )
 
 
-def add_config(target: Target, itemsize: int, M: int, N: int, rank: int) -> AddConfig:
-    """The tile of ``lora_add`` for an ``(M, N)`` output."""
-    return _choose(add_candidates(target, itemsize, rank), target, M, N, rank)
+def add_config(
+    target: Target, itemsize: int, M: int, N: int, rank: int, *, members: int = 1
+) -> AddConfig:
+    """The tile of ``lora_add`` for an ``(M, N)`` output.
+
+    Args:
+        members: with masks of their own, whose products of ``rank`` are added in one launch.
+    """
+    candidates = add_candidates(target, itemsize, rank, members=members)
+    return _choose(candidates, target, M, N, rank)
 
 
 def gated_candidates(
@@ -208,41 +218,52 @@ def shrink_candidates(
 
 
 def shrink_config(
-    target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
+    target: Target,
+    itemsize: int,
+    M: int,
+    L: int,
+    rank: int,
+    *,
+    describable: bool,
+    members: int = 1,
 ) -> ShrinkConfig:
     """The tile and splits of ``shrink`` for ``P (M, L)`` with the least :func:`shrink_cost`.
 
     Args:
         describable: whether a tensor descriptor can address the rows of P (16-byte alignment).
+        members: with masks of their own, whose products of ``rank`` are one launch.
     """
     candidates = shrink_candidates(target, itemsize, rank, describable=describable)
-    split = [split_shrink(config, target, itemsize, M, L, rank) for config in candidates]
-    return min(split, key=lambda config: shrink_cost(config, target, itemsize, M, L, rank))
+    size = target, itemsize, M, L, rank, members
+    split = [split_shrink(config, *size) for config in candidates]
+    return min(split, key=lambda config: shrink_cost(config, *size))
 
 
 def split_shrink(
-    config: ShrinkConfig, target: Target, itemsize: int, M: int, L: int, rank: int
+    config: ShrinkConfig, target: Target, itemsize: int, M: int, L: int, rank: int, members: int = 1
 ) -> ShrinkConfig:
     """``config`` with the cheapest number of splits, each of at least four steps."""
-    most = min(cdiv(L, 4 * config.block_l), _capped(itemsize * L, rank))
+    most = min(cdiv(L, 4 * config.block_l), _capped(itemsize * L, members * rank))
     return min(
-        _splits(config, target, config.blocks(M, rank, rank), most),
-        key=lambda split: shrink_cost(split, target, itemsize, M, L, rank),
+        _splits(config, target, members * config.blocks(M, rank, rank), most),
+        key=lambda split: shrink_cost(split, target, itemsize, M, L, rank, members),
     )
 
 
 def shrink_cost(
-    config: ShrinkConfig, target: Target, itemsize: int, M: int, L: int, rank: int
+    config: ShrinkConfig, target: Target, itemsize: int, M: int, L: int, rank: int, members: int = 1
 ) -> float:
     """Bytes that ``shrink`` moves, over the share of memory's bandwidth that it reaches.
 
     Every block of rows loads Q, and every block of ranks loads P.
     """
     rows, ranks = config.tile(rank)
-    again = itemsize * L * ((cdiv(rank, ranks) - 1) * M + cdiv(M, rows) * rank)
-    moved = itemsize * M * L + L2_COST * again + _partials(config, M, rank)
+    rank_blocks = members * cdiv(rank, ranks)
+    again = itemsize * L * ((rank_blocks - 1) * M + cdiv(M, rows) * members * rank)
+    moved = itemsize * M * L + L2_COST * again + _partials(config, M, members * rank)
     in_flight = _in_flight(config, itemsize * rows * config.block_l)
-    return moved / _reached(config, target, itemsize, rank, config.blocks(M, rank, rank), in_flight)
+    blocks = members * config.blocks(M, rank, rank)
+    return moved / _reached(config, target, itemsize, rank, blocks, in_flight)
 
 
 def rank_grad_candidates(
@@ -261,40 +282,62 @@ def rank_grad_candidates(
 
 
 def rank_grad_config(
-    target: Target, itemsize: int, M: int, L: int, rank: int, *, describable: bool
+    target: Target,
+    itemsize: int,
+    M: int,
+    L: int,
+    rank: int,
+    *,
+    describable: bool,
+    members: int = 1,
 ) -> RankGradConfig:
     """The tile and splits of ``rank_grad`` with the least :func:`rank_grad_cost`.
 
     Arguments as in :func:`shrink_config`.
     """
     candidates = rank_grad_candidates(target, itemsize, rank, describable=describable)
-    split = [split_rank_grad(config, target, itemsize, M, L, rank) for config in candidates]
-    return min(split, key=lambda config: rank_grad_cost(config, target, itemsize, M, L, rank))
+    size = target, itemsize, M, L, rank, members
+    split = [split_rank_grad(config, *size) for config in candidates]
+    return min(split, key=lambda config: rank_grad_cost(config, *size))
 
 
 def split_rank_grad(
-    config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
+    config: RankGradConfig,
+    target: Target,
+    itemsize: int,
+    M: int,
+    L: int,
+    rank: int,
+    members: int = 1,
 ) -> RankGradConfig:
     """``config`` with the cheapest number of splits, each of at least MIN_SPLIT_ROWS."""
-    most = min(cdiv(M, MIN_SPLIT_ROWS), _capped(itemsize * M, rank))
+    most = min(cdiv(M, MIN_SPLIT_ROWS), _capped(itemsize * M, members * rank))
     return min(
-        _splits(config, target, config.blocks(rank, L, rank), most),
-        key=lambda split: rank_grad_cost(split, target, itemsize, M, L, rank),
+        _splits(config, target, members * config.blocks(rank, L, rank), most),
+        key=lambda split: rank_grad_cost(split, target, itemsize, M, L, rank, members),
     )
 
 
 def rank_grad_cost(
-    config: RankGradConfig, target: Target, itemsize: int, M: int, L: int, rank: int
+    config: RankGradConfig,
+    target: Target,
+    itemsize: int,
+    M: int,
+    L: int,
+    rank: int,
+    members: int = 1,
 ) -> float:
     """Bytes that ``rank_grad`` moves, over the share of memory's bandwidth that it reaches.
 
     Every block of ranks loads P, and every block of columns loads U.
     """
     ranks, columns = config.tile(rank)
-    again = itemsize * M * ((cdiv(rank, ranks) - 1) * L + cdiv(L, columns) * rank)
-    moved = itemsize * M * L + L2_COST * again + _partials(config, L, rank)
+    rank_blocks = members * cdiv(rank, ranks)
+    again = itemsize * M * ((rank_blocks - 1) * L + cdiv(L, columns) * members * rank)
+    moved = itemsize * M * L + L2_COST * again + _partials(config, L, members * rank)
     in_flight = _in_flight(config, itemsize * config.block_m * (columns + ranks))
-    return moved / _reached(config, target, itemsize, rank, config.blocks(rank, L, rank), in_flight)
+    blocks = members * config.blocks(rank, L, rank)
+    return moved / _reached(config, target, itemsize, rank, blocks, in_flight)
 
 
 def _splits(config: Config, target: Target, blocks: int, most: int) -> list[Config]:

@@ -6,6 +6,10 @@ Forward: ``S``, without s, from P = x, Q = Aᵀ and the keep bits, which are com
 if they are not given. Backward: ``G`` from P = dY, Q = B. The kernel is bound by memory bandwidth:
 one read of P. The contraction may be split over programs; the last program to arrive adds the
 partial sums in a fixed order, so results are bitwise reproducible.
+
+For the n projections of one input, each with its own mask, the members' products are one launch:
+
+    U_i = s · D_i(P) Q_i        Q (L,n·R)   U (M,n·R)
 """
 
 import torch
@@ -18,6 +22,7 @@ from .common import (
     is_last,
     keep_entries,
     load_keep_words,
+    members_of,
     multiple,
     operand,
     rows_at_once,
@@ -56,6 +61,7 @@ def _shrink(
     stride_ql,
     stride_qr,
     stride_keep_m,
+    MEMBERS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     DIGITS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -83,8 +89,15 @@ def _shrink(
             stride_ql = multiple(stride_ql, 8)
             R = multiple(R, 8)
     # The blocks of one row of tiles run at the same time: they share P in the L2 cache.
-    block_r = tl.program_id(0) % BLOCKS_R
-    first_m = tl.program_id(0) // BLOCKS_R * BLOCK_M
+    block_r = tl.program_id(0) % (MEMBERS * BLOCKS_R)
+    first_m = tl.program_id(0) // (MEMBERS * BLOCKS_R) * BLOCK_M
+    if MEMBERS > 1:
+        member = block_r // BLOCKS_R
+        block_r = block_r % BLOCKS_R
+        first_r = member * R
+        q_ptr += advance(1, stride_qr) * first_r
+        keep_bits_ptr += advance(1, M) * (member * stride_keep_m)
+        seed_ptr += member
     split = tl.program_id(1)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_l = tl.arange(0, BLOCK_L)
@@ -137,6 +150,8 @@ def _shrink(
         if not USE_DESC:
             p_ptrs += BLOCK_L
         q_ptrs += advance(BLOCK_L, stride_ql)
+    if MEMBERS > 1:
+        offs_r += first_r
     if SPLIT:
         part_ptrs = parts_ptr + offs_r[None, :]
         own_ptrs = part_ptrs + split.to(tl.int64) * stride_ps
@@ -185,31 +200,38 @@ def shrink(
         q: ``(L, R)`` in p's dtype, any strides.
         scale: 0-d tensor, read on the device.
         scale_u: whether the scale multiplies ``u``, as in ``G``; else its factor is 1.
+        q, u, keep_bits, seed: of one member; or ``(L, n·R)``, ``(M, n·R)``, contiguous
+            ``(n, M, words)`` and ``(n,)``, for n members.
         keep_bits: packed mask of ``p``, int32 ``(M, words)``, or None; with a seed it is written.
         inv_keep: factor of the kept entries of ``p``; applied to ``u``.
         input_precision: of fp32 products, "ieee" or "tf32".
-        tickets: int32 zeros, at least ``config.blocks(M, R, R)``, contiguous; zeros again
+        tickets: int32 zeros, at least ``n · config.blocks(M, R, R)``, contiguous; zeros again
             afterwards. Launches that may run at the same time need different ones. None: made here
             if the contraction is split.
         seed, keep_count, digits: the mask's, as in :func:`.dropout.dropout_mask`; a seed of None
             means that ``keep_bits`` is given.
     """
-    (M, L), R = p.shape, q.shape[1]
+    (M, L), members = p.shape, members_of(keep_bits)
+    R = q.shape[1] // members
     first, random = 0, 0
     if seed is not None:
         if config.makes_mask:
             keep_bits, first = keep_bits.view(torch.int64), first_digit(keep_count)
             random = digits - first
         else:
-            dropout_mask(keep_bits, seed, keep_count, digits)
+            stacked = keep_bits.view(members, M, -1), seed.view(members)
+            for one, its_seed in zip(*stacked, strict=True):
+                dropout_mask(one, its_seed, keep_count, digits)
             seed = None
     _, splits = split_evenly(L, config.splits, config.block_l)
     parts = None
     if splits > 1:
         # A whole number of 16 rows apart, for any M: Triton specialises on multiples of 16.
-        padded = torch.empty((splits, cdiv(M, 16) * 16, R), dtype=torch.float32, device=u.device)
+        padded = torch.empty(
+            (splits, cdiv(M, 16) * 16, members * R), dtype=torch.float32, device=u.device
+        )
         parts = padded[:, :M]
-        tickets = tickets_for(config, M, R, R, u) if tickets is None else tickets
+        tickets = tickets_for(config, M, R, R, members, u) if tickets is None else tickets
     else:
         tickets = None
     tensors = u, p, q, keep_bits, scale, parts, tickets, seed
@@ -231,11 +253,12 @@ def _arguments(
     input_precision: str,
     digits: int,
 ) -> Arguments:
-    (M, L), R = p.shape, q.shape[1]
+    (M, L), members = p.shape, members_of(keep_bits)
+    R = q.shape[1] // members
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     l_per_split, splits = split_evenly(L, config.splits, block_l)
     return Arguments(
-        grid=(config.blocks(M, R, R), splits),
+        grid=(members * config.blocks(M, R, R), splits),
         operands=(
             u,
             operand(config, p, (block_m, block_l)),
@@ -256,15 +279,16 @@ def _arguments(
             u.stride(0),
             p.stride(0),
             *q.stride(),
-            0 if keep_bits is None else keep_bits.stride(0),
+            0 if keep_bits is None else keep_bits.stride(-2),
         ),
         constants={
+            "MEMBERS": members,
             "HAS_DROPOUT": keep_bits is not None,
             "DIGITS": digits,
             "SPLIT": splits > 1,
             "EVEN_L": L % block_l == 0,
             "ALIGN_P": in_vectors(p),
-            "ALIGN_Q": in_vectors(q),
+            "ALIGN_Q": in_vectors(q[:, :R]),
             "Q_TRANSPOSED": q.stride(1) != 1,
             "USE_DESC": config.descriptors,
             "INPUT_PRECISION": input_precision,

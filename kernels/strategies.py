@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import select_config
+from .common import members_of
 from .config import (
     DIGITS,
     MIN_SPLIT_ROWS,
@@ -41,7 +42,7 @@ from .shrink import shrink
 from .single_pass import single_pass
 from .thin_pair import thin_pair
 
-__all__ = ["INTERPRETED", "backward", "dropout_mask", "forward"]
+__all__ = ["INTERPRETED", "backward", "dropout_mask", "expand", "forward"]
 
 
 def forward(
@@ -55,29 +56,43 @@ def forward(
         keep_bits: the packed mask int32 ``(M, words)``, written; needed if there is a seed.
     """
     x, weight, lora_A, lora_B, bias, scale, seed, keep_count, base = operands
-    x = _inner_contiguous(x)
-    dropping = {"keep_bits": keep_bits, "seed": seed, "keep_count": keep_count}
+    operands = operands._replace(x=(x := inner_contiguous(x)))
+    target = select_config.target_of(x.device)
+    if strategy == "single_pass" and base is None:
+        bias = None if bias is None else bias.contiguous()
+        weight = weight.to(x.dtype)
+        return _single_pass(x, weight.t(), lora_A.t(), lora_B.t(), scale, target, bias=bias)
+    S = run_shrink(
+        x, lora_A.t(), scale, target,
+        scale_u=False, keep_bits=keep_bits, seed=seed, keep_count=keep_count,
+    )  # fmt: skip
+    return expand(operands, strategy, S), S
+
+
+def expand(operands: ForwardOperands, strategy: str, S: Tensor) -> Tensor:
+    """``y (M,N)`` of :func:`forward`, whose ``S`` is given; *single_pass* is *split* here.
+
+    Args:
+        S: ``(M, R)`` in x's dtype, inner stride 1.
+    """
+    x, weight, _, lora_B, bias, scale, _, _, base = operands
+    x = inner_contiguous(x)
     target = select_config.target_of(x.device)
     if base is not None:
-        S = _shrink(x, lora_A.t(), scale, target, scale_u=False, **dropping)
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
-        _add(y, S, lora_B.t(), scale, target, base=_inner_contiguous(base), like=x)
-        return y, S
+        run_add(y, S, lora_B.t(), scale, target, base=inner_contiguous(base), like=x)
+        return y
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.contiguous()
-    if strategy == "single_pass":
-        return _single_pass(x, weight.t(), lora_A.t(), lora_B.t(), scale, target, bias=bias)
-    S = _shrink(x, lora_A.t(), scale, target, scale_u=False, **dropping)
     if strategy == "seeded":
         y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-        _add(y, S, lora_B.t(), scale, target, bias=bias)
-        y.addmm_(x, weight.t())
-    elif strategy == "addmm":
+        run_add(y, S, lora_B.t(), scale, target, bias=bias)
+        return y.addmm_(x, weight.t())
+    if strategy == "addmm":
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        _add(y, S, lora_B.t(), scale, target, base=y)
-    else:
-        y = _gemm(x, weight.t(), S, lora_B.t(), scale, target, bias=bias)
-    return y, S
+        run_add(y, S, lora_B.t(), scale, target, base=y)
+        return y
+    return _gemm(x, weight.t(), S, lora_B.t(), scale, target, bias=bias)
 
 
 def backward(
@@ -92,7 +107,7 @@ def backward(
             Not used by the library, since nobody has measured it.
     """
     dy, _, weight, lora_A, lora_B, S, scale, keep_bits, inv_keep, needs = operands
-    operands = operands._replace(dy=(dy := _inner_contiguous(dy)))
+    operands = operands._replace(dy=(dy := inner_contiguous(dy)))
     target = select_config.target_of(dy.device)
     G = dx = None
     # Allocated on the current stream, whose allocator then knows when they are free.
@@ -103,7 +118,7 @@ def backward(
         tickets = torch.empty(TICKETS, dtype=torch.int32, device=dy.device)
     missing_dB = dB
     if needs[2] and (needs[0] or needs[1]) and strategy != "single_pass":
-        G = _thin_pair(dB, dy, S, lora_B, scale, target, tickets)
+        G = run_thin_pair(dB, dy, S, lora_B, scale, target, tickets)
         missing_dB = dB if G is None else None
     if G is None and tickets is not None:
         tickets.zero_()
@@ -113,7 +128,7 @@ def backward(
             scale_u=True, keep_bits=keep_bits, inv_keep=inv_keep,
         )  # fmt: skip
     elif G is None and (needs[0] or needs[1]):
-        G = _shrink(dy, lora_B, scale, target, tickets=tickets)
+        G = run_shrink(dy, lora_B, scale, target, tickets=tickets)
     if side is None:
         dx = _input_gradient(operands, G, strategy, target) if needs[0] and dx is None else dx
         _adapter_gradients(operands, G, dA, missing_dB, target, tickets)
@@ -138,10 +153,10 @@ def _input_gradient(operands: BackwardOperands, G: Tensor, strategy: str, target
             )
         if strategy == "addmm":
             dx = torch.mm(dy, weight)
-            _add(dx, G, lora_A, None, target, *masking, base=dx)
+            run_add(dx, G, lora_A, None, target, *masking, base=dx)
             return dx
     dx = torch.empty((dy.shape[0], lora_A.shape[1]), dtype=dy.dtype, device=dy.device)
-    _add(dx, G, lora_A, None, target, *masking)
+    run_add(dx, G, lora_A, None, target, *masking)
     return dx if weight is None else dx.addmm_(dy, weight)
 
 
@@ -149,12 +164,12 @@ def _adapter_gradients(operands: BackwardOperands, G, dA, dB, target, tickets) -
     """Write ``dA`` and ``dB``, if they are not None; ``tickets`` are zeros or None."""
     dy, x, _, _, _, S, scale, keep_bits, inv_keep, _ = operands
     if dA is not None:
-        _rank_grad(dA, G, _inner_contiguous(x), None, target, tickets, keep_bits, inv_keep)
+        run_rank_grad(dA, G, inner_contiguous(x), None, target, tickets, keep_bits, inv_keep)
     if dB is not None:
-        _rank_grad(dB.t(), _inner_contiguous(S), dy, scale, target, tickets)
+        run_rank_grad(dB.t(), inner_contiguous(S), dy, scale, target, tickets)
 
 
-def _shrink(
+def run_shrink(
     p,
     q,
     scale,
@@ -165,18 +180,28 @@ def _shrink(
     keep_count=1 << DIGITS,
     tickets=None,
 ) -> Tensor:
-    """``scale · D(p) q``; with a seed ``keep_bits`` are written."""
-    M, L = p.shape
-    R = q.shape[1]
-    u = _rank_matrix(M, R, p)
-    config = _config(
-        select_config.shrink_config, target, p.element_size(), M, L, R, describable=_describable(p)
+    """``scale · D(p) q``; with a seed ``keep_bits`` are written.
+
+    With ``(n, M, words)`` keep bits it is the product of n members.
+    """
+    (M, L), members = p.shape, members_of(keep_bits)
+    R = q.shape[1] // members
+    u = rank_matrix(M, members * R, p)
+    config = cached_config(
+        select_config.shrink_config,
+        target,
+        p.element_size(),
+        M,
+        L,
+        R,
+        describable=is_describable(p),
+        members=members,
     )
     shrink(
         u, p, q.to(p.dtype), scale, config,
         scale_u=scale_u, keep_bits=keep_bits, seed=seed, keep_count=keep_count,
-        inv_keep=(1 << DIGITS) / keep_count, input_precision=_precision(p),
-        tickets=_enough(tickets, config.blocks(M, R, R)),
+        inv_keep=(1 << DIGITS) / keep_count, input_precision=precision_of(p),
+        tickets=_enough(tickets, members * config.blocks(M, R, R)),
     )  # fmt: skip
     return u
 
@@ -184,72 +209,83 @@ def _shrink(
 def _gemm(p, q, u, v, scale, target, bias=None, keep_bits=None, inv_keep=1.0) -> Tensor:
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
-    aligned = _describable(p) and _describable(q) and _describable(o)
-    config = _config(
+    aligned = is_describable(p) and is_describable(q) and is_describable(o)
+    config = cached_config(
         select_config.gemm_config, target, p.element_size(), *o.shape, u.shape[1], aligned=aligned
     )
     lora_gemm(
         o, p, q, u, v, scale, config,
-        bias=bias, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
+        bias=bias, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=precision_of(p),
     )  # fmt: skip
     return o
 
 
-def _add(
+def run_add(
     o, u, v, scale, target, keep_bits=None, inv_keep=1.0, base=None, bias=None, like=None
 ) -> None:
     """Write ``o = base + scale · D(u v) + bias``.
 
-    ``like`` has the product's dtype, by default o's.
+    ``like`` has the product's dtype, by default o's. With ``(n, M, words)`` keep bits the sum of n
+    members' products is added.
     """
-    like = o if like is None else like
-    config = _config(select_config.add_config, target, like.element_size(), *o.shape, u.shape[1])
+    like, members = o if like is None else like, members_of(keep_bits)
+    config = cached_config(
+        select_config.add_config,
+        target,
+        like.element_size(),
+        *o.shape,
+        u.shape[1] // members,
+        members=members,
+    )
     lora_add(
         o, u, v, scale, config,
         base=base, dot_dtype=like.dtype, bias=bias,
-        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(like),
+        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=precision_of(like),
     )  # fmt: skip
 
 
 def _single_pass(p, q, z, v, scale, target, scale_u=False, bias=None, keep_bits=None, inv_keep=1.0):
     q = _one_contiguous(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
-    u = _rank_matrix(p.shape[0], z.shape[1], p)
-    config = _config(
+    u = rank_matrix(p.shape[0], z.shape[1], p)
+    config = cached_config(
         select_config.single_pass_config,
         target,
         p.element_size(),
         *o.shape,
         u.shape[1],
-        describable=_describable(p) and _describable(q),
+        describable=is_describable(p) and is_describable(q),
     )
     single_pass(
         o, u, p, q, z.to(p.dtype), v, scale, config,
         scale_u=scale_u, bias=bias,
-        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
+        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=precision_of(p),
     )  # fmt: skip
     return o, u
 
 
-def _rank_grad(o, u, p, scale, target, tickets, keep_bits=None, inv_keep=1.0) -> None:
-    (M, L), R = p.shape, u.shape[1]
+def run_rank_grad(o, u, p, scale, target, tickets, keep_bits=None, inv_keep=1.0) -> None:
+    """Write ``o = scale · uᵀ D(p)``; with ``(n, M, words)`` keep bits for n members."""
+    (M, L), members = p.shape, members_of(keep_bits)
+    R = u.shape[1] // members
     if not rank_grad_applies(M, R, masked=keep_bits is not None):  # the vendor's GEMM is better
         product = _wide_mm(u.to(p.dtype).t(), p)
         o.copy_(product) if scale is None else torch.mul(product, scale, out=o)
         return
-    config = _config(
+    config = cached_config(
         select_config.rank_grad_config,
         target,
         p.element_size(),
         M,
         L,
         R,
-        describable=_describable(p),
+        describable=is_describable(p),
+        members=members,
     )
     rank_grad(
         o, u, p, scale, config,
-        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=_precision(p),
-        tickets=_enough(tickets, config.blocks(R, L, R)),
+        keep_bits=keep_bits, inv_keep=inv_keep, input_precision=precision_of(p),
+        tickets=_enough(tickets, members * config.blocks(R, L, R)),
     )  # fmt: skip
 
 
@@ -258,25 +294,25 @@ def _enough(tickets: Tensor | None, blocks: int) -> Tensor | None:
     return tickets if tickets is not None and tickets.numel() >= blocks else None
 
 
-def _thin_pair(dB: Tensor, dy, S, lora_B, scale, target, tickets) -> Tensor | None:
+def run_thin_pair(dB: Tensor, dy, S, lora_B, scale, target, tickets) -> Tensor | None:
     """Write ``dB`` and return ``G``, in one pass over dY; None if two passes move fewer bytes.
 
     Sets ``tickets``, if any, to 0.
     """
     (M, N), R = dy.shape, lora_B.shape[1]
-    config = _config(
+    config = cached_config(
         select_config.thin_pair_config,
         target,
         dy.element_size(),
         M,
         N,
         R,
-        describable=_describable(dy),
+        describable=is_describable(dy),
     )
     if config is None:
         return None
-    G = _rank_matrix(M, R, dy)
-    thin_pair(G, dB, dy, lora_B.to(dy.dtype), _inner_contiguous(S), scale, config, tickets=tickets)
+    G = rank_matrix(M, R, dy)
+    thin_pair(G, dB, dy, lora_B.to(dy.dtype), inner_contiguous(S), scale, config, tickets=tickets)
     return G
 
 
@@ -290,18 +326,18 @@ def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _config(choose, *args, **kwargs) -> Config:
+def cached_config(choose, *args, **kwargs) -> Config:
     """``choose(*args, **kwargs)``, cached: ``launch`` identifies a config by its ``id``."""
     return choose(*args, **kwargs)
 
 
-def _rank_matrix(M: int, R: int, like: Tensor) -> Tensor:
+def rank_matrix(M: int, R: int, like: Tensor) -> Tensor:
     """An uninitialised ``(M, R)`` in ``like``'s dtype whose rows start on 16-byte boundaries."""
     vector = VECTOR_BYTES // like.element_size()
     return like.new_empty((M, cdiv(R, vector) * vector))[:, :R]
 
 
-def _inner_contiguous(t: Tensor) -> Tensor:
+def inner_contiguous(t: Tensor) -> Tensor:
     """``t`` with inner stride 1; its rows may have any stride, and may overlap."""
     if t.stride(1) == 1:
         return t
@@ -314,7 +350,7 @@ def _one_contiguous(t: Tensor) -> Tensor:
     return t if 1 in t.stride() else t.contiguous()
 
 
-def _describable(t: Tensor) -> bool:
+def is_describable(t: Tensor) -> bool:
     """Whether a tensor descriptor (or a 16-byte copy) can address the rows of ``t`` or ``tᵀ``."""
     (pitch, inner), (rows, columns) = t.stride(), t.shape
     if inner != 1 and pitch == 1:
@@ -322,7 +358,7 @@ def _describable(t: Tensor) -> bool:
     return inner == 1 and pitch >= columns and is_aligned(pitch * t.element_size(), t.data_ptr())
 
 
-def _precision(t: Tensor) -> str:
+def precision_of(t: Tensor) -> str:
     """TF32 only if the user allowed it in PyTorch's settings."""
     allowed = t.dtype == torch.float32 and t.is_cuda and not torch.version.hip
     return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

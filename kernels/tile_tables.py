@@ -155,6 +155,8 @@ SHRINK: dict[str, dict[str, dict[int, Rows]]] = {
         "any": _SHRINK_NARROW,
     },
     "fp32": {
+        # With four warps, 64 rows of several members spill.
+        "sm_90": {**_SHRINK_FP32, 64: ((8, 3, 64, 32, 64), *_SHRINK_FP32[64][1:])},
         "sm_100": {
             **_SHRINK_FP32,
             64: ((8, 3, 64, 32, 64), (4, 3, 32, 32, 64), (4, 3, 16, 32, 64)),
@@ -276,6 +278,12 @@ ADD: dict[str, dict[str, Rows]] = {
     },
     # Narrow rows of rank 64 in one block spill.
     "fp32": {"any": ((8, 32, 64, 32), (8, 64, 32, 32), (4, 32, 32, 32))},
+}
+
+# The same for the sum of several members' products
+ADD_OF_MEMBERS: dict[str, dict[str, Rows]] = {
+    "half": {"any": ((8, 64, 64, 32), (4, 32, 64, 64), (8, 64, 32, 64))},
+    "fp32": {"any": ((8, 32, 32, 32), (4, 32, 32, 32))},
 }
 
 # warps, rows, columns, largest rank in one block

@@ -182,7 +182,7 @@ def test_a_failure_falls_back_with_one_warning(monkeypatch):
     monkeypatch.setattr(dispatch, "_may_run_triton", lambda *_: True)
     monkeypatch.setattr(dispatch, "_not_worth_it", lambda device: None)
     dispatch.clear_decisions()
-    monkeypatch.setattr(strategies, "_add", broken)
+    monkeypatch.setattr(strategies, "run_add", broken)
     with pytest.warns(UserWarning, match="no such kernel") as caught:
         got = results(fused_lora_add, tensors, torch.ones(5, 6))
     dispatch.clear_decisions()

@@ -233,6 +233,66 @@ def test_bytes_of_the_gated_mlp_are_the_recorded_ones(case):
     assert {name: launches[1].read_total[name] for name in loads} == loads
 
 
+# n, M, K, R, dtype, adapters' dtype: split in both reductions, masks in and beside shrink
+MEMBERS = [
+    (2, 63, 600, 8, BF16, BF16),
+    (3, 600, 520, 5, FP16, FP16),
+    (3, 130, 65, 100, BF16, BF16),
+    (2, 65, 64, 200, FP32, FP32),
+    (3, 17, 1040, 24, BF16, FP32),
+]
+
+
+@pytest.mark.parametrize("case", MEMBERS, ids=str)
+def test_bytes_of_members_are_the_recorded_ones(case):
+    """Thin products of projections that share their input: it is read once for all."""
+    pytest.importorskip("triton")
+    from access_recorder import record
+
+    from fused_lora.kernels.lora_add import lora_add
+    from fused_lora.kernels.rank_grad import rank_grad
+    from fused_lora.kernels.shrink import shrink
+
+    n, M, K, R, dtype, adapter_dtype = case
+    size, aligned = (INTERPRETER.target, dtype.itemsize, M, K, R), K * dtype.itemsize % 16 == 0
+    thin = {"describable": aligned, "members": n}
+    x, dx, u = (torch.randn(M, width).to(dtype) for width in (K, K, n * R))
+    A, dA = torch.randn(n * R, K).to(adapter_dtype), torch.empty(n * R, K, dtype=adapter_dtype)
+    keep_bits = torch.stack([dropout.empty_keep_bits(M, K, x.device)] * n)
+    seeds, scale = torch.arange(n), torch.ones(())
+    with record() as launches:
+        shrink(
+            u, x, A.to(dtype).t(), scale, select_config.shrink_config(*size, **thin),
+            scale_u=False, keep_bits=keep_bits, seed=seeds, keep_count=50_000,
+        )  # fmt: skip
+        config = select_config.add_config(*size, members=n)
+        lora_add(dx, u, A, None, config, base=dx, keep_bits=keep_bits)
+        config = select_config.rank_grad_config(*size, **thin)
+        rank_grad(dA, u, x, None, config, keep_bits=keep_bits)
+    forward = Product(
+        M, K, K, R, dtype.itemsize, adapter_dtype.itemsize, masked="operand", members=n
+    )
+    backward = replace(forward, masked="output", backward=True)
+    modelled = [
+        *traffic.shrink(INTERPRETER, forward),
+        traffic.lora_add(INTERPRETER, backward),
+        *traffic.rank_grad(INTERPRETER, forward, scaled=False),
+    ]
+    modelled = [kernel for kernel in modelled if not kernel.is_torch]
+    assert list(map(operands_of, launches)) == [(k.name, k.reads, k.writes) for k in modelled]
+    for launch, kernel in zip(launches, modelled, strict=True):
+        loads = {f"{name}_ptr": size for name, size in kernel.loads.items()}
+        assert {name: launch.read_total[name] for name in loads} == loads, kernel.name
+
+
+def test_members_read_their_input_once():
+    """Three launches in one: two passes over x less in shrink, and in rank_grad."""
+    together = replace(square(4096), members=3)
+    for kernel in (traffic.shrink, lambda *args: traffic.rank_grad(*args, scaled=False)):
+        saved = 3 * thin(kernel(H100, replace(together, members=1))) - thin(kernel(H100, together))
+        assert saved == pytest.approx(2 * TOKENS * 4096 * 2, rel=0.1)
+
+
 def test_the_activation_spares_the_adapter_its_own_pass():
     """With the low-rank product in it, two passes over dh less than with ``lora_add`` before."""
     case = Product(4096, 4096, 14_336, 16, masked="output", backward=True)

@@ -29,10 +29,10 @@ SIZES = {"even": (512, 1024, 1024), "vector": (512, 1032, 1048), "narrow": (512,
 MEMBERS = 3  # projections that share their input: " of 3" in the name of a product
 PRODUCTS = {
     "lora_gemm": ("y", "dx"),
-    "lora_add": ("y", "dx"),
+    "lora_add": ("y", "dx", "dx of 3"),
     "single_pass": ("y", "dx"),
-    "shrink": ("S", "G"),
-    "rank_grad": ("dA", "dB"),
+    "shrink": ("S", "G", "S of 3"),
+    "rank_grad": ("dA", "dB", "dA of 3"),
     "thin_pair": ("G, dB",),
     "sum_pair": ("G, dB",),
     "gated": ACTIVATIONS,
@@ -45,6 +45,9 @@ MASKED = {("lora_gemm", "dx"), ("lora_add", "dx"), ("single_pass", "dx")} | {
     ("rank_grad", "dA"),
     *(("gated_backward", activation) for activation in ACTIVATIONS),
 }
+# For several members, which have a launch together only if each has a mask.
+OF_MEMBERS = {("lora_add", "dx of 3"), ("shrink", "S of 3"), ("rank_grad", "dA of 3")}
+MASKED |= OF_MEMBERS
 # Without a matrix product; their code does not depend on a rank.
 RANKLESS = {("gated", activation) for activation in ACTIVATIONS} | {
     ("gated_backward", "silu alone")

@@ -10,7 +10,7 @@ from fused_lora.kernels import select_config
 from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, THIN_PAIR_MAX_RANK, Config
 
 from . import limits
-from .cases import DTYPES, MASKED, PRODUCTS, RANKLESS, SIZES, Case
+from .cases import DTYPES, MASKED, MEMBERS, OF_MEMBERS, PRODUCTS, RANKLESS, SIZES, Case
 
 ARCHS = tuple(limits.LIMITS)
 RANKS = (8, 16, 32, 64, 128, 256)
@@ -25,6 +25,8 @@ RANKLESS_AT = 16
 SPLIT = ("shrink", "rank_grad")  # kernels whose reduction may be split over programs
 THIN = ("dropout_mask", "sum_pair")  # kernels without a config and without a product
 
+NOT_ONLY_MASKED = {(k, p) for k, made in PRODUCTS.items() for p in made} - OF_MEMBERS
+
 SLICE_ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 SLICE = (
     ("bf16", "even", 64),
@@ -34,7 +36,9 @@ SLICE = (
 )
 
 
-def shipped(arch: str, kernel: str, dtype: str, rank: int, rows: str) -> list[Config | None]:
+def shipped(
+    arch: str, kernel: str, dtype: str, rank: int, rows: str, members: int = 1
+) -> list[Config | None]:
     """Every config of ``kernel`` that could be selected for a call of this kind on ``arch``."""
     target, itemsize = limits.target(arch), DTYPES[dtype].itemsize
     aligned = rows != "narrow"
@@ -42,7 +46,7 @@ def shipped(arch: str, kernel: str, dtype: str, rank: int, rows: str) -> list[Co
         case "lora_gemm":
             return select_config.gemm_candidates(target, itemsize, rank, aligned=aligned)
         case "lora_add":
-            return select_config.add_candidates(target, itemsize, rank)
+            return select_config.add_candidates(target, itemsize, rank, members=members)
         case "gated" | "gated_backward":
             return select_config.gated_candidates(target, itemsize, rank, aligned=aligned)
         case "single_pass":
@@ -71,13 +75,19 @@ def full(
             continue
         if kernel == "sum_pair" and rank > THIN_PAIR_MAX_RANK:
             continue
-        for config, made in product(shipped(arch, kernel, dtype, rank, rows), PRODUCTS[kernel]):
+        call = arch, kernel, dtype, rank, rows
+        found = [
+            (config, made)
+            for made in PRODUCTS[kernel]
+            for config in shipped(*call, MEMBERS if (kernel, made) in OF_MEMBERS else 1)
+        ]
+        for config, made in found:
             if (kernel, made) in RANKLESS and rank != RANKLESS_AT:
                 continue
             if rank not in SAMPLE_RANKS.get(made, RANKS):
                 continue
             for masked in dropout:
-                if not masked or (kernel, made) in MASKED:
+                if (kernel, made) in (MASKED if masked else NOT_ONLY_MASKED):
                     yield Case(arch, kernel, made, dtype, rank, rows, masked, config)
                     if kernel in SPLIT and rows == "even":
                         split = replace(config, splits=2)

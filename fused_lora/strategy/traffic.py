@@ -86,6 +86,8 @@ class Product:
 
     Attributes:
         M, L, N, R: ``P (M,L)``, ``Q (L,N)``, ``U (M,R)``.
+        members: the projections of one input whose thin products are launched together, each with
+            its own mask, Z, U and V; R is the rank of one.
         itemsize: bytes per element of P, Q and O.
         adapter_itemsize: bytes per element of Z and V.
         masked: what dropout applies to: "operand" (P, in forward), "output" (U V, in backward) or
@@ -103,6 +105,12 @@ class Product:
     masked: str | None = None
     bias: bool = False
     backward: bool = False
+    members: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """The rank of all members together."""
+        return self.members * self.R
 
     @property
     def aligned(self) -> bool:
@@ -162,28 +170,31 @@ def dropout_mask(M: int, L: int) -> Kernel:
 def shrink(device: Device, c: Product) -> list[Kernel]:
     """``U = D(P) Z``, or ``s · P Z``: one read of P, and partial sums if it is split."""
     target = device.target
-    config = select_config.shrink_config(target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned)
+    config = select_config.shrink_config(
+        target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned, members=c.members
+    )
     _, splits = split_evenly(c.L, config.splits, config.block_l)
-    reads = {"p": c.M * c.L * c.itemsize, "q": c.L * c.R * c.itemsize}
-    kernels, written, integers = cast(c.L * c.R, c), {"u": c.M * c.R * c.itemsize}, 0.0
-    rank_blocks = cdiv(c.R, config.block_r(c.R))
+    reads = {"p": c.M * c.L * c.itemsize, "q": c.L * c.ranks * c.itemsize}
+    kernels, written, integers = cast(c.L * c.ranks, c), {"u": c.M * c.ranks * c.itemsize}, 0.0
+    rank_blocks = c.members * cdiv(c.R, config.block_r(c.R))
     if c.masked == "operand":
         mask = dropout_mask(c.M, c.L)
         if config.makes_mask:
-            reads |= mask.reads
-            written |= mask.writes
+            reads["seed"] = c.members * mask.reads["seed"]
+            written["keep_bits"] = c.members * mask.writes["keep_bits"]
             integers = mask.integers * rank_blocks
         else:
-            kernels.append(mask)
-            reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
-    flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
+            kernels += c.members * [mask]
+            reads["keep_bits"] = c.members * _mask_bytes(c.M, c.L, config.block_l)
+    flops = 2.0 * c.M * c.L * c.members * _padded(c.R, config.block_r(c.R))
     loads = {
         "p": reads["p"] * rank_blocks,
         "q": reads["q"] * cdiv(c.M, config.block_m),
     }
     reads |= _scale(True)
     if splits > 1:
-        parts = _parts(splits, c.M * c.R, tickets := config.blocks(c.M, c.R, c.R))
+        tickets = c.members * config.blocks(c.M, c.R, c.R)
+        parts = _parts(splits, c.M * c.ranks, tickets)
         reads["parts"] = parts["parts"]
         written |= parts
         if not c.backward or c.M <= MIN_SPLIT_ROWS:  # else backward has tickets for all its kernels
@@ -219,7 +230,7 @@ def lora_add(device: Device, c: Product, *, seeds: bool = False) -> Kernel:
     Args:
         seeds: whether ``O = D(U V) + bias`` is written for the vendor's product to accumulate on.
     """
-    config = select_config.add_config(device.target, c.itemsize, c.M, c.N, c.R)
+    config = select_config.add_config(device.target, c.itemsize, c.M, c.N, c.R, members=c.members)
     out = c.M * c.N * c.itemsize
     reads = _low_rank(c, config.block_n)
     if not seeds:
@@ -230,7 +241,7 @@ def lora_add(device: Device, c: Product, *, seeds: bool = False) -> Kernel:
     passes = 1 if seeds else 2
     between = reads["u"] + passes * c.M * config.block_n * c.itemsize
     again = cdiv(c.N, config.block_n) if between > device.cache > 0 else 1
-    flops = 2.0 * c.M * c.N * _padded(c.R, config.rank_blocks(c.R)[0])
+    flops = 2.0 * c.M * c.N * c.members * _padded(c.R, config.rank_blocks(c.R)[0])
     return Kernel("lora_add", reads, {"o": out}, flops, {"u": again}, _low_rank_loads(c, config))
 
 
@@ -286,8 +297,8 @@ def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
     Args:
         scaled: whether the scale multiplies it, as in ``dB``.
     """
-    p, u = c.M * c.L * c.itemsize, c.M * c.R * c.itemsize
-    out = c.R * c.L * c.adapter_itemsize
+    p, u = c.M * c.L * c.itemsize, c.M * c.ranks * c.itemsize
+    out = c.ranks * c.L * c.adapter_itemsize
     masked = c.masked == "operand"
     if not rank_grad_applies(c.M, c.R, masked=masked):
         result = c.R * c.L * 4
@@ -296,18 +307,19 @@ def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
             torch_kernel("mul" if scaled else "copy", {"o": result} | _scale(scaled), {"o": out}),
         ]
     config = select_config.rank_grad_config(
-        device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned
+        device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned, members=c.members
     )
     _, splits = split_evenly(c.M, config.splits, config.block_m)
     reads = {"p": p, "u": u}
     if masked:
-        reads["keep_bits"] = _mask_bytes(c.M, c.L, config.block_l)
-    flops = 2.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
-    loads = {"p": p * cdiv(c.R, config.block_r(c.R)), "u": u * cdiv(c.L, config.block_l)}
+        reads["keep_bits"] = c.members * _mask_bytes(c.M, c.L, config.block_l)
+    flops = 2.0 * c.M * c.L * c.members * _padded(c.R, config.block_r(c.R))
+    rank_blocks = c.members * cdiv(c.R, config.block_r(c.R))
+    loads = {"p": p * rank_blocks, "u": u * cdiv(c.L, config.block_l)}
     reads |= _scale(scaled)
     written = {"o": out}
     if splits > 1:
-        parts = _parts(splits, c.R * c.L, config.blocks(c.R, c.L, c.R))
+        parts = _parts(splits, c.ranks * c.L, c.members * config.blocks(c.R, c.L, c.R))
         reads["parts"] = parts["parts"]
         written |= parts
     return [Kernel("rank_grad", reads, written, flops, loads=loads)]
@@ -345,9 +357,9 @@ def _operands(c: Product) -> dict[str, int]:
 
 def _low_rank(c: Product, block_n: int) -> dict[str, int]:
     """Bytes that the low-rank product and the rest of the epilogue read."""
-    reads = {"u": c.M * c.R * c.itemsize, "v": c.R * c.N * c.adapter_itemsize}
+    reads = {"u": c.M * c.ranks * c.itemsize, "v": c.ranks * c.N * c.adapter_itemsize}
     if c.masked == "output":
-        reads["keep_bits"] = _mask_bytes(c.M, c.N, block_n)
+        reads["keep_bits"] = c.members * _mask_bytes(c.M, c.N, block_n)
     if c.bias:
         reads["bias"] = c.N * c.itemsize
     return reads | _scale(not c.backward)
@@ -355,7 +367,7 @@ def _low_rank(c: Product, block_n: int) -> dict[str, int]:
 
 def _low_rank_loads(c: Product, config) -> dict[str, int]:
     """Bytes of U and V that all tiles together load."""
-    u, v = c.M * c.R * c.itemsize, c.R * c.N * c.adapter_itemsize
+    u, v = c.M * c.ranks * c.itemsize, c.ranks * c.N * c.adapter_itemsize
     return {"u": u * cdiv(c.N, config.block_n), "v": v * cdiv(c.M, config.block_m)}
 
 
