@@ -56,7 +56,8 @@ def forward(
         keep_bits: the packed mask int32 ``(M, words)``, written; needed if there is a seed.
     """
     x, weight, lora_A, lora_B, bias, scale, seed, keep_count, base = operands
-    operands = operands._replace(x=(x := inner_contiguous(x)))
+    if x.stride(1) != 1:
+        operands = operands._replace(x=(x := inner_contiguous(x)))
     target = select_config.target_of(x.device)
     if strategy == "single_pass" and base is None:
         bias = None if bias is None else bias.contiguous()

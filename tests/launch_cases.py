@@ -29,12 +29,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_lora.kernels import dropout, launch
 from fused_lora.kernels.config import (
     AddConfig,
+    GatedConfig,
     GemmConfig,
     RankGradConfig,
     ShrinkConfig,
     SinglePassConfig,
     ThinPairConfig,
 )
+from fused_lora.kernels.gated import gated, gated_backward
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
@@ -205,6 +207,41 @@ def gradient(M=304, K=256, R=16):
     return lambda: rank_grad(o, u, p, None, config, **options, tickets=tickets)
 
 
+def members(n=2, M=304, K=256, R=16):
+    """Launches for ``n`` projections of one input, each with its own mask."""
+    x, A, u, dx, dA = view(M, K), view(n * R, K), view(M, n * R), view(M, K), view(n * R, K)
+    keep_bits = view(n * M, K // 32, torch.int32).view(n, M, K // 32)
+    shrink_config = the(ShrinkConfig, 4, 2, block_m=16, block_l=128)
+    grad_config = the(RankGradConfig, 4, 2, block_m=16, block_l=64)
+    add_config, seeds, scale = (
+        the(AddConfig, 4, 1),
+        torch.zeros(n, dtype=torch.int64),
+        torch.ones(()),
+    )
+    making = {"scale_u": False, "seed": seeds, "keep_count": 32_768}
+
+    def all_three():
+        shrink(u, x, A.t(), scale, shrink_config, keep_bits=keep_bits, **making)
+        rank_grad(dA, u, x, None, grad_config, keep_bits=keep_bits)
+        lora_add(dx, u, A, None, add_config, base=dx, keep_bits=keep_bits)
+
+    return all_three
+
+
+def activation(name="silu", R=16, in_place=True):
+    """A launch in each direction of a gated MLP's activation."""
+    gate, up, dh, h, *others = (view(304, 256) for _ in range(6))
+    low_rank = {"u": view(304, R), "v": view(R, 256, FP32)} if R else {}
+    results = {} if in_place else dict(zip(("dgate", "dup", "h"), (*others, h), strict=True))
+    config = the(GatedConfig, 4, 1)
+
+    def both():
+        gated(h, gate, up, config, activation=name)
+        gated_backward(gate, up, dh, config, activation=name, **results, **low_rank)
+
+    return both
+
+
 def single(M=16, K=64, N=64, R=16, descriptors=False):
     """A launch of ``single_pass``."""
     tensors = view(M, N), view(M, R, FP32), view(M, K), view(N, K).t(), view(K, R), view(R, N)
@@ -255,6 +292,13 @@ def cases(arch: str, folder: str) -> dict[str, object]:
         "gradient with a mask": gradient(),
         "thin, off 16 bytes": thin(p=view(64, 64, offset=1)),
         "single pass": single(),
+        "two members": members(),
+        "three members": members(3),
+        "members of rank 8": members(R=8),
+        "activation": activation(),
+        "another activation": activation("gelu_tanh"),
+        "activation without an adapter": activation(R=0),
+        "activation out of place": activation(in_place=False),
         "mask": mask(32_768),
         "another keep count": mask(1),
     }

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from access_recorder import AccessError, assert_guards, guarded, record
 
-from fused_lora.kernels import strategies
+from fused_lora.kernels import shared_input, strategies
 from fused_lora.kernels.config import (
     AddConfig,
     GatedConfig,
@@ -131,6 +131,18 @@ def test_gated_in_bounds_and_written_once(M, N, R, in_place):
     assert len(launches) == 4
     for _, buffer in pairs:
         assert_guards(buffer)
+
+
+def test_members_share_launches():
+    """x is read by one launch for all masked members, and by one for all others; so is dx."""
+    x, A, seeds = torch.randn(520, 128).to(BF16), [torch.randn(8, 128)] * 4, torch.arange(2)
+    G, dx = [torch.randn(520, 8).to(BF16)] * 4, torch.zeros(520, 128, dtype=BF16)
+    dropping = [seeds[0], None, seeds[1], None], [50_000] * 4
+    with record() as launches:
+        _, keep_bits = shared_input.shrink_shared(x, A, *dropping, torch.ones(()))
+        shared_input.input_gradients(x, dx, A, G, keep_bits, [1.3] * 4, [True] * 4)
+    names = [launch.kernel for launch in launches if launch.kernel != "_dropout_mask"]
+    assert names == ["_shrink"] * 2 + ["_rank_grad"] * 2 + ["_lora_add"] * 2
 
 
 def test_bytes_of_the_split_strategy():

@@ -638,23 +638,6 @@ def test_thin_products_of_a_shared_input(case):
         assert one is None or torch.equal(one, two)
 
 
-def test_members_that_share_launches():
-    """x is read by one launch for all masked members, and one for all others; so is dx written."""
-    from access_recorder import record
-
-    members = [(8, FP32, KEEP, True), (16, FP32, None, True)] * 2
-    x, adapters, seeds, keeps, _, _, G = shared_case(520, 128, BF16, members)
-    counts = [keep or dropout.KEEP_ALL for keep in keeps]
-    with record() as launches:
-        _, keep_bits = shared_input.shrink_shared(x, adapters, seeds, counts, SCALE)
-        inv_keeps = [dropout.KEEP_ALL / count for count in counts]
-        shared_input.input_gradients(
-            x, torch.zeros_like(x), adapters, G, keep_bits, inv_keeps, [True] * 4
-        )
-    names = [launch.kernel for launch in launches if launch.kernel != "_dropout_mask"]
-    assert names == ["_shrink"] * 2 + ["_rank_grad"] * 2 + ["_lora_add"] * 2
-
-
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("case", [(300, 520, 16, BF16), (33, 65, 5, FP32), (17, 96, 100, FP16)])
 def test_thin_gradients(case, needs):

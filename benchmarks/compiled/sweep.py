@@ -101,6 +101,9 @@ def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
             continue
         made = next((p for p in PRODUCTS[kernel] if (kernel, p) in MASKED), PRODUCTS[kernel][0])
         rank = min(rank, SINGLE_PASS_MAX_RANK) if kernel == "single_pass" else rank
-        for config in shipped(arch, kernel, dtype, rank, rows):
-            config = replace(config, splits=2) if kernel in SPLIT else config
-            yield Case(arch, kernel, made, dtype, rank, rows, (kernel, made) in MASKED, config)
+        shared = [p for p in PRODUCTS[kernel] if (kernel, p) in OF_MEMBERS and rows == "even"]
+        for each in (made, *shared):
+            members = MEMBERS if each in shared else 1
+            for config in shipped(arch, kernel, dtype, rank, rows, members):
+                config = replace(config, splits=2) if kernel in SPLIT else config
+                yield Case(arch, kernel, each, dtype, rank, rows, (kernel, each) in MASKED, config)
