@@ -82,7 +82,6 @@ def _rank_grad(
         R = multiple(R, ALIGN_U)
     # The blocks of one column of tiles run at the same time: they share P in the L2 cache.
     block_r = tl.program_id(0) % (MEMBERS * BLOCKS_R)
-    first_l = tl.program_id(0) // (MEMBERS * BLOCKS_R) * BLOCK_L
     if MEMBERS > 1:
         member = block_r // BLOCKS_R
         block_r = block_r % BLOCKS_R
@@ -91,6 +90,7 @@ def _rank_grad(
         parts_ptr += advance(1, stride_pr) * (member * R)
         keep_bits_ptr += advance(1, M) * member * multiple(stride_keep_m, 4)
     first_r = block_r * BLOCK_R
+    first_l = tl.program_id(0) // (MEMBERS * BLOCKS_R) * BLOCK_L
     split = tl.program_id(1)
     offs_l = first_l + tl.arange(0, BLOCK_L)
     offs_r = first_r + tl.arange(0, BLOCK_R)

@@ -283,16 +283,16 @@ ADD: dict[str, dict[str, Rows]] = {
 # The same for the sum of several members' products
 ADD_OF_MEMBERS: dict[str, dict[str, Rows]] = {
     "half": {"any": ((8, 64, 64, 32), (4, 32, 64, 64), (8, 64, 32, 64))},
-    "fp32": {"any": ((8, 32, 32, 32), (4, 32, 32, 32))},
+    "fp32": {"any": ((8, 32, 32, 32), (4, 16, 64, 32), (4, 16, 32, 32))},
 }
 
 # warps, rows, columns, largest rank in one block
 GATED: dict[str, dict[str, Rows]] = {
-    "half": {"any": ((8, 64, 64, 32), (4, 32, 64, 32))},
-    "half narrow": {"any": ((8, 32, 64, 32), (4, 32, 32, 32))},
-    "fp32": {"any": ((8, 32, 64, 32), (4, 32, 32, 32))},
+    "half": {"any": ((8, 64, 64, 32), (4, 32, 64, 32), (4, 32, 32, 32))},
+    "half narrow": {"any": ((8, 32, 64, 32), (4, 32, 32, 32), (4, 16, 32, 32))},
+    "fp32": {"any": ((8, 32, 64, 32), (4, 32, 32, 32), (4, 16, 32, 32))},
     # Eight values per thread spill.
-    "fp32 narrow": {"any": ((8, 32, 32, 32), (4, 16, 32, 32))},
+    "fp32 narrow": {"any": ((8, 32, 32, 32), (8, 16, 64, 32), (4, 16, 32, 32))},
 }
 
 # warps, stages, rows, columns, step of the inner dimension

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from compiled import limits, machine_code, pipeline, sources, sweep
-from compiled.cases import DTYPES, PRODUCTS
+from compiled.cases import DTYPES, MEMBERS, PRODUCTS
 from fused_lora.kernels import select_config
 from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, Target, is_valid
 from support import swept
@@ -54,7 +55,7 @@ EDITS = [
     ("kernels/common.py", ("last = tl.atomic_add", "last = 0 + tl.atomic_add"), STREAMING),
     ("kernels/thin_pair.py", ("block = 1024 //", "block = 512 //"), {"thin_pair", "sum_pair"}),
     ("kernels/tile_tables.py", ("_HOPPER = (", "_HOPPER = 1 * ("), set()),
-    ("compiled/cases.py", ("rank_grad(A, u, x,", "rank_grad(A, u, x + 0,"), {"rank_grad"}),
+    ("compiled/cases.py", ("rank_grad(B.t(), u,", "rank_grad(B.t(), u + 0,"), {"rank_grad"}),
     ("compiled/report.py", ("spill=code.spill", "spill=code.stack"), set(PRODUCTS)),
 ]
 
@@ -63,23 +64,16 @@ EDITS = [
 def test_an_edit_invalidates_the_rows_of_the_kernels_that_it_reaches(
     file, edit, invalid, tmp_path, monkeypatch
 ):
+    before = {kernel: sources.digest(kernel) for kernel in PRODUCTS}
     folders = {package: tmp_path / package.rpartition(".")[2] for package in sources.FOLDERS}
-
-    def digests():
-        sources.digest.cache_clear()
-        sources._module.cache_clear()
-        return {kernel: sources.digest(kernel) for kernel in PRODUCTS}
-
-    before = digests()
     for package, copy in folders.items():
         shutil.copytree(sources.FOLDERS[package], copy)
     text = (tmp_path / file).read_text()
     assert text.count(edit[0]) == 1
     (tmp_path / file).write_text(text.replace(*edit))
-    with monkeypatch.context() as patch:
-        patch.setattr(sources, "FOLDERS", folders)
-        after = digests()
-    digests()
+    monkeypatch.setattr(sources, "FOLDERS", folders)
+    monkeypatch.setattr(sources, "_module", lru_cache(sources._Module))
+    after = {kernel: sources.digest.__wrapped__(kernel) for kernel in PRODUCTS}
     assert {kernel for kernel in PRODUCTS if after[kernel] != before[kernel]} == invalid
 
 
@@ -186,8 +180,9 @@ def test_large_shapes_get_large_tiles(arch, rank):
 @pytest.mark.parametrize("kernel", [name for name in PRODUCTS if name not in sweep.THIN])
 def test_three_tiles_a_key(arch, kernel):
     """For every kind of call there are at least three tiles to choose from."""
-    for dtype, rank, rows in product(DTYPES, sweep.RANKS, ("even", "narrow")):
-        if candidates := sweep.shipped(arch, kernel, dtype, rank, rows):
+    calls = product(DTYPES, sweep.RANKS, ("even", "narrow"), (1, MEMBERS))
+    for dtype, rank, rows, members in calls:
+        if candidates := sweep.shipped(arch, kernel, dtype, rank, rows, members):
             tiles = {config.tile(rank) for config in candidates}
             assert len(tiles) >= 3, (dtype, rank, rows, candidates)
 
