@@ -85,9 +85,8 @@ def _rank_grad(
     if MEMBERS > 1:
         member = block_r // BLOCKS_R
         block_r = block_r % BLOCKS_R
-        u_ptr += member * R
-        o_ptr += advance(1, stride_or) * (member * R)
-        parts_ptr += advance(1, stride_pr) * (member * R)
+        rows_before = member * R
+        u_ptr += rows_before
         keep_bits_ptr += advance(1, M) * member * multiple(stride_keep_m, 4)
     first_r = block_r * BLOCK_R
     first_l = tl.program_id(0) // (MEMBERS * BLOCKS_R) * BLOCK_L
@@ -119,6 +118,10 @@ def _rank_grad(
         if not USE_DESC:
             p_ptrs += advance(BLOCK_M, stride_pm)
     cols = offs_l[None, :] < L
+    if MEMBERS > 1:
+        first_r += rows_before
+        offs_r += rows_before
+        R += rows_before
     if SPLIT:
         part_ptrs = parts_ptr + offs_l[None, :]
         own_ptrs = part_ptrs + split.to(tl.int64) * stride_ps
