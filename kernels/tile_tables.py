@@ -293,7 +293,11 @@ ADD_OF_MEMBERS: dict[str, dict[str, Rows]] = {
 
 # warps, rows, columns, largest rank in one block
 GATED: dict[str, dict[str, Rows]] = {
-    "half": {"any": ((8, 64, 64, 32), (4, 32, 64, 32), (4, 32, 32, 32))},
+    "half": {
+        "sm_86": ((8, 32, 64, 32), (8, 64, 32, 32), (4, 32, 32, 32)),
+        "sm_89": ((8, 32, 64, 32), (8, 64, 32, 32), (4, 32, 32, 32)),
+        "any": ((8, 64, 64, 32), (4, 32, 64, 32), (4, 32, 32, 32)),
+    },
     "half narrow": {"any": ((8, 32, 64, 32), (4, 32, 32, 32), (4, 16, 32, 32))},
     "fp32": {"any": ((8, 32, 64, 32), (4, 32, 32, 32), (4, 16, 32, 32))},
     # Eight values per thread spill.
