@@ -72,12 +72,13 @@ class _Module:
 _module = lru_cache(_Module)
 
 
-def _binds(node: ast.stmt) -> set[str]:
+def _binds(node: ast.AST) -> set[str]:
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
-    inner = list(ast.walk(node))
-    names = {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return names | {n.name for n in inner if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    if isinstance(node, ast.comprehension):  # its names are not the module's
+        return set()
+    names = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+    return names.union(*map(_binds, ast.iter_child_nodes(node)))
 
 
 def _definitions(place: Place) -> list[ast.stmt]:
