@@ -20,16 +20,21 @@ _WIDE_OPERANDS = 1 << 18  # most elements of the larger operand that ``wide_sum`
 def wide_product(
     wide: Tensor,
     matrix: Tensor,
-    U: Tensor,
-    V: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
     scaling: float | Tensor,
     dtype: torch.dtype,
     *,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """``wide matrix + bias + scaling · mask · U V``, in wide's dtype; rounded once to ``dtype``."""
-    if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would not propagate NaN and infinity
+    """``wide matrix + bias + scaling · mask · U V``, in wide's dtype; rounded once to ``dtype``.
+
+    Without ``U`` the last term is left out.
+    """
+    if U is not None and (
+        isinstance(scaling, Tensor) or scaling == 0
+    ):  # alpha=0 would not propagate NaN and infinity
         U, scaling = U * scaling, 1.0
     rows, (inner, columns) = wide.shape[0], matrix.shape
     most = min(_WIDE_WEIGHTS // max(1, inner), _WIDE_OUTPUTS // max(1, rows))
@@ -40,9 +45,9 @@ def wide_product(
         block = torch.mm(wide, matrix[:, some].to(wide.dtype))
         if bias is not None:
             block.add_(bias[some])
-        if mask is None:
+        if U is not None and mask is None:
             block.addmm_(U, V[:, some], alpha=scaling)
-        else:
+        elif U is not None:
             block.addcmul_(torch.mm(U, V[:, some]), mask[:, some], value=scaling)
         product[:, some] = block
     return product
@@ -111,8 +116,10 @@ def _emulated() -> frozenset[torch.dtype]:
 EMULATED = _emulated()  # at import, where no compiler or dispatch mode intercepts the check
 
 
-def thin_products(tall: Tensor, lora_A: Tensor) -> tuple[torch.dtype, bool]:
+def thin_products(tall: Tensor, rank: int, adapter: torch.dtype) -> tuple[torch.dtype, bool]:
     """The dtype of thin products with ``tall``, and whether to compute their transposes instead.
+
+    ``rank`` and ``adapter`` are the adapter's rank and dtype.
 
     Both adapt to the GEMMs of CPUs. A half-precision GEMM has 20 µs of overhead, a float32 one 3.
     With few rows the operands are therefore widened, as long as products and casts are small. A
@@ -126,12 +133,11 @@ def thin_products(tall: Tensor, lora_A: Tensor) -> tuple[torch.dtype, bool]:
     dtype, rows = tall.dtype, tall.shape[0]
     if not tall.is_cpu or type(rows) is not int:  # a graph must be valid for any number of rows
         return dtype, False
-    rank = lora_A.shape[0]
     if dtype in EMULATED:
         dtype = torch.float32
     if dtype not in HALF:
         return dtype, rows >= 128 and 1 < rank <= 16
-    if lora_A.dtype == torch.float32:
+    if adapter == torch.float32:
         small = rows * rank <= 512
     else:
         small = rows * rank <= 64 and rank <= 16

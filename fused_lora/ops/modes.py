@@ -91,6 +91,21 @@ def is_observed() -> bool:
     )
 
 
+def is_eager() -> bool:
+    """Whether operators run at once and unobserved; unlike :func:`is_observed`, also in autocast.
+
+    Saved tensors and in-place changes are then this package's own business.
+    """
+    return not (
+        is_dynamo_compiling()
+        or compiler._is_compiling_flag
+        or _len_torch_dispatch_stack() > 0
+        or _is_tracing()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 # Device types without autocast. Computed at import, since Dynamo cannot trace
 # ``is_autocast_available`` in PyTorch 2.11; a tuple is a constant to it.
 _WITHOUT_AUTOCAST = tuple(

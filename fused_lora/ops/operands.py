@@ -11,6 +11,26 @@ from . import dropout
 from .dropout import KEEP_ALL
 
 
+class Projection(NamedTuple):
+    """A frozen linear layer, with or without an adapter, as one of several that share an input.
+
+    Attributes:
+        weight: ``(out, in)`` in x's dtype (any under autocast); must not require grad.
+        lora_A: ``(rank, in)``; None for a layer without an adapter.
+        lora_B: ``(out, rank)``; None if ``lora_A`` is.
+        bias: ``(out,)`` or None.
+        scaling: ``s``, a float or a constant 0-d tensor.
+        dropout_p: probability that an entry of the adapter's input is dropped, in [0, 1).
+    """
+
+    weight: Tensor
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    bias: Tensor | None = None
+    scaling: float | Tensor = 1.0
+    dropout_p: float = 0.0
+
+
 class Operands(NamedTuple):
     """Validated operands of a public function, in the order of the registered operator's arguments.
 

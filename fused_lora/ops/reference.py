@@ -8,15 +8,18 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.operands import BackwardOperands
+from . import activations
 from .cpu_gemm import HALF
 from .dropout import KEEP_ALL, keep_mask, make_keep_bits
 from .modes import is_differentiated
-from .operands import Operands
+from .operands import Operands, Projection
 from .torch_impl import as_dtype
 
 
@@ -81,6 +84,25 @@ def forward(operands: Operands) -> Tensor:
     return lora_linear(x, weight, lora_A, lora_B, bias, scaling, mask, base)
 
 
+def projection(x: Tensor, layer: Projection, mask: Tensor | None = None) -> Tensor:
+    """The output of one projection, with or without an adapter."""
+    weight, lora_A, lora_B, bias, scaling, _ = layer
+    if lora_A is None:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return lora_linear(x, weight, lora_A, lora_B, bias, scaling, mask)
+
+
+def gated_mlp(
+    x: Tensor,
+    layers: Sequence[Projection],
+    activation: str,
+    masks: Sequence[Tensor | None] = (None,) * 3,
+) -> Tensor:
+    """``down(act(gate(x)) · up(x))``; the masks are as in :func:`lora_linear`."""
+    gate, up = (projection(x, layers[i], masks[i]) for i in range(2))
+    return projection(activations.FORWARD[activation](gate) * up, layers[2], masks[2])
+
+
 def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dA, dB)``, differentiable in ``dy``, ``x`` and the parameters.
 
@@ -109,3 +131,51 @@ def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, 
         S = S.to(dtype) if dropped is None else dropped @ A.t()
         dB = (scaling * (wide_dy.t() @ S)).to(lora_B.dtype)
     return dx, dA, dB
+
+
+def base_gradient(dy: Tensor, weight: Tensor, dx: Tensor | None = None) -> Tensor:
+    """``dx + dY W``, differentiable in ``dy`` and ``dx``."""
+    product = dy @ weight.to(dy.dtype)
+    return product if dx is None else dx + product
+
+
+def thin_gradients(
+    dy: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    scaling: float | Tensor,
+    needs: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor | None, Tensor | None]:
+    """``G = s·dY B`` and ``dB = s·dYᵀ S``, differentiable in all tensors but the scale."""
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    wide_dy = dy.to(dtype)
+    G = scaling * (wide_dy @ lora_B.to(dtype)) if needs[0] else None
+    dB = (scaling * (wide_dy.t() @ S.to(dtype))).to(lora_B.dtype) if needs[1] else None
+    return G, dB
+
+
+def input_gradients(
+    x: Tensor | None,
+    dx: Tensor | None,
+    adapters: Sequence[Tensor | None],
+    G: Sequence[Tensor | None],
+    keep_bits: Sequence[Tensor | None],
+    inv_keeps: Sequence[float],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """``dx + Σ D_i(G_i A_i)`` and the ``dA_i = G_iᵀ D_i(x)``, differentiable in all tensors."""
+    dA: list[Tensor | None] = [None] * len(adapters)
+    for i, (lora_A, g, bits) in enumerate(zip(adapters, G, keep_bits, strict=True)):
+        if g is None:
+            continue
+        dtype = torch.promote_types(g.dtype, torch.float32)
+        A, g, mask = lora_A.to(dtype), g.to(dtype), None
+        if bits is not None:
+            mask = keep_mask(bits, A.shape[1], dtype) * inv_keeps[i]
+        if dx is not None:
+            branch = g @ A
+            dx = (dx.to(dtype) + (branch if mask is None else branch * mask)).to(dx.dtype)
+        if needs[i]:
+            dropped = x.to(dtype) if mask is None else x.to(dtype) * mask
+            dA[i] = (g.t() @ dropped).to(lora_A.dtype)
+    return dx, dA

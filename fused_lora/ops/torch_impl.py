@@ -41,7 +41,7 @@ def forward(
     if seed is not None and keep_bits is None:
         keep_bits = dropout.make_keep_bits(seed, *x.shape, keep_count)
     given = x.dtype
-    dtype, turned = thin_products(x, lora_A)
+    dtype, turned = thin_products(x, lora_A.shape[0], lora_A.dtype)
     A = lora_A if lora_A.dtype == dtype else lora_A.to(dtype)
     B = lora_B if lora_B.dtype == dtype else lora_B.to(dtype)
     if keep_bits is not None:
@@ -52,7 +52,7 @@ def forward(
     if keep_bits is None and not turned:
         S = torch.mm(operand, A.t())
     else:
-        S = _times(dropout.KEEP_ALL / keep_count, operand, A.t(), turned)
+        S = times(dropout.KEEP_ALL / keep_count, operand, A.t(), turned)
     Bt = B.t()
     if base is None:
         # After S, so that y is still in the cache when S Bᵀ is added: saves 5 % of a CPU's step.
@@ -76,19 +76,19 @@ def forward(
         if is_common and Bt.stride(0) == 1 and (not turned or sums_apart(S, Bt.shape[1])):
             return torch.addmm(base, S, Bt, alpha=scaling), S, keep_bits
         y = base.clone(memory_format=torch.contiguous_format)
-    return _add_product(y, S, Bt, scaling), S, keep_bits
+    return add_product(y, S, Bt, scaling), S, keep_bits
 
 
 def rank_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
     """The dtype in which :func:`forward` returns ``S`` for ``x (M,K)``."""
-    return thin_products(x, lora_A)[0]
+    return thin_products(x, lora_A.shape[0], lora_A.dtype)[0]
 
 
 def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dA, dB)``, each in the dtype of its tensor."""
     dy, x, weight, lora_A, lora_B, S, scaling, keep_bits, inv_keep, needs = operands
     given = dy.dtype
-    dtype, turned = thin_products(dy, lora_A)
+    dtype, turned = thin_products(dy, lora_A.shape[0], lora_A.dtype)
     dx = dA = dB = mask = None
     wide_dy = dy if dtype is given else dy.to(dtype)
     # The thin products come first: dY is still in the cache, or they load it for dx.
@@ -98,7 +98,7 @@ def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, 
         if is_common and lora_B.dtype == dtype:
             dB = torch.addmm(lora_B, wide_dy.t(), wide_S, beta=0, alpha=scaling)
         else:
-            dB = _scaled_mm(wide_dy.t(), wide_S, scaling, lora_B.dtype, turned)
+            dB = scaled_mm(wide_dy.t(), wide_S, scaling, lora_B.dtype, turned)
             if turned:
                 dB = dB.contiguous()
     if needs[0] or needs[1]:
@@ -108,7 +108,7 @@ def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, 
         if is_common and needs[2]:
             G = torch.addmm(wide_S, wide_dy, B, beta=0, alpha=scaling)
         else:
-            G = _scaled_mm(wide_dy, B, scaling, dtype, turned)
+            G = scaled_mm(wide_dy, B, scaling, dtype, turned)
     if needs[0]:
         A = lora_A if lora_A.dtype == dtype else lora_A.to(dtype)
     # The mask is zeros and ones: its factor ``inv_keep`` multiplies the products.
@@ -122,7 +122,7 @@ def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, 
         if mask is None and lora_A.dtype == dtype:
             dA = torch.mm(G.t(), dropped)
         else:
-            dA = _scaled_mm(G.t(), dropped, inv_keep, lora_A.dtype)
+            dA = scaled_mm(G.t(), dropped, inv_keep, lora_A.dtype)
         del dropped  # if widened, it takes twice the memory of x
     if needs[0] and mask is None:
         dx = _input_gradient(dy, wide_dy, weight, G, A, 1.0, None)
@@ -136,7 +136,7 @@ def _input_gradient(dy, wide_dy, weight: Tensor | None, G, A, inv_keep, mask: Te
             # The mask comes first: the factor may overflow, and 0 · inf is NaN.
             dx = torch.mm(G, A).mul_(mask).mul_(inv_keep)
         else:
-            dx = _times(inv_keep, G, A)
+            dx = times(inv_keep, G, A)
             if mask is not None:
                 dx.mul_(mask)
         return dx if dx.dtype == dy.dtype else dx.to(dy.dtype)
@@ -156,14 +156,14 @@ def _input_gradient(dy, wide_dy, weight: Tensor | None, G, A, inv_keep, mask: Te
     dx = torch.mm(dy, weight)
     if mask is not None:
         return dx.addcmul_(torch.mm(G, A), mask, value=inv_keep)
-    return _add_product(dx, G, A, 1.0)
+    return add_product(dx, G, A, 1.0)
 
 
-def _add_product(y: Tensor, U: Tensor, V: Tensor, scaling: float | Tensor) -> Tensor:
+def add_product(y: Tensor, U: Tensor, V: Tensor, scaling: float | Tensor) -> Tensor:
     """Add ``scaling · U V`` to ``y`` in place; returns it."""
     if isinstance(scaling, Tensor) or scaling == 0:  # alpha=0 would not propagate NaN and inf
         if U.dtype not in HALF:
-            return _add_product(y, U * scaling, V, 1.0)
+            return add_product(y, U * scaling, V, 1.0)
         branch = torch.mm(U, V)
         if not isinstance(scaling, Tensor):
             return y.add_(branch, alpha=scaling)
@@ -178,7 +178,7 @@ def _add_product(y: Tensor, U: Tensor, V: Tensor, scaling: float | Tensor) -> Te
     return y.add_(torch.mm(U, V), alpha=scaling)
 
 
-def _times(factor: float, a: Tensor, b: Tensor, turned: bool = False) -> Tensor:
+def times(factor: float, a: Tensor, b: Tensor, turned: bool = False) -> Tensor:
     """``factor · a b``, rounded once.
 
     Args:
@@ -186,7 +186,7 @@ def _times(factor: float, a: Tensor, b: Tensor, turned: bool = False) -> Tensor:
         turned: whether to compute the transpose, ``bᵀ aᵀ``.
     """
     if turned:
-        return _times(factor, b.t(), a.t()).t()
+        return times(factor, b.t(), a.t()).t()
     if factor == 1:
         return torch.mm(a, b)
     ignored = _zeros.get(a.dtype) if type(a) is Tensor and a.is_cpu else None
@@ -199,7 +199,7 @@ def _times(factor: float, a: Tensor, b: Tensor, turned: bool = False) -> Tensor:
     return torch.addmm(ignored, a, b, beta=0, alpha=factor)
 
 
-def _scaled_mm(
+def scaled_mm(
     a: Tensor, b: Tensor, scaling: float | Tensor, dtype: torch.dtype, turned: bool = False
 ) -> Tensor:
     """``scaling · a b`` in ``dtype``; ``turned`` as above.
@@ -210,10 +210,10 @@ def _scaled_mm(
     """
     is_half, in_bfloat16 = a.dtype in HALF, a.dtype == torch.bfloat16 and not a.is_cuda
     if not isinstance(scaling, Tensor) and scaling != 0 and (a.dtype == dtype or in_bfloat16):
-        product = _times(scaling, a, b, turned)
+        product = times(scaling, a, b, turned)
     else:
         if not is_half or in_bfloat16:
-            product = _times(1.0, a, b, turned)
+            product = times(1.0, a, b, turned)
             product = product.float() if is_half else product
         elif a.is_cuda:
             product = torch.mm(a, b, out_dtype=torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels.config import DIGITS
 from ..kernels.operands import BackwardOperands, ForwardOperands
-from . import dropout, torch_impl
+from . import dropout, shared_torch, torch_impl
 from .constants import constant, scalar
 
 _failed: set[tuple] = set()
@@ -58,7 +58,13 @@ def _with_scale_tensor(operands, device: torch.device):
     """The operands with the scale as a tensor, whose current value a captured graph reads."""
     if isinstance(operands.scaling, Tensor):
         return operands
-    return operands._replace(scaling=constant(scalar, float(operands.scaling), device))
+    return operands._replace(scaling=_scale_tensor(operands.scaling, device))
+
+
+def _scale_tensor(scaling: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(scaling, Tensor):
+        return scaling
+    return constant(scalar, float(scaling), device)
 
 
 def _make_keep_bits(strategies, seed: Tensor, rows: int, columns: int, keep_count: int) -> Tensor:
@@ -81,9 +87,10 @@ class TritonRunner:
     """
 
     def __init__(self, decision, device: torch.device, fallback_key: tuple | None):
-        from ..kernels import strategies
+        from ..kernels import shared_input, strategies
 
         self.strategies = strategies
+        self.shared = shared_input
         self.decision = decision
         self.device = device
         self.key = fallback_key
@@ -112,6 +119,91 @@ class TritonRunner:
             return torch_impl.backward(operands)
         kernels = partial(run_backward, self.strategies, self.decision.backward)
         return self._run(kernels, torch_impl.backward, operands)
+
+    # The parts of ops/shared_input.py, with the interface of ops/shared_torch.py. Each runs at most
+    # one kernel that writes in place, the last: after a failure PyTorch finds its operands intact.
+
+    def shrink(self, x, adapters, seeds, keep_counts):
+        """As :func:`.shared_torch.shrink`."""
+        if 0 in x.shape:
+            return shared_torch.shrink(x, adapters, seeds, keep_counts)
+        present = [i for i, adapter in enumerate(adapters) if adapter is not None]
+        some = ([values[i] for i in present] for values in (adapters, seeds, keep_counts))
+        kernels = partial(self.shared.shrink_shared, scale=self._scale_tensor(1.0))
+        found = self._run(kernels, shared_torch.shrink, x, *some)
+        S, keep_bits = ([None] * len(adapters) for _ in range(2))
+        for i, s, bits in zip(present, *found, strict=True):
+            S[i], keep_bits[i] = s, bits
+        return S, keep_bits
+
+    def expand(self, x, weight, bias, S, lora_B, scaling):
+        """As :func:`.shared_torch.expand`."""
+        if S is None or self.decision.forward == "torch":
+            return shared_torch.expand(x, weight, bias, S, lora_B, scaling)
+
+        def kernels(x, weight, bias, S, lora_B, scaling):
+            scale = self._scale_tensor(scaling)
+            operands = ForwardOperands(x, weight, None, lora_B, bias, scale)
+            return self.shared.expand(operands, self.decision.forward, S)
+
+        return self._run(kernels, shared_torch.expand, x, weight, bias, S, lora_B, scaling)
+
+    def thin_gradients(self, dy, lora_B, S, scaling, needs=(True, True)):
+        """As :func:`.shared_torch.thin_gradients`."""
+
+        def kernels(dy, lora_B, S, scaling, needs):
+            return self.shared.thin_gradients(dy, lora_B, S, self._scale_tensor(scaling), needs)
+
+        return self._run(kernels, shared_torch.thin_gradients, dy, lora_B, S, scaling, needs)
+
+    def input_gradients(self, x, dx, adapters, G, keep_bits, inv_keeps, needs):
+        """As :func:`.shared_torch.input_gradients`; one launch for adapters of one dropout."""
+        together: dict[float | None, list[int]] = {}
+        for i, (g, bits, inv_keep) in enumerate(zip(G, keep_bits, inv_keeps, strict=True)):
+            if g is not None:
+                together.setdefault(None if bits is None else inv_keep, []).append(i)
+        dA = [None] * len(adapters)
+        for members in together.values():
+            operands = (adapters, G, keep_bits, inv_keeps, needs)
+            some = ([values[i] for i in members] for values in operands)
+            kernels, fallback = self.shared.input_gradients, shared_torch.input_gradients
+            for i, gradient in zip(
+                members, self._run(kernels, fallback, x, dx, *some), strict=True
+            ):
+                dA[i] = gradient
+        return dA
+
+    def gated(self, gate, up, activation):
+        """As :func:`.shared_torch.gated`."""
+        return self._run(self.shared.gated, shared_torch.gated, gate, up, activation)
+
+    def gated_backward(
+        self, dy, gate, up, activation, weight, lora_A, G, keep_bits, inv_keep, need_A,
+        may_overwrite,
+    ):  # fmt: skip
+        """As :func:`.shared_torch.gated_backward`."""
+
+        def kernels():
+            dh = shared_torch.base_gradient(dy, weight)
+            return self.shared.gated_backward(
+                gate, up, dh, activation, G, lora_A, keep_bits, inv_keep, may_overwrite
+            )
+
+        found = self._run(kernels, lambda: None)
+        if found is None:
+            return shared_torch.gated_backward(
+                dy, gate, up, activation, weight, lora_A, G, keep_bits, inv_keep, need_A,
+                may_overwrite,
+            )  # fmt: skip
+        dgate, dup, h = found
+        dA = None
+        if need_A:
+            operands = ([value] for value in (lora_A, G, keep_bits, inv_keep, True))
+            (dA,) = self.input_gradients(h, None, *operands)
+        return dgate, dup, dA
+
+    def _scale_tensor(self, scaling: float | Tensor) -> Tensor:
+        return _scale_tensor(scaling, self.device)
 
     def _run(self, kernels, fallback, *args):
         if self.key in _failed:

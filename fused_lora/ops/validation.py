@@ -116,16 +116,20 @@ def check_tensors(
 def _check_each(x, weight, lora_A, lora_B, bias) -> None:
     tensors = (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B))
     _check_kinds(x, tensors if bias is None else (*tensors, ("bias", bias)))
-    shape = weight.shape
-    if len(shape) != 2:
+    if weight.dim() == 2:
+        _check_adapter(x, lora_A, lora_B, *weight.shape)
+    _check_weight(weight, bias)
+
+
+def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
         raise ValueError(f"expected weight of shape (out, in), got {_shape(weight)}")
-    N, K = shape
-    _check_adapter(x, lora_A, lora_B, N, K)
     if weight.requires_grad:
         raise ValueError(
             "expected a frozen weight, got one that requires grad: no gradient is computed for it;"
             " call weight.requires_grad_(False), or pass weight.detach()"
         )
+    N = weight.shape[0]
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"expected bias of shape ({N},), got {_shape(bias)}")
 
@@ -139,6 +143,40 @@ def _are_on_one_gpu(x, weight, lora_A, lora_B, bias) -> bool:
         and lora_B.device == device
         and (bias is None or bias.device == device)
     )
+
+
+def check_projection(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+) -> None:
+    """:func:`check_tensors`, for a layer that may have no adapter.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that cannot be used.
+        ValueError: shapes or devices that do not fit, half an adapter, or a weight that requires
+            grad.
+    """
+    if lora_A is not None and lora_B is not None:
+        check_tensors(x, weight, lora_A, lora_B, bias, scaling)
+        return
+    if lora_A is not None or lora_B is not None:
+        missing = "lora_A" if lora_A is None else "lora_B"
+        raise ValueError(f"expected lora_A and lora_B, or neither, got no {missing}")
+    tensors = (("x", x), ("weight", weight))
+    _check_kinds(x, tensors if bias is None else (*tensors, ("bias", bias)))
+    _check_weight(weight, bias)
+    _check_nested("x", x)
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"expected x of shape (..., {weight.shape[1]}), got {_shape(x)}")
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether this is a strided tensor of no subclass, or None."""
+    return tensor is None or (type(tensor) in _PLAIN and tensor.layout == torch.strided)
 
 
 def check_base(
