@@ -16,6 +16,7 @@ from .layers.embedding import LoRAEmbedding
 from .layers.linear import FusedLoRAConv1D, FusedLoRALinear
 from .models.adapt import apply_lora
 from .models.check import check_adapters
+from .models.fusion import FusionReport, fuse_projections, unfuse_projections
 from .models.lifecycle import disable_lora, merge_lora, unload_lora, unmerge_lora
 from .models.named_adapters import (
     adapter_names,
@@ -34,6 +35,8 @@ from .models.parameters import (
 )
 from .ops.dispatch import Decision
 from .ops.functional import fused_lora_add, fused_lora_linear
+from .ops.operands import Projection
+from .ops.projections import fused_lora_gated_mlp, fused_lora_projections
 from .peft.checkpoint import load_adapter, save_adapter
 from .peft.patch import patch_peft, unpatch_peft
 from .peft.report import PatchReport
@@ -44,10 +47,12 @@ __all__ = [
     "Decision",
     "FusedLoRAConv1D",
     "FusedLoRALinear",
+    "FusionReport",
     "LoRAConv2d",
     "LoRAEmbedding",
     "ParameterSummary",
     "PatchReport",
+    "Projection",
     "adapter_names",
     "add_adapter",
     "add_weighted_adapter",
@@ -57,8 +62,11 @@ __all__ = [
     "delete_adapter",
     "disable_lora",
     "explain",
+    "fuse_projections",
     "fused_lora_add",
+    "fused_lora_gated_mlp",
     "fused_lora_linear",
+    "fused_lora_projections",
     "load_adapter",
     "lora_layers",
     "lora_param_groups",
@@ -68,6 +76,7 @@ __all__ = [
     "patch_peft",
     "save_adapter",
     "set_adapter",
+    "unfuse_projections",
     "unload_lora",
     "unmerge_lora",
     "unpatch_peft",

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .distributed.sharding import is_shard
+from .layers import gated_block
 from .layers.base import LoRALayer
+from .layers.shared_input import MIN_ROWS
 from .models.arguments import check_without_peft, described
 from .ops import dropout
 from .ops.dispatch import Decision, decide
@@ -31,7 +33,8 @@ def explain(
 
     Args:
         target: an adapted layer, or ``x (..., in)`` with ``weight`` and
-            ``lora_A`` as for :func:`fused_lora.fused_lora_linear`.
+            ``lora_A`` as for :func:`fused_lora.fused_lora_linear`. A gated MLP that is one block
+            is explained by its gate.
         tokens: number of rows to assume for a layer.
         dropout_p: the call's dropout probability. Default: the layer's (0 in eval mode), or 0 for
             tensors.
@@ -42,6 +45,13 @@ def explain(
         ValueError: an explicit ``impl`` that cannot run here, an argument that does not fit, or a
             layer of PEFT (see :func:`patch_peft`).
     """
+    block = gated_block.block_of(target) if isinstance(target, nn.Module) else None
+    if block is not None:
+        gate = target.get_submodule(block.layers[0])
+        decision = explain(gate, tokens=tokens, dropout_p=dropout_p, impl=impl)
+        why = block.reason(target) or (f"{tokens} rows" if tokens < MIN_ROWS else None)
+        what = f"one block ({block.activation})" if why is None else f"layer by layer ({why})"
+        return replace(decision, reason=f"{what}, gate: {decision.reason}")
     if isinstance(target, LoRALayer):
         layer = target
         if not isinstance(tokens, Integral) or isinstance(tokens, bool):
@@ -84,7 +94,13 @@ def explain(
     check_impl(impl)
     check_dropout(dropout_p)
     rows = x.shape[:-1].numel()
-    return _explain(impl, weight, x.dtype, rows, lora_A.shape[0], dropout_p)
+    decision = _explain(impl, weight, x.dtype, rows, lora_A.shape[0], dropout_p)
+    place = getattr(target, "shared_input", None)
+    if place is not None and rows >= MIN_ROWS:
+        others = [name for i, name in enumerate(place.names) if i != place.index]
+        shared = f"its x may be shared with {' and '.join(others)}"
+        decision = replace(decision, reason=f"{decision.reason}; {shared}")
+    return decision
 
 
 def _explain(impl: str, weight: Tensor, dtype, rows: int, rank: int, dropout_p: float) -> Decision:

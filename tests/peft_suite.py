@@ -1,5 +1,6 @@
 """Run PEFT's own tests with every LoRA layer patched; some eight minutes on two cores:
 
+    pip install diffusers datasets parameterized
     pip download --no-deps --no-binary :all: peft==0.21.2 && tar xzf peft-0.21.2.tar.gz
     python tests/peft_suite.py peft-0.21.2 [--unpatched] [options of pytest]
 
@@ -25,7 +26,11 @@ def pytest_configure(config) -> None:
     if os.environ.get(SWITCH) != "1":
         return
     from fused_lora import patch_peft
+    from fused_lora.layers import shared_input
     from fused_lora.peft import patch as peft_patch
+
+    # Layers of one input are computed together however few rows it has.
+    shared_input.MIN_ROWS = 1
 
     def counted(run):
         def count(*args):
@@ -37,6 +42,9 @@ def pytest_configure(config) -> None:
 
     for name in ("_fused", "_added"):
         setattr(peft_patch, name, counted(getattr(peft_patch, name)))
+    place = shared_input.SharedInput
+    for name in ("_lead", "_follow"):
+        setattr(place, name, counted(getattr(place, name)))
     patch_peft()
 
 

@@ -63,9 +63,8 @@ def test_whole_models_train_alike(make):
         )
         if patched:
             report = patch_peft(model)
-            assert (
-                report.summary == f"{len(report.layers)} of {len(report.layers)} LoRA layers fused"
-            )
+            fused = f"{len(report.layers)} of {len(report.layers)} LoRA layers fused"
+            assert report.summary.partition(";")[0] == fused
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         curve = []
         for _ in range(10):

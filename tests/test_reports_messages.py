@@ -28,6 +28,7 @@ from fused_lora import (
     delete_adapter,
     disable_lora,
     explain,
+    fuse_projections,
     load_adapter,
     lora_layers,
     lora_param_groups,
@@ -37,6 +38,7 @@ from fused_lora import (
     patch_peft,
     save_adapter,
     set_adapter,
+    unfuse_projections,
     unload_lora,
     unmerge_lora,
     unpatch_peft,
@@ -145,6 +147,8 @@ ON_A_MODEL = {
     "delete_adapter": lambda model, folder: delete_adapter(model, "b"),
     "disable_lora": lambda model, folder: disable_lora(model).__enter__(),
     "lora_layers": lambda model, folder: lora_layers(model),
+    "fuse_projections": lambda model, folder: fuse_projections(model),
+    "unfuse_projections": lambda model, folder: unfuse_projections(model),
 }
 
 

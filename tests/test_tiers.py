@@ -32,6 +32,9 @@ SWEPT_WHOLE = {
     "test_examples.py::test_sms_spam": (
         "builds GPT-2; test_a_gpt2_checkpoint_is_split_and_used builds a small one"
     ),
+    "test_fusion.py::test_compiled_models_run_layers_alone": (
+        "compiles a Llama; test_compiled of test_projections.py compiles the functions"
+    ),
     "test_reports_no_effect.py::test_the_warning_of_a_merged_state_is_the_callers": (
         "a process of its own; test_a_warning_from_within_a_library_is_its_callers has each library"
     ),

@@ -21,6 +21,7 @@ from .config import Adapter, AdapterConfig
 from .offload import has_values, with_values
 from .replacing import class_name
 from .scale import ScaledLayer
+from .shared_input import SharedInput
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 
@@ -102,6 +103,7 @@ class AdapterLayer(ScaledLayer):
         self.enabled = True
         self.merged = False
         self.has_run = self.was_traced = False
+        self.shared_input: SharedInput | None = None
         self.adapter_name = "default"
         self.inactive_adapters: dict[str, Adapter] = {}
         # For PiSSA. Not set as an attribute: nn.Module would register it as a Parameter.

@@ -12,6 +12,7 @@ from torch.fx import Proxy
 from ..distributed.sharding import is_flat_view, is_shard
 from ..ops.functional import fused_lora_add, fused_lora_linear, linear
 from ..ops.modes import autocasts, is_differentiated, is_dynamo_compiling, is_observed
+from ..ops.operands import Projection
 from ..ops.validation import check_dtype, check_same_dtype, check_tensors, multiplies_itself
 from . import dora
 from .base import LoRALayer, leaf_call
@@ -49,6 +50,10 @@ class _LinearForward(LoRALayer):
             return self._plain_forward(input)
         if self.use_dora:
             return self._dora_forward(input)
+        if self.shared_input is not None:
+            y = self.shared_input.output(self, input)
+            if y is not None:
+                return y
         found = self._parameters  # nn.Module.__getattr__ costs ten times a look-up in the dict
         weight, bias = found.get("weight"), found.get("bias")
         lora_A, lora_B = found.get("lora_A"), found.get("lora_B")
@@ -75,6 +80,30 @@ class _LinearForward(LoRALayer):
             if isinstance(input, Proxy):  # here, because a check before the call costs host time
                 return leaf_call(self, input)
             raise
+
+    def lora_projection(self) -> Projection | str:
+        """The layer's operands as they are now, or why no other layer can compute with them."""
+        if self.merged or not self.enabled:
+            return "merged" if self.merged else "disabled"
+        if self.use_dora:
+            return "DoRA"
+        cls, p = type(self), self.dropout
+        if cls.forward not in _FORWARDS or cls.__call__ is not nn.Module.__call__:
+            return "a forward of its own"
+        if type(p) is not float or not 0.0 <= p < 1.0:
+            return "a dropout that is no float in [0, 1)"  # its forward checks it
+        found = self._parameters
+        weight, lora_A, lora_B = (found.get(name) for name in ("weight", "lora_A", "lora_B"))
+        if weight is None or lora_A is None or lora_B is None or "bias" not in found:
+            return "a computed weight"
+        return Projection(
+            self.to_matrix(weight) if self.is_transposed else weight,
+            lora_A,
+            lora_B,
+            found["bias"],
+            current_scale(self, False),
+            p if self.training else 0.0,
+        )
 
     def _product(self, x, weight, lora_A, lora_B, bias, dropout_p: float) -> Tensor:
         """``x Wᵀ + bias + s·D(x) Aᵀ Bᵀ``, differentiable also in a weight that is computed."""
@@ -283,3 +312,6 @@ class FusedLoRAConv1D(_LinearForward):
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
+
+
+_FORWARDS = (FusedLoRALinear.forward, FusedLoRAConv1D.forward)  # what lora_projection describes

@@ -15,6 +15,7 @@ from ..layers.config import AdapterConfig, check_flag
 from ..ops.validation import check_dtype, check_impl, listed
 from .arguments import check_model, check_without_peft, module_names
 from .check import watch_first_backward
+from .fusion import fuse_new_layers
 from .heads import fresh_heads, warn_of_heads
 from .modules_to_save import find_modules, with_tied
 from .record import remember
@@ -47,6 +48,8 @@ def apply_lora(
     init: str = "default",
     impl: str = "auto",
     adapter_dtype: torch.dtype | None = None,
+    fuse_projections: bool = True,
+    fuse_mlp: bool = True,
 ) -> list[str]:
     """Add adapters to modules of ``model``, in place, and freeze everything else.
 
@@ -78,6 +81,9 @@ def apply_lora(
         rank_pattern, alpha_pattern: ranks and alphas that replace ``rank`` and ``alpha``, by
             regular expression. A key must match a whole name or its last dotted parts; the first
             match counts.
+        fuse_projections, fuse_mlp: whether layers that share an input, such as q, k and v, and
+            gated MLPs are computed together (:func:`fused_lora.fuse_projections`, which also
+            reports what was found).
 
     Returns:
         The names of the adapted modules.
@@ -94,6 +100,8 @@ def apply_lora(
     check_impl(impl)
     check_dtype("adapter_dtype", adapter_dtype)
     check_flag("include_head", include_head)
+    check_flag("fuse_projections", fuse_projections)
+    check_flag("fuse_mlp", fuse_mlp)
     target_modules = module_names("target_modules", target_modules)
     if exclude_modules is not None:
         exclude_modules = module_names("exclude_modules", exclude_modules)
@@ -115,6 +123,7 @@ def apply_lora(
     copies = copy_tensors(model, saved, ensure_weight_tying)
     adapt(model, found, configs, impl, adapter_dtype)
     train_copies(saved, copies)
+    fuse_new_layers(model, projections=fuse_projections, mlp=fuse_mlp)
     remember(model)
     watch_first_backward(model)
     warn_of_zero_scales({name: configs[name].scaling for name in found})

@@ -17,6 +17,7 @@ from ..layers.merging import memory, overlap
 from ..layers.offload import is_tied, stored
 from .adapt import check_contains_layers, replace_modules, restore_fast_path
 from .check import check_effective
+from .fusion import OWN, unfuse
 from .parameters import check_kept, lora_layers
 from .record import forget
 from .trained_modules import check_originals, original_tensors, swap_originals, untrain
@@ -236,6 +237,7 @@ def unload_lora(model: nn.Module, merge: bool = True) -> nn.Module:
         _check_each(layers, methodcaller("check_base"))
         _unmerge(merged)
     restore_fast_path(model)
+    unfuse(model, OWN)
     untrain(model, keep=merge)
     _forget_state_hook(model)
     replace_modules(model, {layer: layer.plain() for layer in layers.values()})

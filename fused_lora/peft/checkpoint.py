@@ -30,6 +30,7 @@ from ..models.adapt import adapt, check_contains_layers
 from ..models.arguments import check_model, check_without_peft, described
 from ..models.bypass import bypassed, warn_of_readers
 from ..models.check import warn_of_idle, watch_first_backward
+from ..models.fusion import fuse_new_layers
 from ..models.modules_to_save import share_parameters, shortest_entries
 from ..models.named_adapters import (
     adapter_names,
@@ -261,6 +262,7 @@ def load_adapter(
         warn_of_readers(found, bypassed(model))
         adapt(model, found, configs, impl, adapter_dtype)
         train_copies(saved, copies)
+        fuse_new_layers(model)
         remember(model)
         watch_first_backward(model)
         for place, state in states.items():

@@ -19,16 +19,23 @@ rows, or for all if it has no instructions for the half-precision dtype.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable
+from functools import wraps
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ..layers.base import LoRALayer as FusedLoRALayer
+from ..layers.config import check_flag
+from ..layers.gated_block import GatedBlock, attached, detach
+from ..layers.shared_input import SharedInput
 from ..models.arguments import check_model
+from ..models.fusion import Kind, fuse, unfuse
 from ..ops.functional import fused_lora_add, fused_lora_linear
+from ..ops.operands import Projection
 from ..ops.validation import FLOATS
 from .eligibility import Parts, input_reason, parts_of
 from .report import PatchReport
@@ -36,29 +43,39 @@ from .report import PatchReport
 # Patched PEFT classes, each with its original forward and the replacement.
 _replaced: dict[type[nn.Module], tuple[Callable, Callable]] = {}
 _everywhere = False
+# PEFT's method that puts layers into a model, and the replacement, while every layer is patched.
+_inject: tuple[Callable, Callable] | None = None
 _patched: WeakSet[nn.Module] = WeakSet()  # layers of models patched individually
 # The flag in a layer's __dict__ travels with copies and pickles, which `_patched` does not contain.
 # It is valid only while it equals `_generation`, which changes when the classes are restored.
 _FLAG = "_fused_lora_patch"
 _generation = 0
+_SHARED_INPUT = "_fused_lora_shared_input"
 
 
-def patch_peft(model: nn.Module | None = None) -> PatchReport:
+def patch_peft(
+    model: nn.Module | None = None, *, projections: bool = True, mlp: bool = True
+) -> PatchReport:
     """Run PEFT's plain LoRA layers fused; all other layers keep PEFT's forward.
 
     Args:
         model: patch the LoRA layers that it now has. By default every PEFT layer is patched,
             including those of models created later.
+        projections, mlp: whether layers of ``model`` that share an input, such as q, k and v, and
+            gated MLPs are computed together; see :func:`fused_lora.fuse_projections`. Without a
+            model, those of models that PEFT adapts later.
 
     Returns:
         Which path each layer of ``model`` takes, and why.
 
     Raises:
         ModuleNotFoundError: PEFT is not installed.
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or a flag is no bool.
         ValueError: ``model`` has no LoRA layers of PEFT.
     """
     global _everywhere
+    check_flag("projections", projections)
+    check_flag("mlp", mlp)
     if model is not None:
         check_model(model)
     from peft.tuners.lora import LoraLayer
@@ -76,6 +93,7 @@ def patch_peft(model: nn.Module | None = None) -> PatchReport:
             kind.forward = _replaced[kind][1]
     if model is None:
         _everywhere = True
+        _fuse_later_models(projections, mlp)
     for layer in layers.values():
         setattr(layer, _FLAG, _generation)
         _patched.add(layer)
@@ -88,11 +106,13 @@ def patch_peft(model: nn.Module | None = None) -> PatchReport:
         for name, layer in layers.items()
     }
     parts = {name: plain for name, plain in found.items() if isinstance(plain, Parts)}
+    fusion = None if model is None else fuse(model, _KIND, projections=projections, mlp=mlp)
     return PatchReport(
         layers={name: None if name in parts else reason for name, reason in found.items()},
         beside={name: plain.beside for name, plain in parts.items() if plain.beside is not None},
         narrowed=[name for name, plain in parts.items() if plain.narrowed],
         everywhere=model is None,
+        fusion=fusion,
     )
 
 
@@ -114,10 +134,18 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
         raise ValueError("expected unpatch_peft() after patch_peft(), got a single model")
     for module in list(_patched) if model is None else model.modules():
         vars(module).pop(_FLAG, None)
+        vars(module).pop(_SHARED_INPUT, None)
         _patched.discard(module)
+    if model is not None:
+        unfuse(model, _KIND)
+    else:
+        for module in attached(_Block):
+            detach(module)
     if model is None:
         _everywhere = False
     _forget_compiled()
+    if model is None:
+        _fuse_no_later_models()
     if not _replaced or len(_patched):
         return
     for kind, (_, given) in _replaced.items():
@@ -130,6 +158,39 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
         kind.forward = original
     _replaced.clear()
     _generation += 1
+
+
+def _fuse_later_models(projections: bool, mlp: bool) -> None:
+    """Fuse projections and gated MLPs of every model that PEFT gives LoRA layers from now on."""
+    global _inject
+    from peft.tuners.lora import LoraModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    _fuse_no_later_models()
+    original = BaseTuner.inject_adapter
+
+    @wraps(original)
+    def inject_adapter(self, model: nn.Module, *args, **kwargs):
+        result = original(self, model, *args, **kwargs)
+        if isinstance(self, LoraModel):
+            fuse(model, _KIND, projections=projections, mlp=mlp)
+        return result
+
+    _inject = original, inject_adapter
+    BaseTuner.inject_adapter = inject_adapter
+
+
+def _fuse_no_later_models() -> None:
+    """Undo :func:`_fuse_later_models`, unless other code has replaced the method since."""
+    global _inject
+    if _inject is None:
+        return
+    from peft.tuners.tuners_utils import BaseTuner
+
+    original, given = _inject
+    if BaseTuner.inject_adapter is given:
+        BaseTuner.inject_adapter = original
+    _inject = None
 
 
 def _peft_classes() -> list[type[nn.Module]]:
@@ -157,13 +218,79 @@ def _layers(model: nn.Module, kind: type):
 
 def _forward_instead_of(original: Callable) -> Callable:
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if (_everywhere or self.__dict__.get(_FLAG) == _generation) and not args and not kwargs:
+        if _is_patched(self) and not args and not kwargs:
+            shared = self.__dict__.get(_SHARED_INPUT)
+            if shared is not None:
+                y = shared.output(self, x)
+                if y is not None:
+                    return y
             parts = parts_of(self, _replaced)
             if not isinstance(parts, str) and input_reason(self, x, parts) is None:
                 return _beside(self, x, parts) if parts.beside else _fused(x, parts)
         return original(self, x, *args, **kwargs)
 
     return forward
+
+
+def _is_patched(layer: nn.Module) -> bool:
+    return _everywhere or layer.__dict__.get(_FLAG) == _generation
+
+
+def _read(layer: nn.Module, x: Tensor | None) -> Projection | str:
+    """The operands of one of PEFT's layers, or why PEFT's forward or the base's own runs."""
+    cls = type(layer)
+    if cls not in _replaced or cls.forward is not _replaced[cls][1]:
+        return f"a {cls.__name__} with a forward of its own"
+    if not _is_patched(layer):
+        return "not patched"
+    parts = parts_of(layer, _replaced)
+    if isinstance(parts, str):
+        return parts
+    if parts.beside is not None:
+        return parts.beside
+    if x is not None and (reason := input_reason(layer, x, parts)):
+        return reason
+    return Projection(
+        parts.weight, parts.lora_A, parts.lora_B, parts.bias, parts.scaling, parts.dropout
+    )
+
+
+class _SharedInput(SharedInput):
+    """The place of one of PEFT's layers; not in pickles, which must not need this library."""
+
+    def read(self, layer: nn.Module, x: Tensor | None) -> Projection | str:
+        return _read(layer, x)
+
+    def impl(self, layer: nn.Module) -> str:
+        return "auto"
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+class _Block(GatedBlock):
+    """A gated MLP of PEFT's layers; not in pickles, but in copies."""
+
+    def read(self, layer: nn.Module, x: Tensor | None) -> Projection | str:
+        return _read(layer, x)
+
+    def impl(self, layers: list[nn.Module]) -> str:
+        return "auto"
+
+    def note_calls(self, layers: list[nn.Module]) -> None:
+        pass
+
+    def __deepcopy__(self, memo):
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        vars(new).update({k: copy.deepcopy(v, memo) for k, v in vars(self).items()})
+        return new
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+_KIND = Kind(lambda module: type(module) in _replaced, _SHARED_INPUT, _SharedInput, _Block)
 
 
 def _fused(x: Tensor, parts: Parts) -> Tensor:

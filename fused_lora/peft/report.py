@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+from ..models.fusion import FusionReport, counted
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class PatchReport:
         narrowed: fused layers whose float32 adapters are computed in the half precision of their
             input; their gradients are as accurate as that.
         everywhere: whether PEFT's layers are patched in all models.
+        fusion: layers that share an input and gated MLPs, with their reasons; None without a model.
     """
 
     layers: dict[str, str | None]
     beside: dict[str, str]
     narrowed: list[str]
     everywhere: bool = False
+    fusion: FusionReport | None = None
 
     @property
     def summary(self) -> str:
@@ -39,14 +41,16 @@ class PatchReport:
         line = f"{fused} of {len(self.layers)} LoRA layers fused"
         if self.beside:
             line += f", {len(self.beside)} of them beside their base layer's own forward: "
-            line += _counted(self.beside.values())
+            line += counted(self.beside.values())
         if kept:
-            line += f"; {len(kept)} keep PEFT's forward: {_counted(kept)}"
+            line += f"; {len(kept)} keep PEFT's forward: {counted(kept)}"
         if self.narrowed:
             line += (
                 f"; {len(self.narrowed)} with float32 adapters compute in half precision, with its"
                 " accuracy, for inputs in half precision"
             )
+        if self.fusion is not None and (self.fusion.groups or self.fusion.blocks):
+            line += f"; {self.fusion.summary}"
         return line
 
     def _rows(self):
@@ -55,6 +59,8 @@ class PatchReport:
                 yield name, f"fused beside its base: {self.beside[name]}"
             else:
                 yield name, "fused" if reason is None else f"PEFT's forward: {reason}"
+        if self.fusion is not None:
+            yield from self.fusion.rows()
 
     def __str__(self) -> str:
         lines = [f"  {name}: {what}" for name, what in self._rows()]
@@ -66,7 +72,3 @@ class PatchReport:
             for name, what in self._rows()
         )
         return f"<p>{html.escape(self.summary)}</p><table>{rows}</table>"
-
-
-def _counted(reasons: Iterable[str]) -> str:
-    return ", ".join(f"{reason} ({n})" for reason, n in Counter(reasons).most_common())
