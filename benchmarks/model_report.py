@@ -1,4 +1,4 @@
-"""Modelled traffic and time of a LoRA layer, this library's and peers': ``model_report.py --help``.
+"""Modelled traffic and time of LoRA layers, this library's and peers': ``model_report.py --help``.
 
 Nothing here is measured: every figure comes from ``strategy/traffic.py`` and ``strategy/cost.py``,
 for one forward and backward in bfloat16 with adapters of the same dtype. Thin bytes are the traffic
@@ -21,7 +21,7 @@ from fused_lora.strategy import cost, schedule
 from fused_lora.strategy.devices import KNOWN, Device
 from fused_lora.strategy.traffic import Kernel, Product
 from harness import shapes
-from modelled import peer_traffic
+from modelled import decoder, peer_traffic
 
 # The widths of the hardware-counter readings published with LoRAFusion.
 SQUARE = {str(width): (width, width) for width in (4096, 5120, 8192)}
@@ -29,7 +29,17 @@ MODELS = {
     **{name: shapes.MODELS[name] for name in ("llama3-8b", "qwen2.5-32b", "llama3-70b")},
     "square": SQUARE,
 }
-GPUS = ["a100", "h100", "h200", "b200", "rtx4090", "mi300x"]
+# What is reported unless selected: of single layers, and with --decoder.
+LAYERS = {
+    "gpu": ["a100", "h100", "h200", "b200", "rtx4090", "mi300x"],
+    "model": list(MODELS)[:3],
+    "tokens": [128, 2048, 8192, 32_768],
+}
+DECODER = {
+    "gpu": ["h100", "a100", "h200", "mi300x", "rtx4090"],
+    "model": ["llama3-8b"],
+    "tokens": [4096],
+}
 OURS = ("split", "seeded", "addmm")
 TRITON = ("lorafusion", "split")  # their frozen products run in Triton, the others' in vendor GEMMs
 TITLE = "{:<24}{:^57}{:^17}{:^64}"
@@ -39,6 +49,13 @@ HEAD = (
     f"{'chained':>9}{'lorafusion':>12}{'split':>7}{'seeded':>8}{'addmm':>7}{'auto':>7}"
     "  auto's strategies"
 )
+LAYERS_NOTE = """Every figure is modelled, none is measured. Thin bytes and times of one forward and
+backward: eager's thin bytes and the frozen layer's time, then ratios to these."""
+DECODER_NOTE = """Every figure is modelled, none is measured. Forward and backward of the adapted
+layers of a decoder layer, apart (one by one, with PyTorch's activation) and together (q, k, v as a
+chain; the gated MLP as one block). Passes over the layer's input are traffic beside the frozen
+products; times are in µs, beyond those of the frozen products. A strategy is one of each direction
+apart; together it is forward's, and the products of backward are the vendor's."""
 OVERHEAD_HEAD = (
     f"{'layer':<15}{'M':>6}   {'strategy':<22}{'passes':>8}{'launches':>10}"
     f"{'forward':>10}{'backward':>10}{'both':>8}"
@@ -199,18 +216,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the options; the error for an unknown name lists the known ones."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     add = parser.add_argument
-    add("--gpu", nargs="+", choices=list(KNOWN), default=GPUS, metavar="GPU", help=", ".join(KNOWN))
+    add("--gpu", nargs="+", choices=list(KNOWN), metavar="GPU", help=", ".join(KNOWN))
     models, names = list(MODELS), ", ".join(MODELS)
-    add("--model", nargs="+", choices=models, default=models[:3], metavar="MODEL", help=names)
+    add("--model", nargs="+", choices=models, metavar="MODEL", help=names)
     add("--rank", nargs="+", type=_positive, default=[16], metavar="R")
-    tokens = [128, 2048, 8192, 32_768]
-    add("--tokens", nargs="+", type=_positive, default=tokens, metavar="M")
+    add("--tokens", nargs="+", type=_positive, metavar="M")
     add("--dropout", nargs="+", type=_probability, default=[0.0, 0.1], metavar="P")
-    add(
+    table = parser.add_mutually_exclusive_group()
+    table.add_argument(
         "--overhead", action="store_true", help="passes over x, launches and time of our strategies"
     )
+    table.add_argument(
+        "--decoder",
+        action="store_true",
+        help="decoder layers: their projections apart and together",
+    )
     add("--json", type=Path, metavar="F", help="also write every row to a file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, default in (DECODER if args.decoder else LAYERS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.decoder and "square" in args.model:
+        parser.error("argument --decoder: square has no decoder layers")
+    return args
 
 
 def _positive(text: str) -> int:
@@ -229,15 +257,8 @@ def _probability(text: str) -> float:
     return value
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 if the JSON file cannot be written."""
-    args = parse(argv)
-    print("Every figure is modelled, none is measured. Thin bytes and times of one forward and")
-    print("backward: eager's thin bytes and the frozen layer's time, then ratios to these.")
-    print("* x or y is under 1.5 times the cache before DRAM: outside the model's validity.")
-    print("- nobody has published how fast Triton's products are on this architecture.")
-    if args.overhead:
-        print("Overhead is the time beyond the frozen layer's, in parts of it; a pass is one of x.")
+def report_layers(args: argparse.Namespace) -> list[dict]:
+    """Print all tables of single layers; the rows as data."""
     records = []
     for title, rows in make_tables(args):
         print(f"\n{title}")
@@ -253,6 +274,39 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             print(row.text())
         records += [row.record() for row in rows]
+    return records
+
+
+def report_decoders(args: argparse.Namespace) -> list[dict]:
+    """Print a table per GPU, model, rank, dropout and number of tokens; the rows as data."""
+    records = []
+    for gpu, model, rank, p, M in combinations(
+        args.gpu, args.model, args.rank, args.dropout, args.tokens
+    ):
+        device = KNOWN[gpu]
+        case = Product(M, 0, 0, rank, masked="operand" if p else None)
+        print(f"\nmodelled: {device.name}, {model}, {M} tokens, rank {rank}, dropout {p:g}")
+        print(decoder.HEAD)
+        for strategies in decoder.STRATEGIES:
+            used, parts = decoder.make_parts(device, MODELS[model], case, strategies)
+            call = {"gpu": gpu, "model": model, "M": M, "rank": rank, "dropout": bool(p)}
+            for part in parts:
+                print(f"{strategies:<10}{part.text()}")
+                records.append(call | {"strategies": strategies} | part.record())
+            if strategies == "auto":
+                print(f"auto selects {', '.join(used)}")
+    return records
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 if the JSON file cannot be written."""
+    args = parse(argv)
+    print(DECODER_NOTE if args.decoder else LAYERS_NOTE)
+    print("* x or y is under 1.5 times the cache before DRAM: outside the model's validity.")
+    print("- nobody has published how fast Triton's products are on this architecture.")
+    if args.overhead:
+        print("Overhead is the time beyond the frozen layer's, in parts of it; a pass is one of x.")
+    records = report_decoders(args) if args.decoder else report_layers(args)
     if args.json:
         try:
             args.json.write_text(json.dumps(records, indent=1) + "\n")

@@ -60,7 +60,9 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize(("file", "edit", "invalid"), EDITS, ids=lambda case: str(case)[:40])
+@pytest.mark.parametrize(
+    ("file", "edit", "invalid"), EDITS, ids=[f"{file} {edit[0]:.30}" for file, edit, _ in EDITS]
+)
 def test_an_edit_invalidates_the_rows_of_the_kernels_that_it_reaches(
     file, edit, invalid, tmp_path, monkeypatch
 ):

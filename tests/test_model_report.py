@@ -9,6 +9,7 @@ import model_report
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "modelled"
 SMALL = ["--gpu", "h100", "--model", "square", "--tokens", "8192", "--dropout", "0.1"]
+DECODER = ["--decoder", "--gpu", "h100", "--dropout", "0.1"]
 # The commands of the committed files.
 COMMITTED = {
     "layers.txt": [],
@@ -20,6 +21,7 @@ COMMITTED = {
         *("--overhead", "--gpu", "a100", "h100", "h200", "rtx4090", "mi300x"),
         *("--model", "square", "--tokens", "8192", "--dropout", "0.1", "--rank", "16", "64", "128"),
     ],
+    "decoder.txt": ["--decoder"],
 }
 
 
@@ -82,6 +84,51 @@ def test_json_has_the_rows_unrounded(tmp_path, capsys):
         *model_report.OURS,
         "auto",
     }
+
+
+# part of Llama-3-8B's layer, its most bytes, as a ratio to the separate layers'
+SHARED = [("q, k, v", 0.53), ("activation", 0.65), ("layer", 0.72)]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case[0])
+def test_a_decoder_layer_together_stays_within_its_bytes(case, tmp_path, capsys):
+    """On an H100 with the strategies that "auto" selects; the printed ratio is the same."""
+    name, most = case
+    file = tmp_path / "rows.json"
+    model_report.main([*DECODER, "--json", str(file)])
+    rows = [row for row in json.loads(file.read_text()) if row["part"] == name]
+    assert [row["strategies"] for row in rows] == ["auto", "split"]
+    together, apart = (rows[0]["modelled"][kind]["thin_bytes"] for kind in ("together", "apart"))
+    assert together / apart <= most
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith(f"auto      {name} "))
+    assert f"{together / apart:.3f}" in line.split()
+
+
+def test_a_decoder_layer_is_the_sum_of_its_parts(tmp_path):
+    file = tmp_path / "rows.json"
+    model_report.main([*DECODER, "--json", str(file)])
+    *parts, layer = json.loads(file.read_text())[:6]
+    for kind, whole in layer["modelled"].items():
+        of_parts = [part["modelled"][kind] for part in parts]
+        assert sum(p["thin_bytes"] for p in of_parts) == whole["thin_bytes"]
+        assert sum(len(p["launches"]) for p in of_parts) == len(whole["launches"])
+        seconds = sum(p["seconds_beyond"] for p in of_parts)
+        assert seconds == pytest.approx(whole["seconds_beyond"])
+
+
+def test_no_time_of_a_decoder_layer_where_triton_has_no_published_speed(capsys):
+    model_report.main([*DECODER, "--gpu", "mi300x"])
+    rows = capsys.readouterr().out.splitlines()
+    for strategies, missing in (("auto", 0), ("split", 3)):
+        cells = [row.split().count("-") for row in rows if row.startswith(f"{strategies}  ")]
+        assert cells == 6 * [missing]
+
+
+def test_layers_that_are_no_decoders_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        model_report.main(["--decoder", "--model", "square"])
+    assert "square has no decoder layers" in capsys.readouterr().err
 
 
 # option, value, what the error lists or expects

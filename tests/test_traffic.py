@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fused_lora import Projection, fused_lora_gated_mlp, fused_lora_projections
 from fused_lora.kernels import select_config
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.ops import dropout
-from fused_lora.strategy import schedule, traffic
+from fused_lora.strategy import decoder, schedule, traffic
 from fused_lora.strategy.devices import INTERPRETER, KNOWN
 from fused_lora.strategy.traffic import Product
 from modelled import peer_traffic
@@ -185,6 +186,15 @@ def operands_of(launch) -> tuple[str, dict, dict]:
     return launch.kernel.removeprefix("_"), *sizes
 
 
+def check_launches(launches, modelled) -> None:
+    """Every Triton kernel in order, operand by operand; PyTorch's are not recorded."""
+    modelled = [kernel for kernel in modelled if not kernel.is_torch]
+    assert list(map(operands_of, launches)) == [(k.name, k.reads, k.writes) for k in modelled]
+    for launch, kernel in zip(launches, modelled, strict=True):
+        loads = {f"{name}_ptr": size for name, size in kernel.loads.items()}
+        assert {name: launch.read_total[name] for name in loads} == loads, kernel.name
+
+
 # M, I, R, dtype, adapters' dtype, dropout, in place
 GATED = [
     (63, 520, 8, BF16, FP32, True, True),
@@ -228,9 +238,7 @@ def test_bytes_of_the_gated_mlp_are_the_recorded_ones(case):
         traffic.gated(M, columns, dtype.itemsize),
         traffic.gated_backward(INTERPRETER, product, in_place=in_place),
     ]
-    assert list(map(operands_of, launches)) == [(k.name, k.reads, k.writes) for k in modelled]
-    loads = {f"{name}_ptr": size for name, size in modelled[1].loads.items()}
-    assert {name: launches[1].read_total[name] for name in loads} == loads
+    check_launches(launches, modelled)
 
 
 # n, M, K, R, dtype, adapters' dtype: split in both reductions, masks in and beside shrink
@@ -243,7 +251,7 @@ MEMBERS = [
 ]
 
 
-@pytest.mark.parametrize("case", MEMBERS, ids=str)
+@pytest.mark.parametrize("case", by_default(MEMBERS[::2][1:] + MEMBERS[:1], MEMBERS), ids=str)
 def test_bytes_of_members_are_the_recorded_ones(case):
     """Thin products of projections that share their input: it is read once for all."""
     pytest.importorskip("triton")
@@ -278,11 +286,71 @@ def test_bytes_of_members_are_the_recorded_ones(case):
         traffic.lora_add(INTERPRETER, backward),
         *traffic.rank_grad(INTERPRETER, forward, scaled=False),
     ]
-    modelled = [kernel for kernel in modelled if not kernel.is_torch]
-    assert list(map(operands_of, launches)) == [(k.name, k.reads, k.writes) for k in modelled]
-    for launch, kernel in zip(launches, modelled, strict=True):
-        loads = {f"{name}_ptr": size for name, size in kernel.loads.items()}
-        assert {name: launch.read_total[name] for name in loads} == loads, kernel.name
+    check_launches(launches, modelled)
+
+
+# M, K, strategy, dtype, adapters' dtype, and each projection's N, R and dropout
+CHAINS = [
+    (63, 600, "split", BF16, BF16, [(80, 8, 0.2), (40, 8, 0.2), (24, 8, 0.2)]),
+    (300, 96, "seeded", BF16, FP32, [(64, 8, 0.0), (32, 8, 0.0), (33, 8, 0.0)]),
+    (65, 64, "addmm", FP16, FP16, [(48, 5, 0.2), (32, 12, 0.0), (16, 3, 0.2), (24, 9, 0.0)]),
+    (17, 130, "split", FP32, FP32, [(129, 16, 0.2), (64, 16, 0.0)]),
+    (130, 65, "addmm", BF16, FP32, [(32, 40, 0.2), (16, 24, 0.2)]),
+    (600, 520, "split", BF16, BF16, [(80, 16, 0.2)]),
+]
+# M, in, hidden, out, strategy, dtype, adapters' dtype, ranks and dropouts of gate, up and down
+BLOCKS = [
+    (63, 96, 128, 80, "split", BF16, BF16, (8, 8, 8), (0.2, 0.2, 0.2)),
+    (300, 64, 80, 48, "seeded", BF16, FP32, (8, 8, 16), (0.0, 0.0, 0.0)),
+    (65, 65, 123, 33, "addmm", FP16, FP16, (5, 12, 4), (0.2, 0.0, 0.2)),
+    (17, 130, 64, 24, "split", FP32, FP32, (3, 8, 40), (0.2, 0.2, 0.0)),
+]
+
+
+def adapted(M, K, N, R, p, dtype, adapter_dtype) -> tuple[Projection, Product]:
+    """A projection and its forward product."""
+    inputs = make_inputs(M, K, N, R, dtype, adapter_dtype)
+    weight, A, B, bias = (inputs[name] for name in ("weight", "lora_A", "lora_B", "bias"))
+    layer = Projection(weight, A.requires_grad_(), B.requires_grad_(), bias, 1.3, p)
+    masked = "operand" if p else None
+    return layer, Product(M, K, N, R, dtype.itemsize, adapter_dtype.itemsize, masked, bias=True)
+
+
+@pytest.mark.parametrize("case", by_default(CHAINS[:-1], CHAINS), ids=str)
+def test_bytes_of_a_chain_are_the_recorded_ones(case):
+    """A call of the public function, forward and backward, masks and stacked ranks included."""
+    pytest.importorskip("triton")
+    from access_recorder import record
+
+    M, K, strategy, dtype, adapter_dtype, sizes = case
+    layers, products = zip(*(adapted(M, K, *s, dtype, adapter_dtype) for s in sizes), strict=True)
+    x = torch.randn(M, K).to(dtype).requires_grad_()
+    with record() as launches:
+        outputs = fused_lora_projections(x, layers, impl=f"triton:{strategy}")
+        torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
+    check_launches(launches, decoder.chain(INTERPRETER, products, [strategy] * len(products)))
+
+
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_bytes_of_a_gated_block_are_the_recorded_ones(case):
+    pytest.importorskip("triton")
+    from access_recorder import record
+
+    M, K, hidden, N, strategy, dtype, adapter_dtype, ranks, dropouts = case
+    widths = (K, hidden), (K, hidden), (hidden, N)
+    layers, products = zip(
+        *(
+            adapted(M, *width, R, p, dtype, adapter_dtype)
+            for width, R, p in zip(widths, ranks, dropouts, strict=True)
+        ),
+        strict=True,
+    )
+    x = torch.randn(M, K).to(dtype).requires_grad_()
+    with record() as launches:
+        y = fused_lora_gated_mlp(x, *layers, impl=f"triton:{strategy}")
+        y.backward(torch.randn_like(y))
+    modelled = decoder.gated_mlp(INTERPRETER, products, [strategy] * 3)
+    check_launches(launches, [kernel for _, kernel in modelled])
 
 
 def test_members_read_their_input_once():

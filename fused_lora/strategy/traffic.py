@@ -325,8 +325,12 @@ def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
     return [Kernel("rank_grad", reads, written, flops, loads=loads)]
 
 
-def thin_pair(device: Device, c: Product) -> list[Kernel] | None:
-    """``G`` and ``dB`` in one pass over dY, if ``kernels/strategies.py`` launches it."""
+def thin_pair(device: Device, c: Product, *, tickets: bool = True) -> list[Kernel] | None:
+    """``G`` and ``dB`` in one pass over dY, if ``kernels/strategies.py`` launches it.
+
+    Args:
+        tickets: whether it also sets the tickets of later kernels to 0.
+    """
     config = select_config.thin_pair_config(
         device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned
     )
@@ -340,7 +344,7 @@ def thin_pair(device: Device, c: Product) -> list[Kernel] | None:
     }
     flops = 4.0 * c.M * c.L * _padded(c.R, config.block_r(c.R))
     written = {"v": u, "o": c.L * c.R * c.adapter_itemsize}
-    if c.M > MIN_SPLIT_ROWS:  # else no later kernel is split
+    if tickets and c.M > MIN_SPLIT_ROWS:  # else no later kernel is split
         written["tickets"] = 4 * TICKETS
     reads = {"p": c.M * c.L * c.itemsize, "q": q, "u": u}
     loads = reads | {"q": q * splits, "u": u * cdiv(c.L, config.block_l)}
