@@ -10,12 +10,14 @@ relative to the page. The kinds:
 * ``layer RUN.json``: one layer, from run.py. For a CPU that emulates the table's dtype the block
   has only the measured shapes, and no means.
 * ``few-tokens RUN.json ...``: where the layer is slower than its fastest peer, over several runs.
+* ``shared SHARED.json``: layers of one input and gated MLPs together, from shared_input.py.
 * ``compiled FOLDER``: the kernels of every target, from compile_report.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -37,14 +39,15 @@ MEAN = "cpu-targets"
 STEP_COLUMNS = {
     "peft-bf16": "PEFT, bfloat16 adapters",
     "fused": "`apply_lora`",
+    "fused-alone": "`apply_lora`, every layer alone",
     "peft-patched": "PEFT + `patch_peft`",
 }
 ONE_LINE = "peft-patched"
 WIDTH, FEW, MANY = 768, (1, 16, 128), 500  # of few-tokens: features, then numbers of tokens
 FEWEST = (1, 16)  # the range of tokens in which the layer loses most
-START = re.compile(r"<!-- (headline|step|layer|few-tokens|compiled) ")
+START = re.compile(r"<!-- (headline|step|layer|few-tokens|shared|compiled) ")
 BLOCK = re.compile(
-    r"(<!-- (headline|step|layer|few-tokens|compiled) ([^>\n]+?) -->\n).*?(?=<!-- /\2 -->)",
+    r"(<!-- (headline|step|layer|few-tokens|shared|compiled) ([^>\n]+?) -->\n).*?(?=<!-- /\2 -->)",
     re.DOTALL,
 )
 COMPILED = re.compile(r"(\w+), compiled \((Triton [\d.]+)\), not run: (\d+) kernels, (\d+) unfit\n")
@@ -245,6 +248,40 @@ def _slowdown(row: Row) -> float:
     return max(1 / row.speedup(OURS, peer) for peer in PEERS if peer in row.results)
 
 
+def _shared(paths: list[Path], links: list[str]) -> list[str]:
+    """Together as multiples of the same layers alone, and of PEFT's: a line per case."""
+    path = _only(paths)
+    try:
+        data = json.loads(path.read_text())
+        rows = [_shared_line(row) for row in data["rows"]]
+        where = recorded.where(data["machine"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise HeadlineError(f"{path}: expected the JSON of shared_input.py") from error
+    return [
+        f"**Measured** on {where}: a step's CPU seconds, its peak memory and what is kept for"
+        " backward,",
+        "as multiples of those of the same layers alone, and in brackets of PEFT's"
+        f" ([table]({_text(links[0])}), [all numbers]({links[0]})):",
+        "",
+        "| | CPU seconds | peak | kept |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _shared_line(row: dict) -> str:
+    case, names = row["case"], {"qkv": "q, k, v", "mlp": "gated MLP"}
+    autocast = "float32, bfloat16 autocast" if case["autocast"] else case["dtype"]
+    dropout = f"dropout {case['dropout']:g}" if case["dropout"] else "no dropout"
+    about = f"{names[case['module']]} {case['width']}/{case['inner']}, {autocast}, {dropout}"
+    seconds = {name: found["median"] for name, found in row["seconds"].items()}
+    cells = [
+        f"{found['together']:.2f} ({found['together'] / found['peft']:.2f})"
+        for found in (seconds, row["peak"], row["kept"])
+    ]
+    return f"| {' | '.join([about, *cells])} |"
+
+
 def _compiled(paths: list[Path], links: list[str]) -> list[str]:
     """A line per target, from the first lines of its table."""
     folder, link = _only(paths), links[0]
@@ -286,6 +323,7 @@ KINDS = {
     "step": _step,
     "layer": _layer,
     "few-tokens": _few_tokens,
+    "shared": _shared,
     "compiled": _compiled,
 }
 

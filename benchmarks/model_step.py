@@ -3,9 +3,10 @@
     python benchmarks/model_step.py
 
 The models are GPT-2 (124M parameters) and SmolLM2 (135M) with random weights, on batches of 4 texts
-of 128 tokens. First every provider must reproduce PEFT's loss curve (whole_model/loss_curves.py).
-Then the providers' steps are timed in turn on the same batches. Prints a table, and writes it with
-the data as JSON and a plot.
+of 128 tokens. "fused" computes layers of one input together, "fused-alone" every layer alone. First
+every provider must reproduce PEFT's loss curve (whole_model/loss_curves.py). Then the providers'
+steps are timed in turn on the same batches. Prints a table, and writes it with the data as JSON and
+a plot.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from whole_model.process_memory import resident
 from whole_model.results import Result, Row
 from whole_model.trainers import PARTS, Setting, Trainer
 
+MODELS = ["gpt2", "smollm2-135m"]
 DROPOUTS = (0.0, 0.1)
 ROUNDS, QUICK_ROUNDS = 10, 5
 BASE = "peft"  # the ratios are to its step
@@ -128,7 +130,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.options(__doc__, "model-step")
     known = trainers.MODELS
     add = parser.add_argument
-    add("--models", type=command.names(known), default=list(known), metavar="NAME,…")
+    add("--models", type=command.names(known), default=MODELS, metavar="NAME,…")
     add(
         "--dtype",
         choices=("bfloat16", "float32"),

@@ -118,7 +118,7 @@ def test_model_step(tmp_path, capsys):
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".txt", ".png", ".svg"}
     data = json.loads(path.read_text())
     rows = [(row["setting"]["model"], row["setting"]["dropout"]) for row in data["rows"]]
-    assert rows == [(model, p) for model in trainers.MODELS for p in (0.0, 0.1)]
+    assert rows == [(model, p) for model in model_step.MODELS for p in (0.0, 0.1)]
     for row in data["rows"]:
         assert list(row["results"]) == list(trainers.PROVIDERS)
         assert row["results"]["peft"]["ratio"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
@@ -127,7 +127,7 @@ def test_model_step(tmp_path, capsys):
             assert line, name
             parts = sum(part["q1"] for part in result["parts"].values())
             assert 0 < parts <= result["seconds"]["q3"]
-    assert [len(found["errors"]) for found in data["checks"]] == [4, 4]
+    assert [len(found["errors"]) for found in data["checks"]] == [5, 5]
 
 
 def test_a_process_is_measured_for_every_provider_of_a_whole_model(monkeypatch):
@@ -150,7 +150,7 @@ def test_model_step_in_float32_has_one_kind_of_peft(tmp_path):
     assert model_step.main([*options, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())["rows"][0]["results"]
-    assert list(results) == ["peft", "fused", "peft-patched"]
+    assert list(results) == ["peft", "fused", "fused-alone", "peft-patched"]
 
 
 def test_model_step_is_not_in_what_the_cpu_emulates_unless_asked(monkeypatch):
@@ -240,7 +240,11 @@ def test_the_verdict_is_the_quartiles(q1, q3, found):
     [
         (model_step, ["--rounds", "0"], "expected a positive whole number, got 0"),
         (model_step, ["--device", "abacus"], "invalid choice: 'abacus'"),
-        (model_step, ["--models", "gpt2,bert"], "expected names of gpt2, smollm2-135m, got bert"),
+        (
+            model_step,
+            ["--models", "gpt2,bert"],
+            "expected names of gpt2, smollm2-135m, llama-1b-layer, got bert",
+        ),
         (model_step, ["--depths", "4"], "unrecognized arguments: --depths 4"),
         (adapter_latency, ["--dtype", "int8"], "invalid choice: 'int8'"),
         (adapter_latency, ["--depths", "4,x"], "expected a positive whole number, got x"),

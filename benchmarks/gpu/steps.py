@@ -51,7 +51,12 @@ ROOT = checkout.ROOT
 RUNS = 3
 MAX_SIGMAS = 6  # of a binomial distribution: refuses one correct mask in 10⁹
 NOT_ON_A_GPU = "two_to_the_31"  # a test whose huge tensor is a sparse file
-TESTS = ("test_kernels.py", "test_layer.py", "test_observers.py::test_cuda_graphs")
+TESTS = (
+    "test_kernels.py",
+    "test_layer.py",
+    "test_projections.py::test_kernels",
+    "test_observers.py::test_cuda_graphs",
+)
 TEST_SECONDS = 60  # of one test
 LAYER_SECONDS = 2.5  # per layer of the benchmark
 COMPILED_SECONDS = 30.0  # what a row with torch.compile may take

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,7 +16,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at first use: silences t
 
 def saved_bytes(layer: Layer) -> int:
     """Bytes that autograd keeps of one forward: each storage counted once, without parameters."""
-    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters, *layer.frozen)}
+    return kept_of(layer.forward, (*layer.parameters, *layer.frozen))
+
+
+def kept_of(forward: Callable[[], object], parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes that autograd keeps of ``forward``, each storage once, without those given."""
+    own = {t.untyped_storage().data_ptr() for t in parameters}
     kept = {}
 
     def pack(tensor):
@@ -26,7 +31,7 @@ def saved_bytes(layer: Layer) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer.forward()
+        forward()
     return sum(size for size, _ in kept.values())
 
 

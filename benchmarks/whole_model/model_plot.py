@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from whole_model.results import Result, Row
 
 SHADES = {"forward": 0.5, "backward": 0.75, "optimizer": 1.0}
-COLOR = COLORS | {"peft-patched": "#fc8d59"}
+COLOR = COLORS | {"peft-patched": "#fc8d59", "fused-alone": "#fdbb84"}
 
 
 def draw(checks: list[Check], rows: list[Row], title: str) -> Figure:

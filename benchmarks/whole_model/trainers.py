@@ -80,7 +80,18 @@ def smollm2(tiny: bool) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(config)
 
 
-MODELS = {"gpt2": gpt2, "smollm2-135m": smollm2}
+def llama_layer(tiny: bool) -> transformers.LlamaForCausalLM:
+    """One decoder layer with Llama-3.2-1B's published sizes, and a small vocabulary."""
+    width = {"hidden_size": 64, "intermediate_size": 256} if tiny else {}
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 2048} | width
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    config = transformers.LlamaConfig(
+        **sizes, **heads, num_hidden_layers=1, tie_word_embeddings=True, use_cache=False
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+MODELS = {"gpt2": gpt2, "smollm2-135m": smollm2, "llama-1b-layer": llama_layer}
 
 
 def base_model(setting: Setting) -> nn.Module:
@@ -111,9 +122,14 @@ def with_peft(model: nn.Module, dropout: float, *, wide: bool, patched: bool = F
     return model
 
 
-def with_ours(model: nn.Module, dropout: float) -> nn.Module:
-    """Adapt ``model`` with this library, with its default float32 adapters."""
-    apply_lora(model, rank=RANK, alpha=ALPHA, dropout=dropout)
+def with_ours(model: nn.Module, dropout: float, *, together: bool = True) -> nn.Module:
+    """Adapt ``model`` with this library, with its default float32 adapters.
+
+    Args:
+        together: whether layers of one input, and gated MLPs, are computed together.
+    """
+    both = {"fuse_projections": together, "fuse_mlp": together}
+    apply_lora(model, rank=RANK, alpha=ALPHA, dropout=dropout, **both)
     return model
 
 
@@ -121,6 +137,7 @@ PROVIDERS: dict[str, Callable[[nn.Module, float], nn.Module]] = {
     "peft": partial(with_peft, wide=True),
     "peft-bf16": partial(with_peft, wide=False),
     "fused": with_ours,
+    "fused-alone": partial(with_ours, together=False),
     "peft-patched": partial(with_peft, wide=True, patched=True),
 }
 
