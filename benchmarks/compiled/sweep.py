@@ -24,6 +24,7 @@ SAMPLE_RANKS = {"gelu_tanh": (16,), "relu": (16,)}  # products that need fewer r
 RANKLESS_AT = 16
 SPLIT = ("shrink", "rank_grad")  # kernels whose reduction may be split over programs
 THIN = ("dropout_mask", "sum_pair")  # kernels without a config and without a product
+GATED = ("gated", "gated_backward")  # elementwise: in the slice, one kind of call for all
 
 NOT_ONLY_MASKED = {(k, p) for k, made in PRODUCTS.items() for p in made} - OF_MEMBERS
 
@@ -98,6 +99,8 @@ def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
     """Every shipped config for the calls in SLICE, as the variant that needs most registers."""
     for arch, kernel, (dtype, rows, rank) in product(archs, PRODUCTS, SLICE):
         if kernel in THIN and rows != "vector":
+            continue
+        if kernel in GATED and (dtype, rows) != ("bf16", "even"):
             continue
         made = next((p for p in PRODUCTS[kernel] if (kernel, p) in MASKED), PRODUCTS[kernel][0])
         rank = min(rank, SINGLE_PASS_MAX_RANK) if kernel == "single_pass" else rank
