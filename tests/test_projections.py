@@ -13,7 +13,7 @@ from fused_lora import (
     fused_lora_linear,
     fused_lora_projections,
 )
-from fused_lora.ops import dropout, reference
+from fused_lora.ops import dispatch, dropout, reference, shared_torch
 from support import assert_error, by_default, needs_triton, relative_rms
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -440,6 +440,57 @@ def test_any_shape(shape, form):
     for name, value in got.items():
         assert value.shape == expected[name].shape
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("sizes", [(0, 8, 4), (4, 0, 4), (4, 8, 0)], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_an_mlp_of_empty_layers(p, sizes, impl):
+    inputs, hidden, outputs = sizes
+    sides = ((hidden, inputs), (hidden, inputs), (outputs, hidden))
+    layers = [
+        Projection(
+            torch.ones(N, K),
+            torch.ones(2, K, requires_grad=True),
+            torch.ones(N, 2, requires_grad=True),
+            dropout_p=p,
+        )
+        for N, K in sides
+    ]
+    x = torch.randn(40, inputs, requires_grad=True)
+    got = results(block, x, layers, impl=impl)
+    expected = results(block_by_layers, x, layers, impl="torch")
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@forms()
+def test_every_layer_runs_its_own_strategy(form, monkeypatch):
+    ran = []
+
+    class Runner:
+        def __init__(self, weight):
+            self.rows = len(weight)
+
+        def __getattr__(self, name):
+            return getattr(shared_torch, name)
+
+        def expand(self, x, weight, *rest):
+            ran.append((self.rows, len(weight)))
+            return shared_torch.expand(x, weight, *rest)
+
+        def thin_gradients(self, dy, lora_B, *rest):
+            ran.append((self.rows, len(lora_B)))
+            return shared_torch.thin_gradients(dy, lora_B, *rest)
+
+    monkeypatch.setattr(dispatch, "choose", lambda x, weight, *rest: Runner(weight))
+    fused, *_ = form
+    layers = [projection(72, 96, 4, FP32), projection(72, 96, 4, FP32), projection(96, 72, 4, FP32)]
+    if fused is fused_lora_projections:
+        layers[2] = projection(72, 40, 4, FP32)
+    results(fused, torch.randn(40, 72), layers)
+    assert len(ran) == 6
+    assert all(runner == layer for runner, layer in ran)
 
 
 @forms()

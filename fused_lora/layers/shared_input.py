@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from ..ops import shared_input
-from ..ops.modes import autocasts, is_eager, without_autocast
+from ..ops.modes import autocasts, is_dynamo_compiling, is_eager, without_autocast
 from ..ops.operands import Projection
 from ..ops.projections import as_autocast, is_fusible
 from ..ops.validation import check_options, check_projection
@@ -185,7 +185,8 @@ class SharedInput:
 def may_run_together(x: Tensor) -> bool:
     """Whether the call is eager, with a plain ``x`` of enough rows that counts its changes."""
     return (
-        type(x) in (Tensor, nn.Parameter)
+        not is_dynamo_compiling()  # first: a comparison of sizes would be a guard
+        and type(x) in (Tensor, nn.Parameter)
         and x.dim() > 1
         and x.numel() >= MIN_ROWS * x.shape[-1]
         and is_eager()

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
-from . import dispatch, dropout, reference, shared_torch, torch_impl
+from . import dropout, reference, shared_torch
 from .modes import without_autocast
 from .operands import Projection
-from .shared_input import flatten, needs_new_tensors
+from .shared_input import flatten, needs_new_tensors, runner_of
 
 
 def gated_mlp(
@@ -44,16 +44,20 @@ class _GatedMLP(torch.autograd.Function):
     def forward(ctx, x, activation, seeds, keep_counts, impl, *tensors):
         gate, up, down = projections = _projections(tensors)
         flat = flatten(x)
-        runner = _runner(flat, projections, impl, seeds)
-        adapters = gate.lora_A, up.lora_A
-        S, bits = runner.shrink(flat, adapters, seeds[:2], keep_counts[:2])
-        inner = [
-            runner.expand(flat, p.weight, p.bias, s, p.lora_B, p.scaling)
-            for p, s in zip((gate, up), S, strict=True)
-        ]
-        h = runner.gated(*inner, activation)
-        last, last_bits = runner.shrink(h, (down.lora_A,), seeds[2:], keep_counts[2:])
-        y = runner.expand(h, down.weight, down.bias, last[0], down.lora_B, down.scaling)
+        dropped = [seed is not None for seed in seeds]
+        # Each projection has a strategy of its own. What gate and up share is computed by one that
+        # has an adapter, and the activation by down if it has one: kernels, if any may run.
+        both = runner_of(flat, up if gate.lora_A is None else gate, impl, any(dropped[:2]))
+        S, bits = both.shrink(flat, (gate.lora_A, up.lora_A), seeds[:2], keep_counts[:2])
+        runners, inner = [], []
+        for i, (p, s) in enumerate(zip((gate, up), S, strict=True)):
+            runners.append(runner_of(flat, p, impl, dropped[i]))
+            inner.append(runners[i].expand(flat, p.weight, p.bias, s, p.lora_B, p.scaling))
+        runners.append(runner_of(inner[0], down, impl, dropped[2]))  # h has the layout of gate
+        outer = both if down.lora_A is None else runners[2]
+        h = outer.gated(*inner, activation)
+        last, last_bits = runners[2].shrink(h, (down.lora_A,), seeds[2:], keep_counts[2:])
+        y = runners[2].expand(h, down.weight, down.bias, last[0], down.lora_B, down.scaling)
         del h
         if x.dim() != 2:
             # Not ``view``: autograd forbids in-place changes to a view that a Function returns.
@@ -63,7 +67,7 @@ class _GatedMLP(torch.autograd.Function):
         # A scale may be written in place before backward.
         tensors = [t.clone() if isinstance(t, Tensor) and t.dim() == 0 else t for t in tensors]
         numbers = [None if isinstance(p.scaling, Tensor) else p.scaling for p in projections]
-        ctx.call = activation, keep_counts, runner, numbers
+        ctx.call = activation, keep_counts, (runners, both, outer), numbers
         ctx.save_for_backward(
             x, *inner, *S, *last, *bits, *last_bits,
             *(t if isinstance(t, Tensor) else None for t in tensors),
@@ -77,7 +81,7 @@ class _GatedMLP(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    activation, keep_counts, runner, numbers = ctx.call
+    activation, keep_counts, (runners, both, outer), numbers = ctx.call
     x, gate, up, *saved = ctx.saved_tensors
     S, keep_bits = saved[:3], saved[3:6]
     projections = _projections(saved[6:], numbers)
@@ -93,7 +97,8 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         _, _, lora_B, bias, scaling, _ = projections[i]
         _, _, need_B, need_bias = needs[i]
         if lora_B is not None and (need_G or need_B):
-            G[i], dB[i] = runner.thin_gradients(gradient, lora_B, S[i], scaling, (need_G, need_B))
+            args = gradient, lora_B, S[i], scaling, (need_G, need_B)
+            G[i], dB[i] = runners[i].thin_gradients(*args)
         if need_bias:
             wide = torch.promote_types(gradient.dtype, torch.float32)
             db[i] = gradient.sum(0, dtype=wide).to(bias.dtype)
@@ -103,7 +108,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     if need_inner:
         inner = [gate, up]
         del gate, up
-        *inner, dA[2] = runner.gated_backward(
+        *inner, dA[2] = outer.gated_backward(
             dy, *inner, activation, projections[2].weight, adapters[2], G[2], keep_bits[2],
             inv_keeps[2], needs[2][1], not _get_current_graph_task_keep_graph(),
         )  # fmt: skip
@@ -113,12 +118,12 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
             if need_x:
                 dx = shared_torch.base_gradient(inner[i], projections[i].weight, dx)
             inner[i] = None
-        dA[:2] = runner.input_gradients(
+        dA[:2] = both.input_gradients(
             x, dx, adapters[:2], G[:2], keep_bits[:2], inv_keeps[:2], [n[1] for n in needs[:2]]
         )
     elif needs[2][1]:
-        h = runner.gated(gate, up, activation)
-        dA[2:] = runner.input_gradients(
+        h = outer.gated(gate, up, activation)
+        dA[2:] = runners[2].input_gradients(
             h, None, adapters[2:], G[2:], keep_bits[2:], inv_keeps[2:], [True]
         )
     parts = ((None, dA[i], dB[i], db[i], None) for i in range(3))
@@ -170,14 +175,3 @@ def _needs(ctx) -> tuple[bool, list[tuple[bool, ...]]]:
     """Whether ``x`` needs a gradient, and weight, lora_A, lora_B and bias of each projection."""
     needs = ctx.needs_input_grad
     return needs[0], [tuple(needs[5 + 5 * i : 9 + 5 * i]) for i in range(3)]
-
-
-def _runner(x: Tensor, projections: Sequence[Projection], impl: str, seeds):
-    """What computes all parts: :mod:`.shared_torch`, or the kernels."""
-    adapted = next((p for p in projections if p.lora_A is not None), None)
-    if adapted is None:
-        return shared_torch
-    runner = dispatch.choose(
-        x, adapted.weight, adapted.lora_B, impl, any(s is not None for s in seeds)
-    )
-    return shared_torch if runner is torch_impl else runner

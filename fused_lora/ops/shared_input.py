@@ -62,7 +62,7 @@ def shrink(
     adapted = next((p for p in projections if p.lora_A is not None), None)
     if adapted is None:
         return Shrunk(x, (None,) * len(projections))
-    runner = _runner(flatten(x), adapted, impl, any(seed is not None for seed in seeds))
+    runner = runner_of(flatten(x), adapted, impl, any(seed is not None for seed in seeds))
     if not torch.is_grad_enabled():
         S, _ = runner.shrink(flatten(x), adapters, seeds, keep_counts)
         return Shrunk(x.detach(), tuple(S))
@@ -91,7 +91,7 @@ def expand(x: Tensor, S: Tensor | None, projection: Projection, impl: str):
         S: the projection's, from :func:`shrink`.
     """
     weight, _, lora_B, bias, scaling, _ = projection
-    runner = _runner(flatten(x), projection, impl, False)
+    runner = runner_of(flatten(x), projection, impl, projection.dropout_p > 0)
     args = x, S, weight, lora_B, bias, scaling, runner
     if torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in (x, S, lora_B, bias)
@@ -110,8 +110,12 @@ def draw_seeds(x: Tensor, projections: Sequence[Projection]) -> list[Tensor | No
     ]
 
 
-def _runner(x: Tensor, projection: Projection, impl: str, dropped: bool):
-    """What computes the parts: :mod:`.shared_torch`, or the kernels."""
+def runner_of(x: Tensor, projection: Projection, impl: str, dropped: bool):
+    """What computes a projection's parts: :mod:`.shared_torch`, or the kernels.
+
+    Args:
+        x: ``(M, K)``, the projection's input.
+    """
     if projection.lora_B is None:
         return shared_torch
     runner = dispatch.choose(x, projection.weight, projection.lora_B, impl, dropped)
