@@ -195,7 +195,7 @@ BESIDE = {  # fused beside the first layer's base, which runs its own forward fo
     "trainable base": "a trainable base weight",
     "subclass of Linear": "class OtherLinear",
     "computed base": "class ParametrizedLinear",
-    "replaced forward": "as accelerate does",
+    "replaced forward": "such as accelerate's",
 }
 
 

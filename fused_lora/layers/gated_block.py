@@ -15,11 +15,12 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
 from ..ops.operands import Projection
 from ..ops.projections import as_block, is_fusible
 from ..ops.validation import check_options, check_projection
+from .hooks import changed, on_every_module
+from .reading import LayerReader
 from .shared_input import may_run_together
 
 _STATE = "_fused_lora_block"
@@ -28,7 +29,7 @@ _replaced: dict[type[nn.Module], tuple[Callable, Callable]] = {}
 _attached: WeakSet[nn.Module] = WeakSet()
 
 
-class GatedBlock:
+class GatedBlock(LayerReader):
     """How a module computes the gated MLP, and when it may run as one function.
 
     Args:
@@ -53,29 +54,10 @@ class GatedBlock:
         self.activation, self.function, self.settings = activation, function, settings
         replace_forward(owner)
 
-    def read(self, layer: nn.Module, x: Tensor | None) -> Projection | str:
-        """The operands of a layer as it is now, or why the module's own forward runs.
-
-        Args:
-            x: the layer's input, or one like it without rows; None if it is not known.
-        """
-        read = getattr(type(layer), "lora_projection", None)
-        return f"a {type(layer).__name__}" if read is None else read(layer)
-
-    def impl(self, layers: list[nn.Module]) -> str | None:
-        """The implementation of all layers; None if they differ."""
-        impls = {layer.impl for layer in layers}
-        return impls.pop() if len(impls) == 1 else None
-
-    def note_calls(self, layers: list[nn.Module]) -> None:
-        """Tell the layers that they ran."""
-        for layer in layers:
-            layer.note_call()
-
     def reason(self, module: nn.Module) -> str | None:
         """Why the module's own forward runs, whatever its input; None if it is one function."""
         if "forward" in vars(module):
-            return "a forward replaced on the instance"
+            return "a replaced forward"
         found = self._projections(module, None)
         if isinstance(found, str):
             return found
@@ -95,7 +77,8 @@ class GatedBlock:
         layers, impl = found
         if not _fit(x, layers, impl):
             return None
-        self.note_calls([module._modules[name] for name in self.layers])
+        for name in self.layers:
+            self.note_call(module._modules[name])
         return as_block(x, layers, self.activation, impl, (*self.order, 2))
 
     def _projections(
@@ -108,7 +91,7 @@ class GatedBlock:
             if now is not function:
                 return f"another {name}"
             if isinstance(now, nn.Module):
-                if reason := _hooked(now):
+                if reason := changed(now):
                     return f"{reason} on {name}"
                 if any(vars(now).get(key) != value for key, value in self.settings.items()):
                     return f"another setting of {name}"
@@ -117,7 +100,7 @@ class GatedBlock:
             child = module._modules.get(name)
             if child is None:
                 return f"no {name}"
-            if reason := _hooked(child):
+            if reason := changed(child):
                 return f"{reason} on {name}"
             if x is not None and len(layers) == 2:
                 x = torch.empty((0, layers[0].weight.shape[0]), dtype=x.dtype, device=x.device)
@@ -126,15 +109,10 @@ class GatedBlock:
                 return f"{name}: {projection}"
             children.append(child)
             layers.append(projection)
-        if (
-            global_hooks._global_forward_hooks
-            or global_hooks._global_forward_pre_hooks
-            or global_hooks._global_backward_hooks
-            or global_hooks._global_backward_pre_hooks
-        ):
+        if on_every_module():
             return "a hook on every module"
-        impl = self.impl(children)
-        return "layers with different impl" if impl is None else (layers, impl)
+        first, *others = {self.impl(child) for child in children}
+        return "layers with different impl" if others else (layers, first)
 
     def __getstate__(self):
         owner = self.owner
@@ -211,20 +189,6 @@ def replace_forward(owner: type[nn.Module]) -> None:
     forward._without_blocks = original
     _replaced[owner] = original, forward
     owner.forward = forward
-
-
-def _hooked(module: nn.Module) -> str | None:
-    """What would run beside a module's forward; None if nothing would."""
-    if "forward" in module.__dict__:
-        return "a forward replaced on the instance"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return "a hook"
-    return None
 
 
 def _fit(x: Tensor, layers: list[Projection], impl: str) -> bool:

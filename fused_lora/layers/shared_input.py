@@ -25,6 +25,8 @@ from ..ops.modes import autocasts, is_dynamo_compiling, is_eager, without_autoca
 from ..ops.operands import Projection
 from ..ops.projections import as_autocast, is_fusible
 from ..ops.validation import check_options, check_projection
+from .hooks import may_change_input
+from .reading import LayerReader
 
 # With fewer rows the thin products cost less than the work to share them.
 MIN_ROWS = 32
@@ -68,7 +70,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class SharedInput:
+class SharedInput(LayerReader):
     """A layer's place among those of its parent that share an input.
 
     Held by the layer. Refers to the parent weakly, so that it keeps no module alive; a copy of the
@@ -84,19 +86,6 @@ class SharedInput:
         self._parent = weakref.ref(parent)
         self.names = names
         self.index = index
-
-    def read(self, layer: nn.Module, x: Tensor | None) -> Projection | str:
-        """The operands of a layer as it is now, or why it runs alone.
-
-        Args:
-            x: its input; None if it is not known.
-        """
-        read = getattr(type(layer), "lora_projection", None)
-        return f"a {type(layer).__name__}" if read is None else read(layer)
-
-    def impl(self, layer: nn.Module) -> str:
-        """The layer's implementation."""
-        return layer.impl
 
     def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """The layer's output, as the first or a later layer of a chain; None if it runs alone."""
@@ -122,12 +111,12 @@ class SharedInput:
 
     def _lead(self, parent, layer, first: Projection, x: Tensor) -> Tensor | None:
         impl = self.impl(layer)
-        if changes_input(layer) or not _fits(x, first, impl):
+        if may_change_input(layer) or not _fits(x, first, impl):
             return None
         projections = {self.names[self.index]: first}
         for name in self.names[self.index + 1 :]:
             other = parent._modules.get(name)
-            if other is None or changes_input(other):
+            if other is None or may_change_input(other):
                 continue
             projection = self.read(other, x)
             if (
@@ -191,16 +180,6 @@ def may_run_together(x: Tensor) -> bool:
         and x.numel() >= MIN_ROWS * x.shape[-1]
         and is_eager()
         and not x.is_inference()
-    )
-
-
-def changes_input(module: nn.Module) -> bool:
-    """Whether a hook or a replaced forward may give a module's forward another input."""
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
     )
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..layers import gated_block
 from ..layers.gated_block import GatedBlock
+from ..layers.hooks import may_change_input
 from ..layers.linear import FusedLoRALinear
-from ..layers.shared_input import SharedInput, changes_input
+from ..layers.shared_input import SharedInput
 from .arguments import check_model, check_without_peft
 from .probe import shared_inputs
 from .symbolic import NotGatedError, prove
@@ -204,7 +205,7 @@ def _report_group(name: str, module: nn.Module, kind: Kind, names, report: Fusio
             report.alone[prefix + layer] = f"impl={impl!r}"
         elif read.weight.requires_grad:
             report.alone[prefix + layer] = "a trainable base weight"
-        elif changes_input(child):
+        elif may_change_input(child):
             report.alone[prefix + layer] = "a hook that may change its input"
         else:
             together.append(prefix + layer)

@@ -227,11 +227,6 @@ def prove(module: nn.Module, forward: Callable, is_linear: Callable[[nn.Module],
     return GatedMLP(gate, up, down, order, activation, function, proof.settings)
 
 
-def settings_now(module: object, names: dict[str, object]) -> dict[str, object]:
-    """The current values of an activation's attributes."""
-    return {name: vars(module).get(name) for name in names}
-
-
 def _unusual(module: nn.Module) -> str | None:
     """What of a module's class is not nn.Module's own, so that a call may do more."""
     cls = type(module)

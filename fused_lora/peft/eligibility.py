@@ -14,9 +14,9 @@ from numbers import Real
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
 from ..distributed.sharding import is_shard
+from ..layers.hooks import changed, on_every_module
 from ..models.targets import is_conv1d
 from ..ops import cpu_gemm
 from ..ops.modes import autocasts
@@ -83,7 +83,7 @@ def parts_of(layer: nn.Module, kinds: Container[type]) -> Parts | str:
         if "bias" not in module._parameters or module._parameters["bias"] is not None:
             return f"a bias in {role}"
     for role, module in (("lora_dropout", drop), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if reason := _changed(module):
+        if reason := _unusual(module):
             return f"{role}: {reason}"
     base = modules["base_layer"]
     A, B = lora_A._parameters["weight"], lora_B._parameters["weight"]
@@ -105,7 +105,7 @@ def _base_reason(base: nn.Module) -> str | None:
     """Why a base layer runs its own forward; None if that is the plain product."""
     if type(base) is not nn.Linear and not is_conv1d(base):
         return f"a base layer of class {type(base).__name__}"
-    if reason := _changed(base):
+    if reason := _unusual(base):
         return f"base_layer: {reason}"
     if "weight" not in base._parameters or "bias" not in base._parameters:
         return "a computed weight or bias"
@@ -122,17 +122,10 @@ def _fits(adapter: torch.dtype, compute: torch.dtype) -> bool:
     return adapter == compute or (compute in _HALVES and adapter == torch.float32)
 
 
-def _changed(module: nn.Module) -> str | None:
+def _unusual(module: nn.Module) -> str | None:
     """Why a module of a plain class does not compute just its formula; None if it does."""
-    if "forward" in module.__dict__:
-        return "a forward replaced on the instance, as accelerate does"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return "a hook"
+    if reason := changed(module):
+        return reason
     for name, parameter in module._parameters.items():
         if parameter is not None and type(parameter) is not nn.Parameter:
             if is_shard(parameter):
@@ -188,11 +181,4 @@ def input_reason(layer: nn.Module, x: Tensor, parts: Parts) -> str | None:
         return "a torch.func transform"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if (
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
-    ):
-        return "a hook on every module"
-    return None
+    return "a hook on every module" if on_every_module() else None

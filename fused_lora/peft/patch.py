@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..layers.base import LoRALayer as FusedLoRALayer
 from ..layers.config import check_flag
 from ..layers.gated_block import GatedBlock, attached, detach
+from ..layers.reading import LayerReader
 from ..layers.shared_input import SharedInput
 from ..models.arguments import check_model
 from ..models.fusion import Kind, fuse, unfuse
@@ -255,8 +256,8 @@ def _read(layer: nn.Module, x: Tensor | None) -> Projection | str:
     )
 
 
-class _SharedInput(SharedInput):
-    """The place of one of PEFT's layers; not in pickles, which must not need this library."""
+class _PeftReader(LayerReader):
+    """Reads PEFT's layers; not in pickles, which must not need this library."""
 
     def read(self, layer: nn.Module, x: Tensor | None) -> Projection | str:
         return _read(layer, x)
@@ -264,30 +265,25 @@ class _SharedInput(SharedInput):
     def impl(self, layer: nn.Module) -> str:
         return "auto"
 
+    def note_call(self, layer: nn.Module) -> None:
+        pass
+
     def __reduce__(self):
         return type(None), ()
 
 
-class _Block(GatedBlock):
-    """A gated MLP of PEFT's layers; not in pickles, but in copies."""
+class _SharedInput(_PeftReader, SharedInput):
+    """The place of one of PEFT's layers."""
 
-    def read(self, layer: nn.Module, x: Tensor | None) -> Projection | str:
-        return _read(layer, x)
 
-    def impl(self, layers: list[nn.Module]) -> str:
-        return "auto"
-
-    def note_calls(self, layers: list[nn.Module]) -> None:
-        pass
+class _Block(_PeftReader, GatedBlock):
+    """A gated MLP of PEFT's layers; in copies, unlike in pickles."""
 
     def __deepcopy__(self, memo):
         new = object.__new__(type(self))
         memo[id(self)] = new
         vars(new).update({k: copy.deepcopy(v, memo) for k, v in vars(self).items()})
         return new
-
-    def __reduce__(self):
-        return type(None), ()
 
 
 _KIND = Kind(lambda module: type(module) in _replaced, _SHARED_INPUT, _SharedInput, _Block)
