@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import sys
 import time
@@ -266,14 +265,8 @@ def main(argv: list[str] | None = None) -> int:
             print(case, file=sys.stderr, flush=True)
             rows.append(measure(case, args.device, args.seconds))
         about = machine.describe(args.device)
-        text = render(rows, about)
-        print(text)
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"{args.title}-{args.device}-{about['date'][:10]}"
-        path.with_suffix(".txt").write_text(text)
         data = {"machine": about, "rows": [asdict(row) for row in rows]}
-        path.with_suffix(".json").write_text(json.dumps(data, separators=(",", ":")) + "\n")
-        print(f"wrote {path}.txt and .json")
+        command.write(args, data, render(rows, about))
     except (OSError, WrongResultError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

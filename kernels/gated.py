@@ -6,9 +6,9 @@
     dgate = dh' · up · act'(gate)
 
 U = G and V = A of the down projection's adapter: ``D(G A)``, its part of ``dh``, thus needs no pass
-of its own. Backward makes ``h`` again, which the down projection's ``dB`` or a trained weight may
-need, so that it does not have to be kept. All arithmetic is in fp32, and every result is rounded
-once. The kernels are bound by memory bandwidth: one read of each operand, one write of each result.
+of its own. Backward makes ``h`` again, from which the down projection's ``dA`` is computed, so that
+it does not have to be kept. All arithmetic is in fp32, and every result is rounded once. The
+kernels are bound by memory bandwidth: one read of each operand, one write of each result.
 """
 
 import math

@@ -70,15 +70,16 @@ def imports() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def write(args: argparse.Namespace, data: dict, text: str, figure: Figure) -> None:
-    """Print ``text``; save it, ``data`` and the plot as ``OUT/TITLE-DEVICE-DATE.*``."""
+def write(args: argparse.Namespace, data: dict, text: str, figure: Figure | None = None) -> None:
+    """Print ``text``; save it, ``data`` and the plot, if any, as ``OUT/TITLE-DEVICE-DATE.*``."""
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
     date = data["machine"]["date"][:10]
     path = args.out / f"{args.title}-{args.device}-{date}.json"
     path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
     path.with_suffix(".txt").write_text(text)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    for kind in ("json", "txt", "png", "svg"):
+    if figure is not None:
+        figure.savefig(path.with_suffix(".png"), dpi=130)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    for kind in ("json", "txt") if figure is None else ("json", "txt", "png", "svg"):
         print(f"wrote {path.with_suffix(f'.{kind}')}")

@@ -109,11 +109,14 @@ def fuse_projections(
 ) -> FusionReport:
     """Compute layers of one input, such as q, k and v, and gated MLPs together, in place.
 
-    Values, dropout masks, parameters and files stay as they are. Layers that share an input compute
-    their thin products at once and add up the gradient of ``x`` in place
-    (:func:`fused_lora.fused_lora_projections`); a gated MLP keeps half as much for backward
-    (:func:`fused_lora.fused_lora_gated_mlp`). Every call checks that it may: otherwise each layer
-    runs alone. :func:`apply_lora` calls this; call it again after layers were added or replaced.
+    Values, parameters and files stay as they are; so do dropout masks, unless other random numbers
+    are drawn between the calls of layers that share an input, or one of them never runs.
+
+    Layers that share an input compute their thin products at once and add up the gradient of ``x``
+    in place (:func:`fused_lora.fused_lora_projections`); a gated MLP keeps half as much for
+    backward (:func:`fused_lora.fused_lora_gated_mlp`). Every call checks that it may: otherwise
+    each layer runs alone. :func:`apply_lora` calls this; call it again after layers were added or
+    replaced.
 
     Args:
         model: a model adapted by this library; :func:`patch_peft` does the same for PEFT's.

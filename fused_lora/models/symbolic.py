@@ -13,6 +13,7 @@ the forwards themselves and PyTorch's, and every symbol must be part of the resu
 from __future__ import annotations
 
 import dis
+import linecache
 import os
 import sys
 from collections.abc import Callable
@@ -42,8 +43,18 @@ _STRAIGHT = {
     *("LOAD_FAST_BORROW_LOAD_FAST_BORROW", "STORE_FAST", "STORE_FAST_LOAD_FAST"),
     *("STORE_FAST_STORE_FAST", "LOAD_CONST", "LOAD_SMALL_INT", "LOAD_GLOBAL", "LOAD_DEREF"),
     *("LOAD_ATTR", "LOAD_METHOD", "CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION"),
-    *("CALL_FUNCTION_KW", "BINARY_MULTIPLY", "BINARY_OP", "RETURN_VALUE"),
+    *("CALL_FUNCTION_KW", "BINARY_OP", "RETURN_VALUE"),
+    # Python 3.10's BINARY_OP; a symbol records each of them.
+    *(
+        f"{kind}_{operation}"
+        for kind in ("BINARY", "INPLACE")
+        for operation in (
+            *("ADD", "SUBTRACT", "MULTIPLY", "MATRIX_MULTIPLY", "TRUE_DIVIDE", "FLOOR_DIVIDE"),
+            *("MODULO", "POWER", "LSHIFT", "RSHIFT", "AND", "XOR", "OR"),
+        )
+    ),
 }
+_TRIES = {"SETUP_FINALLY", "SETUP_WITH"}  # of Python 3.10; later versions have a table
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -241,12 +252,24 @@ def _not_straight(function: object) -> str | None:
     if type(function) is not FunctionType:
         return f"its forward is a {type(function).__name__}"
     code = function.__code__
-    if getattr(code, "co_exceptiontable", b""):
+    instructions = list(dis.get_instructions(code))
+    has_try = any(instruction.opname in _TRIES for instruction in instructions)
+    if has_try or getattr(code, "co_exceptiontable", b""):
         return "its forward has a try or with statement"
-    found = {instruction.opname for instruction in dis.get_instructions(code)} - _STRAIGHT
-    if found:
-        return f"its forward does more than to return one expression ({min(found)})"
+    line = None
+    for instruction in instructions:
+        line = _line_of(instruction) or line
+        if instruction.opname not in _STRAIGHT:
+            source = linecache.getline(code.co_filename, line or 0).strip()
+            what = f"`{source}`" if source else instruction.opname
+            return f"its forward does more than return one expression: {what}"
     return None
+
+
+def _line_of(instruction: dis.Instruction) -> int | None:
+    """The line at which an instruction's statement starts, if the instruction is its first."""
+    line = instruction.starts_line
+    return instruction.line_number if line is True else line or None  # True: Python 3.13
 
 
 def _torch_function(value: object) -> object | None:
@@ -309,7 +332,7 @@ def _ancestors(symbol: _Symbol) -> set[int]:
 
 def _described(symbol) -> str:
     if not isinstance(symbol, _Symbol):
-        return f"a {type(symbol).__name__}"
+        return f"an object of class {type(symbol).__name__}"
     operation = _operation(symbol)
     if operation == "layer":
         return f"the output of {symbol.operands[0]}"
