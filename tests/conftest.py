@@ -8,6 +8,7 @@ FUSED_LORA_TEST_DEVICE set.
 import contextlib
 import os
 import tempfile
+from collections import Counter
 
 if os.environ.get("FUSED_LORA_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
@@ -71,6 +72,29 @@ def nothing_compiled():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def ran(monkeypatch) -> Counter:
+    """How often a chain was opened, a layer computed its part of one, and a block ran."""
+    from fused_lora.layers import gated_block
+    from fused_lora.ops import shared_input
+
+    counts = Counter()
+
+    def counted(module, function, name):
+        original = getattr(module, function)
+
+        def count(*args, **kwargs):
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, function, count)
+
+    counted(shared_input, "shrink", "chains")
+    counted(shared_input, "expand", "layers")
+    counted(gated_block, "as_block", "blocks")
+    return counts
 
 
 @pytest.fixture
