@@ -1,18 +1,24 @@
 """Each kernel alone, under the interpreter, with explicit configs, against float64."""
 
-import contextlib
-import itertools
-from functools import partial
-
 import pytest
 import torch
-import torch.nn.functional as F
-
-from support import UNIT_ROUNDOFF, assert_error, make_inputs, relative_rms
 
 pytest.importorskip("triton")
 
-from fused_lora.kernels import select_config, shared_input, strategies
+from kernel_support import (
+    BF16,
+    FP16,
+    FP32,
+    INV_KEEP,
+    KEEP,
+    SCALE,
+    check,
+    gated_in_float64,
+    rand,
+    random_keep_bits,
+)
+
+from fused_lora.kernels import strategies
 from fused_lora.kernels.config import (
     DIGITS,
     AddConfig,
@@ -21,40 +27,16 @@ from fused_lora.kernels.config import (
     RankGradConfig,
     ShrinkConfig,
     SinglePassConfig,
-    Target,
     ThinPairConfig,
 )
 from fused_lora.kernels.gated import ACTIVATIONS, gated, gated_backward
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
-from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
 from fused_lora.kernels.thin_pair import thin_pair
 from fused_lora.ops import dropout
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-KEEP = 45_000
-INV_KEEP = dropout.KEEP_ALL / KEEP
-SCALE = torch.tensor(0.7)
-
-
-def rand(*shape, dtype=FP32):
-    return torch.randn(shape).to(dtype)
-
-
-def random_keep_bits(rows, columns):
-    seed = torch.tensor(1234567)
-    keep_bits = dropout.make_keep_bits(seed, rows, columns, KEEP)
-    return keep_bits, dropout.keep_mask(keep_bits, columns, torch.float64) * INV_KEEP
-
-
-def check(actual, expected, dtype):
-    """Bound: two roundings to ``dtype`` (an operand cast for its dot, the result), float32 sums."""
-    bound = 2 * UNIT_ROUNDOFF[dtype] + 4 * UNIT_ROUNDOFF[FP32]
-    assert_error("result", relative_rms(actual, expected), bound, dtype)
-
 
 # M, L, R, dtype, splits, descriptors, masked
 SHRINK = [
@@ -365,21 +347,6 @@ def test_single_pass(case, scale_u):
     check(o, p.double() @ q.double() + low_rank + (bias.double() if has_bias else 0), dtype)
 
 
-ACTIVATE = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
-
-
-def gated_in_float64(gate, up, dh, activation):
-    """``h``, ``dgate``, ``dup`` by PyTorch, in float64."""
-    leaves = [t.double().requires_grad_() for t in (gate, up)]
-    h = ACTIVATE[activation](leaves[0]) * leaves[1]
-    return h.detach(), *torch.autograd.grad(h, leaves, dh.double())
-
-
 # M, I, R, dtype, adapter dtype, masked
 GATED = [
     (63, 123, 8, BF16, FP32, True),
@@ -440,260 +407,6 @@ def test_gated_writes_zero_where_relu_stops_an_infinite_gradient():
     assert gate.tolist() == [[0.0, torch.inf]]
 
 
-ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950"]
-
-
-def shipped(candidates, ranks):
-    """One config for each tile shape in the tables of all GPUs, with a rank that it serves."""
-    found = {}
-    for arch, (itemsize, aligned), rank in itertools.product(
-        ARCHS, [(2, True), (2, False), (4, True), (4, False)], ranks
-    ):
-        shared = select_config.SHARED_BYTES.get(arch, select_config.DEFAULT_SHARED_BYTES)
-        target = Target(arch, sms=3, shared_bytes=shared)
-        for config in candidates(target, itemsize, rank, aligned):
-            shape = *config.tile(rank), getattr(config, "block_l", 0), getattr(config, "block_m", 0)
-            found.setdefault((shape, config.descriptors), (config, rank))
-    return list(found.values())
-
-
-def tile_id(case):
-    config, rank = case
-    return f"{type(config).__name__}-{config.tile(rank)}-{rank}"
-
-
-@pytest.mark.parametrize(
-    "case",
-    shipped(lambda t, i, r, a: select_config.gemm_candidates(t, i, r, aligned=a), [16, 64]),
-    ids=tile_id,
-)
-def test_shipped_tiles_of_lora_gemm(case):
-    config, R = case
-    M, N, L = config.block_m + 5, config.block_n + 8, config.block_l + 8
-    p, q, u, v = rand(M, L, dtype=FP16), rand(L, N, dtype=FP16), rand(M, R), rand(R, N, dtype=FP16)
-    keep_bits, mask = random_keep_bits(M, N)
-    o = torch.empty(M, N, dtype=FP16)
-    lora_gemm(o, p, q, u, v, None, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
-    low_rank = u.to(FP16).double() @ v.double() * mask
-    check(o, p.double() @ q.double() + low_rank, FP16)
-
-
-@pytest.mark.parametrize(
-    "case", shipped(lambda t, i, r, a: select_config.add_candidates(t, i, r), [16, 64]), ids=tile_id
-)
-def test_shipped_tiles_of_lora_add(case):
-    config, R = case
-    M, N = config.block_m + 5, config.block_n + 8
-    o, u, v = rand(M, N, dtype=FP16), rand(M, R), rand(R, N, dtype=FP16)
-    keep_bits, mask = random_keep_bits(M, N)
-    before = o.double()
-    lora_add(o, u, v, None, config, base=o, keep_bits=keep_bits, inv_keep=INV_KEEP)
-    check(o, before + u.to(FP16).double() @ v.double() * mask, FP16)
-
-
-@pytest.mark.parametrize(
-    "case",
-    shipped(lambda t, i, r, a: select_config.gated_candidates(t, i, r, aligned=a), [16, 64]),
-    ids=tile_id,
-)
-def test_shipped_tiles_of_gated(case):
-    config, R = case
-    M, N = config.block_m + 5, config.block_n + 8
-    gate, up, dh = (rand(M, N, dtype=FP16) for _ in range(3))
-    u, v = rand(M, R), rand(R, N, dtype=FP16)
-    keep_bits, mask = random_keep_bits(M, N)
-    wide = dh.double() + u.to(FP16).double() @ v.double() * mask
-    h, dgate, dup = gated_in_float64(gate, up, wide, "silu")
-    masking = {"keep_bits": keep_bits, "inv_keep": INV_KEEP}
-    gated_backward(gate, up, dh, config, activation="silu", u=u, v=v, **masking)
-    check(gate, dgate, FP16)
-    check(up, dup, FP16)
-    check(dh, h, FP16)
-
-
-@pytest.mark.parametrize(
-    "case",
-    shipped(
-        lambda t, i, r, a: select_config.shrink_candidates(t, i, r, describable=a), [16, 64, 256]
-    ),
-    ids=tile_id,
-)
-def test_shipped_tiles_of_shrink(case):
-    config, R = case
-    M, L = config.block_m + 5, config.block_l + 9
-    p, q = rand(M, L, dtype=FP16), rand(L, R, dtype=FP16)
-    keep_bits, mask = random_keep_bits(M, L)
-    u = torch.empty(M, R)
-    shrink(u, p, q, SCALE, config, scale_u=False, keep_bits=keep_bits, inv_keep=INV_KEEP)
-    check(u, (p.double() * mask) @ q.double(), FP32)
-
-
-@pytest.mark.parametrize(
-    "case",
-    shipped(
-        lambda t, i, r, a: select_config.rank_grad_candidates(t, i, r, describable=a), [16, 64, 256]
-    ),
-    ids=tile_id,
-)
-def test_shipped_tiles_of_rank_grad(case):
-    config, R = case
-    M, L = config.block_m + 5, config.block_l + 9
-    u, p = rand(M, R), rand(M, L, dtype=FP16)
-    keep_bits, mask = random_keep_bits(M, L)
-    o = torch.empty(R, L)
-    rank_grad(o, u, p, None, config, keep_bits=keep_bits, inv_keep=INV_KEEP)
-    check(o, u.to(FP16).double().t() @ (p.double() * mask), FP32)
-
-
-@pytest.mark.parametrize(
-    "case",
-    shipped(
-        lambda t, i, r, a: select_config.single_pass_candidates(t, i, r, describable=a), [16, 64]
-    ),
-    ids=tile_id,
-)
-def test_shipped_tiles_of_single_pass(case):
-    config, R = case
-    M, N, L = config.block_m + 5, config.block_n + 8, config.block_l + 9
-    p, q, z = rand(M, L, dtype=FP16), rand(L, N, dtype=FP16), rand(L, R, dtype=FP16)
-    v = rand(R, N, dtype=FP16)
-    o, u = torch.empty(M, N, dtype=FP16), torch.empty(M, R)
-    single_pass(o, u, p, q, z, v, torch.tensor(0.1), config)
-    low = p.double() @ z.double()
-    check(u, low, FP32)
-    check(o, p.double() @ q.double() + 0.1 * u.to(FP16).double() @ v.double(), FP16)
-
-
-# M, K, dtype, members: rank, adapter's dtype, keep count (None: no dropout), has a gradient
-SHARED = [
-    (63, 136, BF16, [(16, FP32, KEEP, True), (16, FP32, KEEP, True), (16, FP32, KEEP, True)]),
-    (300, 123, BF16, [(8, FP32, KEEP, True), (3, BF16, KEEP, True), (20, FP32, None, True)]),
-    (17, 96, FP16, [(5, FP16, KEEP, True), (5, FP16, 60_000, True), (7, FP16, KEEP, True)]),
-    (40, 65, FP32, [(1, FP32, None, True), (300, FP32, None, True)]),
-    (520, 128, BF16, [(16, BF16, KEEP, True), (16, BF16, KEEP, False), (8, BF16, KEEP, True)]),
-    (33, 64, BF16, [(4, FP32, None, False), (16, FP32, None, True), (8, BF16, None, True)]),
-    (65, 128, BF16, [(24, FP32, KEEP, True)]),
-    (70, 72, FP16, [(8, FP32, KEEP, False), (8, FP16, None, False)]),
-]
-
-
-def shared_case(M, K, dtype, members):
-    """The members' operands: x, adapters, seeds, keep counts, float64 masks, G."""
-    x = rand(M, K, dtype=dtype)
-    adapters = [(rand(R, K) / K**0.5).to(adapter) for R, adapter, *_ in members]
-    keeps = [keep for _, _, keep, _ in members]
-    seeds = [None if keep is None else torch.tensor(77 + i) for i, keep in enumerate(keeps)]
-    bits = [
-        None if seed is None else dropout.make_keep_bits(seed, M, K, keep)
-        for seed, keep in zip(seeds, keeps, strict=True)
-    ]
-    masks = [
-        1.0 if bit is None else dropout.keep_mask(bit, K, torch.float64) * (dropout.KEEP_ALL / keep)
-        for bit, keep in zip(bits, keeps, strict=True)
-    ]
-    G = [rand(M, R, dtype=dtype) if present else None for R, _, _, present in members]
-    return x, adapters, seeds, keeps, bits, masks, G
-
-
-@pytest.mark.parametrize("case", SHARED, ids=lambda case: str(case).replace("torch.", ""))
-def test_thin_products_of_a_shared_input(case):
-    """Mixtures of ranks, dtypes, masks and missing gradients, against float64 and bit by bit."""
-    dtype, members = case[2:]
-    x, adapters, seeds, keeps, bits, masks, G = shared_case(*case)
-    counts = [keep or dropout.KEEP_ALL for keep in keeps]
-    S, keep_bits = shared_input.shrink_shared(x, adapters, seeds, counts)
-    again, _ = shared_input.shrink_shared(x, adapters, seeds, counts, SCALE)
-    for i, (A, mask) in enumerate(zip(adapters, masks, strict=True)):
-        assert (keep_bits[i] is None) == (bits[i] is None)
-        assert bits[i] is None or torch.equal(keep_bits[i], bits[i])
-        assert S[i].shape == (x.shape[0], A.shape[0])
-        assert S[i].dtype == dtype
-        check(S[i], (x.double() * mask) @ A.to(dtype).double().t(), dtype)
-        assert torch.equal(S[i], again[i])
-    inv_keeps = [dropout.KEEP_ALL / count for count in counts]
-    needs = [i != 1 or len(members) != 3 for i in range(len(members))]
-    base = rand(*x.shape, dtype=dtype)
-    dx, expected = base.clone(), base.double()
-    operands = adapters, G, keep_bits, inv_keeps, needs
-    dA = shared_input.input_gradients(x, dx, *operands)
-    for A, g, mask, needed, gradient in zip(adapters, G, masks, needs, dA, strict=True):
-        assert (gradient is not None) == (needed and g is not None)
-        if g is not None:
-            expected += (g.double() @ A.to(dtype).double()) * mask
-        if gradient is not None:
-            assert (gradient.shape, gradient.dtype) == (A.shape, A.dtype)
-            check(gradient, g.double().t() @ (x.double() * mask), A.dtype)
-    # One rounding of dx for each kind of member.
-    bound = 2 * len(set(keeps)) * UNIT_ROUNDOFF[dtype] + 4 * UNIT_ROUNDOFF[FP32]
-    assert_error("dx", relative_rms(dx, expected), bound, dtype)
-    copied = [None if bit is None else bit.clone() for bit in keep_bits]
-    repeated = base.clone()
-    shared_input.input_gradients(
-        None, repeated, adapters, G, copied, inv_keeps, [False] * len(members)
-    )
-    assert torch.equal(repeated, dx)
-    only = shared_input.input_gradients(x, None, *operands)
-    for one, two in zip(only, dA, strict=True):
-        assert (one is None) == (two is None)
-        assert one is None or torch.equal(one, two)
-
-
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("case", [(300, 520, 16, BF16), (33, 65, 5, FP32), (17, 96, 100, FP16)])
-def test_thin_gradients(case, needs):
-    M, N, R, dtype = case
-    dy, B, S = rand(M, N, dtype=dtype), rand(N, R), rand(M, 2 * R, dtype=dtype)[:, R:]
-    G, dB = shared_input.thin_gradients(dy, B, S if needs[1] else None, SCALE, needs)
-    assert (G is not None, dB is not None) == needs
-    if G is not None:
-        assert G.dtype == dtype
-        check(G, 0.7 * dy.double() @ B.to(dtype).double(), dtype)
-    if dB is not None:
-        check(dB, 0.7 * dy.double().t() @ S.double(), FP32)
-
-
-@pytest.mark.parametrize("strategy", ["split", "seeded", "addmm", "single_pass"])
-def test_expand_is_the_rest_of_the_forward(strategy):
-    """With the S of a group; *single_pass* as *split*."""
-    inputs = make_inputs(40, 72, 48, 8, BF16, FP32, scaling=SCALE)
-    operands = ForwardOperands(*inputs.values())
-    S, _ = shared_input.shrink_shared(operands.x, [operands.lora_A], [None], [0])
-    y, own = strategies.forward(operands, "split" if strategy == "single_pass" else strategy)
-    assert torch.equal(S[0], own)
-    assert torch.equal(shared_input.expand(operands, strategy, S[0]), y)
-    based = operands._replace(weight=None, bias=None, base=rand(40, 48))
-    expected, _ = strategies.forward(based, strategy)
-    assert torch.equal(shared_input.expand(based, strategy, S[0]), expected)
-
-
-# M, I, R, dtype, adapter dtype, masked
-GATED_MLP = [
-    (63, 136, 16, BF16, FP32, True),
-    (40, 65, 5, FP32, FP32, False),
-    (33, 80, 0, FP16, None, 0),
-]
-
-
-@pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize("case", GATED_MLP, ids=str)
-def test_the_activation_of_a_gated_mlp(case, reuse):
-    M, N, R, dtype, adapter, masked = case
-    gate, up = rand(M, 2 * N, dtype=dtype).split(N, dim=1)
-    dh = rand(N, M, dtype=dtype).t()  # not by rows
-    keep_bits, mask = random_keep_bits(M, N) if masked else (None, 1.0)
-    G, A = (rand(M, R, dtype=dtype), rand(R, N, dtype=adapter)) if R else (None, None)
-    whole = dh.double() + (G.double() @ A.to(dtype).double() * mask if R else 0)
-    h, *gradients = gated_in_float64(gate, up, whole, "silu")
-    check(shared_input.gated(gate, up, "silu"), h, dtype)
-    before = gate.clone()
-    inv_keep = INV_KEEP if masked else 1.0
-    results = shared_input.gated_backward(gate, up, dh, "silu", G, A, keep_bits, inv_keep, reuse)
-    for result, expected in zip(results, (*gradients, h), strict=True):
-        check(result, expected, dtype)
-    assert torch.equal(gate, before) != reuse
-    assert (results[0].data_ptr() == gate.data_ptr()) == reuse
-
-
 def test_tickets_serve_any_number_of_launches():
     """Tickets are zero again after each launch, and repeated launches give the same bits."""
     tickets = torch.zeros(40, dtype=torch.int32)
@@ -731,64 +444,6 @@ def test_partial_sums_are_rounded_once():
     rank_grad(wide, u, p, SCALE, config)
     rank_grad(narrow, u, p, SCALE, config)
     assert torch.equal(narrow, wide.to(BF16))
-
-
-def test_what_a_descriptor_can_address():
-    flat = torch.zeros(16 * 64 + 16, dtype=BF16)  # PyTorch aligns storages to 64 bytes
-    aligned = flat[: 16 * 64].view(16, 64)
-    assert strategies.is_describable(aligned)
-    assert strategies.is_describable(aligned.t())
-    assert strategies.is_describable(aligned[:, :60])  # rows are still 16-byte aligned
-    assert not strategies.is_describable(flat[1 : 1 + 16 * 64].view(16, 64))  # starts at 2 bytes
-    assert not strategies.is_describable(flat[: 16 * 60].view(16, 60))  # a pitch of 120 bytes
-    assert not strategies.is_describable(aligned[:1].expand(16, 64))  # all rows overlap
-    assert not strategies.is_describable(aligned[:, ::2])
-
-
-@pytest.mark.parametrize("how", ["split", "single_pass", "seeded", "addmm"])
-def test_the_thin_product_has_the_dtype_of_x(how):
-    inputs = make_inputs(17, 40, 24, 5, BF16)
-    inputs["scaling"] = torch.tensor(inputs["scaling"])
-    y, S = strategies.forward(ForwardOperands(**inputs), how)
-    assert (y.dtype, S.dtype, S.shape) == (BF16, BF16, (17, 5))
-    assert S.stride(0) * 2 % 16 == 0  # rows start on 16-byte vectors
-
-
-def test_gradients_of_the_adapter_beside_dx(monkeypatch):
-    """With a stream of their own they start after G, and the current stream waits for them."""
-    events = []
-
-    class Stream:
-        def __init__(self, name):
-            self.name = name
-
-        def wait_stream(self, other):
-            events.append(f"{self.name} waits for {other.name}")
-
-    def named(name):
-        run = getattr(strategies, name)
-        return lambda *args, **options: (events.append(name), run(*args, **options))[1]
-
-    main, side = Stream("main"), Stream("side")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    for name in ("run_shrink", "run_thin_pair", "_input_gradient", "_adapter_gradients"):
-        monkeypatch.setattr(strategies, name, named(name))
-    for R in (4, 16):  # with these, one pass over dY and two
-        x, dy, S = rand(40, 32, dtype=BF16), rand(40, 64, dtype=BF16), rand(40, R, dtype=BF16)
-        weight, A, B = rand(64, 32, dtype=BF16), rand(R, 32, dtype=BF16), rand(64, R, dtype=BF16)
-        operands = BackwardOperands(dy, x, weight, A, B, S, SCALE)
-        expected = strategies.backward(operands, "seeded")
-        events.clear()
-        got = strategies.backward(operands, "seeded", side)
-        assert all(map(torch.equal, got, expected))
-        assert ("run_shrink" in events) == (R == 16)
-        assert events[-4:] == [
-            "side waits for main",
-            "_adapter_gradients",
-            "_input_gradient",
-            "main waits for side",
-        ]
 
 
 def test_rows_two_to_the_31_elements_apart(tmp_path):

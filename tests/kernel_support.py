@@ -1,0 +1,47 @@
+"""Shared by the tests of the kernels: operands, dropout masks, comparison with float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from fused_lora.ops import dropout
+from support import UNIT_ROUNDOFF, assert_error, relative_rms
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+KEEP = 45_000
+INV_KEEP = dropout.KEEP_ALL / KEEP
+SCALE = torch.tensor(0.7)
+
+
+def rand(*shape, dtype=FP32):
+    return torch.randn(shape).to(dtype)
+
+
+def random_keep_bits(rows, columns):
+    seed = torch.tensor(1234567)
+    keep_bits = dropout.make_keep_bits(seed, rows, columns, KEEP)
+    return keep_bits, dropout.keep_mask(keep_bits, columns, torch.float64) * INV_KEEP
+
+
+def check(actual, expected, dtype):
+    """Bound: two roundings to ``dtype`` (an operand cast for its dot, the result), float32 sums."""
+    bound = 2 * UNIT_ROUNDOFF[dtype] + 4 * UNIT_ROUNDOFF[FP32]
+    assert_error("result", relative_rms(actual, expected), bound, dtype)
+
+
+ACTIVATE = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def gated_in_float64(gate, up, dh, activation):
+    """``h``, ``dgate``, ``dup`` by PyTorch, in float64."""
+    leaves = [t.double().requires_grad_() for t in (gate, up)]
+    h = ACTIVATE[activation](leaves[0]) * leaves[1]
+    return h.detach(), *torch.autograd.grad(h, leaves, dh.double())
