@@ -382,8 +382,17 @@ def test_second_derivatives_and_exports_use_the_unscaled_s():
     once = torch.autograd.grad(
         functional.fused_lora_linear(x, weight, A, B, scaling=64), leaves, dy
     )
-    for a, b in zip(twice, once, strict=True):
-        torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=2.0)
+    # Errors are in proportion to the terms of a sum, which may cancel; what overflows is infinite.
+    positive = [
+        t.detach().double().abs().requires_grad_(t.requires_grad) for t in (x, weight, A, B)
+    ]
+    terms = torch.autograd.grad(
+        eager(*positive, 64), [positive[i] for i in (0, 2, 3)], dy.double().abs()
+    )
+    largest = torch.finfo(FP16).max
+    for a, b, size in zip(twice, once, terms, strict=True):
+        difference = a.double().clamp(-largest, largest) - b.double().clamp(-largest, largest)
+        assert (difference.abs() <= 4 * UNIT_ROUNDOFF[FP16] * size).all()
 
     class Layer(torch.nn.Module):
         def forward(self, x):

@@ -25,6 +25,7 @@ from together import (
     small,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -45,6 +46,17 @@ def test_cross_attention(ran):
     ran.clear()
     assert_same(gradients(model, x), gradients(alone(model), x))
     assert ran == {"chains": 1, "layers": 3}
+
+
+@pytest.mark.parametrize("make", ["group", "block"])
+def test_few_and_many_rows_compile_once(make):
+    """What runs together depends on the number of rows, but not in compiled code."""
+    model, width = (small(), 64) if make == "group" else (in_block(), 32)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    for rows in (4, shared_input.MIN_ROWS, 100):
+        compiled(rand(rows, width))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("make", ["group", "block"])
