@@ -37,6 +37,7 @@ from .ops.dispatch import Decision
 from .ops.functional import fused_lora_add, fused_lora_linear
 from .ops.operands import Projection
 from .ops.projections import fused_lora_gated_mlp, fused_lora_projections
+from .ops.segments import Segments
 from .peft.checkpoint import load_adapter, save_adapter
 from .peft.patch import patch_peft, unpatch_peft
 from .peft.report import PatchReport
@@ -53,6 +54,7 @@ __all__ = [
     "ParameterSummary",
     "PatchReport",
     "Projection",
+    "Segments",
     "adapter_names",
     "add_adapter",
     "add_weighted_adapter",

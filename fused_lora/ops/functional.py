@@ -7,16 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed.sharding import is_shard
-from . import autograd, custom_ops, reference
-from .dropout import KEEP_ALL
-from .modes import autocasts, is_exporting, is_observed, is_traced, is_transformed
+from . import autograd, custom_ops, reference, segmented
+from .dropout import KEEP_ALL, draw_seed, keep_count
+from .modes import (
+    autocasts,
+    is_exporting,
+    is_observed,
+    is_traced,
+    is_transformed,
+    without_autocast,
+)
 from .operands import Operands, pack
+from .segments import Segments
 from .validation import (
     IMPLEMENTATIONS,
     check_base,
     check_options,
     check_passes_gradient,
     check_same_dtype,
+    check_segmented,
     check_tensors,
     multiplies_itself,
 )
@@ -33,6 +42,7 @@ def fused_lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     impl: str = "auto",
+    segments: Segments | None = None,
 ) -> Tensor:
     """``y = x Wᵀ + bias + s·D(x) Aᵀ Bᵀ``: a frozen linear layer with a low-rank adapter.
 
@@ -54,6 +64,14 @@ def fused_lora_linear(
         impl: "auto" (Triton on a GPU that can run it, else PyTorch), "triton", "torch", or
             "reference" (eager autograd); "triton:split", "triton:seeded", "triton:addmm" and
             "triton:single_pass" prescribe the strategy too. See :func:`fused_lora.explain`.
+        segments: the rows of ``x`` are sorted into ``G`` segments, each with an adapter of its own.
+            ``lora_A`` and ``lora_B`` are then ``(G, rank, in)`` and ``(G, out, rank)``, or
+            sequences of matrices whose ranks may differ, None for a segment without an adapter;
+            ``scaling`` and ``dropout_p`` may be sequences too, ``scaling`` also ``(G,)``. The
+            weight may be one for all or ``(G, out, in)``, the bias likewise. Rows of no segment get
+            the base output of a common weight, else zeros. A segment's adapter without rows has no
+            gradient in a sequence, zeros in a stack. PyTorch's operators compute it so far:
+            ``impl`` may be "auto", "torch" or "reference".
 
     Returns:
         ``(..., out)`` in x's dtype; under autocast, in autocast's.
@@ -66,9 +84,37 @@ def fused_lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3;
     dropout as in PEFT.
     """
+    if segments is not None:
+        return _segmented(
+            x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, impl, segments
+        )
     return linear(
         x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, impl, is_observed()
     )
+
+
+@torch.compiler.disable  # the sizes of the segments are data
+def _segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, segments) -> Tensor:
+    """:func:`fused_lora_linear` over segments, in every mode."""
+    lora_A, lora_B, scaling, dropouts = check_segmented(
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, segments
+    )
+    if autocasts(x) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    else:
+        check_same_dtype(x, weight)
+    counts = [
+        KEEP_ALL if A is None else keep_count(p) for A, p in zip(lora_A, dropouts, strict=True)
+    ]
+    seed = draw_seed(x.device) if min(counts) < KEEP_ALL else None
+    flat = x.reshape(-1, x.shape[-1])
+    operands = segmented.SegmentedOperands(
+        flat, weight, lora_A, lora_B, bias, scaling, segments, seed, tuple(counts)
+    )
+    plain = impl == "reference" or is_transformed() or is_traced()
+    with without_autocast(x):
+        y = (reference.segmented if plain else segmented.segmented_linear)(operands)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def linear(

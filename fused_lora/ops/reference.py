@@ -20,6 +20,7 @@ from .cpu_gemm import HALF
 from .dropout import KEEP_ALL, keep_mask, make_keep_bits
 from .modes import is_differentiated
 from .operands import Operands, Projection
+from .segments import keep_bits_of
 from .torch_impl import as_dtype
 
 
@@ -101,6 +102,36 @@ def gated_mlp(
     """``down(act(gate(x)) · up(x))``; the masks are as in :func:`lora_linear`."""
     gate, up = (projection(x, layers[i], masks[i]) for i in range(2))
     return projection(activations.FORWARD[activation](gate) * up, layers[2], masks[2])
+
+
+def segmented(operands, keep_bits: Tensor | None = None) -> Tensor:
+    """``y (M, N)`` of rows sorted into segments, see :class:`.segmented.SegmentedOperands`.
+
+    Args:
+        keep_bits: the packed mask; None: computed from the seed, if there is one.
+    """
+    x, weight, lora_A, lora_B, bias, scaling, segments, seed, keep_counts = operands
+    bounds = segments.bounds
+    if keep_bits is None and seed is not None:
+        keep_bits = keep_bits_of(seed, segments, *x.shape, keep_counts)
+    parts = []
+    for g, (a, b) in enumerate(bounds):
+        if a == b:
+            continue
+        W = weight[g] if weight.dim() == 3 else weight
+        own = bias if bias is None or bias.dim() == 1 else bias[g]
+        mask = None
+        if keep_counts[g] < KEEP_ALL:
+            mask = keep_mask(keep_bits[a:b], x.shape[1], x.dtype) * (KEEP_ALL / keep_counts[g])
+        layer = Projection(W, lora_A[g], lora_B[g], own, scaling[g])
+        parts.append(projection(x[a:b], layer, mask))
+    rest = x[bounds[-1][1] :]
+    if weight.dim() == 3:
+        parts.append(rest.new_zeros((rest.shape[0], weight.shape[1])))
+    else:
+        shared = None if bias is None or bias.dim() == 2 else bias
+        parts.append(projection(rest, Projection(weight, bias=shared)))
+    return torch.cat(parts)
 
 
 def backward(operands: BackwardOperands) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..distributed.sharding import is_shard
+from .segments import Segments
 
 IMPLEMENTATIONS = (
     "auto",
@@ -177,6 +178,90 @@ def check_projection(
 def is_plain(tensor: Tensor | None) -> bool:
     """Whether this is a strided tensor of no subclass, or None."""
     return tensor is None or (type(tensor) in _PLAIN and tensor.layout == torch.strided)
+
+
+def check_segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, segments) -> tuple:
+    """Check the arguments of a call over segments.
+
+    Returns:
+        ``lora_A`` and ``lora_B`` as stacks or tuples; the scales and dropouts of all segments.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a dtype that cannot be used.
+        ValueError: shapes, devices or values that do not fit; an ``impl`` without segments.
+    """
+    if not isinstance(segments, Segments):
+        raise TypeError(f"expected segments to be Segments, got {type(segments).__name__}")
+    check_impl(impl)
+    if impl.startswith("triton"):
+        raise ValueError(
+            f"impl={impl!r} cannot run here: the kernels do not compute segments; expected 'auto',"
+            " 'torch' or 'reference'"
+        )
+    G = len(segments)
+    halves = [_one_each(name, t, G) for name, t in (("lora_A", lora_A), ("lora_B", lora_B))]
+    scales = _of_segments("scaling", scaling, G)
+    dropouts = _of_segments("dropout_p", dropout_p, G)
+    for p in dropouts:
+        check_dropout(p)
+    _check_kinds(
+        x, (("x", x), ("weight", weight), *((("bias", bias),) if bias is not None else ()))
+    )
+    if weight.dim() not in (2, 3) or (weight.dim() == 3 and weight.shape[0] != G):
+        raise ValueError(
+            f"expected weight of shape (out, in) or ({G}, out, in), got {_shape(weight)}"
+        )
+    N = weight.shape[-2]
+    if bias is not None and bias.shape not in ((N,), (G, N)):
+        raise ValueError(f"expected bias of shape ({N},) or ({G}, {N}), got {_shape(bias)}")
+    one = weight[0] if weight.dim() == 3 else weight
+    for g, (A, B, s) in enumerate(zip(*halves, scales, strict=True)):
+        try:
+            check_projection(x, one, A, B, None, s)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"segment {g}: {error}") from error
+    _check_weight(one.detach().requires_grad_(weight.requires_grad), None)
+    if not all(map(is_plain, (x, weight, bias, *halves[0], *halves[1]))):
+        raise TypeError("expected plain tensors, got a subclass, or a sparse or nested tensor")
+    M = x.numel() // max(1, x.shape[-1])
+    if segments.offsets.device != x.device:
+        raise ValueError(
+            f"expected segments on x's device {x.device}, got {segments.offsets.device}"
+        )
+    if segments.rows is not None and len(segments.rows) != M:
+        raise ValueError(f"expected segments of {M} rows, as x has, got {len(segments.rows)}")
+    if x.is_cpu and segments.bounds[-1][1] > M:
+        raise ValueError(f"expected offsets up to x's {M} rows, got {segments.bounds[-1][1]}")
+    return *halves, scales, dropouts
+
+
+def _one_each(name: str, adapters, G: int):
+    """A stack, or a tuple of one matrix or None per segment."""
+    if isinstance(adapters, Tensor):
+        if adapters.dim() != 3 or adapters.shape[0] != G:
+            raise ValueError(
+                f"expected {name} of three dimensions, the first of size {G} as there are {G}"
+                f" segments, got {_shape(adapters)}"
+            )
+        return adapters
+    if not isinstance(adapters, Sequence):
+        raise TypeError(
+            f"expected {name} to be a Tensor or a sequence of them, got {type(adapters).__name__}"
+        )
+    if len(adapters) != G:
+        raise ValueError(f"expected {name} of {G} segments, got {len(adapters)}")
+    return tuple(adapters)
+
+
+def _of_segments(name: str, value, G: int) -> tuple:
+    """One value for each segment."""
+    if isinstance(value, Tensor) and value.dim() == 1:
+        value = value.unbind()
+    if not isinstance(value, Sequence):
+        return (value,) * G
+    if len(value) != G:
+        raise ValueError(f"expected {name} of {G} segments, got {len(value)}")
+    return tuple(value)
 
 
 def check_base(

@@ -1,0 +1,465 @@
+"""The layer over rows sorted into segments, against one call per segment and float64."""
+
+import re
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_lora import Segments, fused_lora_linear
+from fused_lora.ops import dropout
+from support import relative_rms
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+DTYPES = [(FP32, None), (FP64, None), (BF16, FP32), (BF16, None), (FP16, FP32), (FP16, None)]
+SIZES = (10, 0, 25, 1, 4, 16)  # rows of the segments
+REST = 5  # rows that belong to none
+K, N = 72, 80
+
+
+def draw(dtype=FP32, adapter=None, *, weights="one", adapters="list", ranks=None, K=K, N=N) -> dict:
+    """Arguments of a call; the adapters of a stack have one rank."""
+    G = len(SIZES)
+    ranks = ranks or ([8, 8, 3, 16, 1, 12] if adapters == "list" else [8] * G)
+    stack = (G,) if weights == "stack" else ()
+    A = [(torch.randn(R, K) / K**0.5).to(adapter or dtype) for R in ranks]
+    B = [(torch.randn(N, R) / R**0.5).to(adapter or dtype) for R in ranks]
+    if adapters == "stack":
+        A, B = torch.stack(A).requires_grad_(), torch.stack(B).requires_grad_()
+    else:
+        A, B = ([t.requires_grad_() for t in half] for half in (A, B))
+        A[2] = B[2] = None
+    return {
+        "x": torch.randn(sum(SIZES) + REST, K).to(dtype).requires_grad_(),
+        "weight": (torch.randn(*stack, N, K) / K**0.5).to(dtype),
+        "lora_A": A,
+        "lora_B": B,
+        "bias": torch.randn(*stack, N).to(dtype).requires_grad_(),
+        "scaling": [0.5, 1.0, 2.0, 3.0, 4.0, 64.0],
+    }
+
+
+def segments(sizes=SIZES, rows=None, dtype=torch.int32) -> Segments:
+    return Segments(torch.tensor(sizes).cumsum(0).to(dtype), rows)
+
+
+def leaves(call: dict) -> dict[str, torch.Tensor]:
+    found = {"x": call["x"], "bias": call["bias"]}
+    for name in ("lora_A", "lora_B"):
+        value = call[name]
+        each = {name: value} if isinstance(value, torch.Tensor) else enumerate(value)
+        each = each.items() if isinstance(each, dict) else ((f"{name} {g}", t) for g, t in each)
+        found |= {key: t for key, t in each if t is not None}
+    return {key: t for key, t in found.items() if t is not None and t.requires_grad}
+
+
+def results(function, call: dict, **options) -> dict:
+    """The output and every gradient, by name."""
+    torch.manual_seed(5)
+    y = function(**call, **options)
+    torch.manual_seed(6)
+    dy = torch.randn(y.shape).to(y.dtype)
+    wanted = leaves(call)
+    found = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
+    return {"y": y.detach()} | dict(zip((f"d {name}" for name in wanted), found, strict=True))
+
+
+def together(**call) -> torch.Tensor:
+    return fused_lora_linear(**call, segments=segments())
+
+
+def one_by_one(x, weight, lora_A, lora_B, bias, scaling, impl="auto") -> torch.Tensor:
+    """One call for each segment that has rows."""
+    parts, first = [], 0
+    for g, size in enumerate(SIZES):
+        xs, first = x[first : first + size], first + size
+        W = weight[g] if weight.dim() == 3 else weight
+        b = bias[g] if bias.dim() == 2 else bias
+        if size and lora_A[g] is None:
+            parts.append(torch.nn.functional.linear(xs, W, b))
+        elif size:
+            args = xs, W, lora_A[g], lora_B[g], b
+            parts.append(fused_lora_linear(*args, scaling=scaling[g], impl=impl))
+    rest = x[first:]
+    if weight.dim() == 3:
+        parts.append(rest.new_zeros((len(rest), N)))
+    else:
+        parts.append(torch.nn.functional.linear(rest, weight, bias))
+    return torch.cat(parts)
+
+
+def in_float64(call: dict) -> dict:
+    def wide(value):
+        if isinstance(value, torch.Tensor):
+            return value.detach().double().requires_grad_(value.requires_grad)
+        return [wide(part) for part in value] if isinstance(value, list) else value
+
+    return {name: wide(value) for name, value in call.items()}
+
+
+KINDS = [("one", "list"), ("one", "stack"), ("stack", "list"), ("stack", "stack")]
+kinds = pytest.mark.parametrize("kind", KINDS, ids="-".join)
+
+
+@kinds
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_equals_one_call_per_segment(dtypes, kind):
+    dtype, adapter = dtypes
+    call = draw(dtype, adapter, weights=kind[0], adapters=kind[1])
+    got, separate = results(together, call), results(one_by_one, call)
+    eager, exact = (
+        results(one_by_one, call, impl="reference"),
+        results(one_by_one, in_float64(call)),
+    )
+    for name, value in got.items():
+        if exact[name] is None:  # no row
+            assert value is None, name
+            continue
+        assert value.dtype == separate[name].dtype, name
+        bound = {FP64: 1e-14, FP32: 1e-6}.get(dtype) or 2 * relative_rms(eager[name], exact[name])
+        assert relative_rms(value, exact[name]) <= bound, name
+
+
+@kinds
+def test_bits_are_those_of_single_calls(kind):
+    """Where the rows and the products are the same: from four rows on."""
+    call = draw(BF16, FP32, weights=kind[0], adapters=kind[1])
+    got, separate = results(together, call), results(one_by_one, call)
+    first = 0
+    for g, size in enumerate(SIZES):
+        rows = slice(first, first := first + size)
+        if size < 4 or (kind[1] == "list" and g == 2):
+            continue
+        names = (f"d lora_A {g}", f"d lora_B {g}")
+        if kind[1] == "stack":
+            pairs = [(got[f"d lora_{n}"][g], separate[f"d lora_{n}"][g]) for n in "AB"]
+        else:
+            pairs = [(got[name], separate[name]) for name in names]
+        if kind[0] == "stack":  # one base product of all rows may sum in another order
+            pairs += [(got[name][rows], separate[name][rows]) for name in ("y", "d x")]
+        for value, expected in pairs:
+            assert torch.equal(value, expected), g
+
+
+@kinds
+@pytest.mark.parametrize("p", [0.3, [0.1, 0.2, 0.3, 0.0, 0.1, 0.6]], ids=str)
+def test_dropout_equals_the_reference(p, kind):
+    call = draw(FP64, weights=kind[0], adapters=kind[1]) | {"dropout_p": p}
+    got = results(together, call)
+    expected = results(together, call, impl="reference")
+    for name, value in got.items():
+        if expected[name] is None:
+            assert value is None
+        else:
+            torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_mask_belongs_to_the_place_before_sorting():
+    """Sorting rows in another order moves the results with them."""
+    call = draw(FP64, adapters="stack") | {"dropout_p": 0.4}
+    first = segments()
+    torch.manual_seed(3)
+    y = fused_lora_linear(**call, segments=first)
+    rows = torch.cat([torch.randperm(10), torch.arange(10, sum(SIZES) + REST)])
+    torch.manual_seed(3)
+    moved = fused_lora_linear(**call | {"x": call["x"][rows]}, segments=segments(rows=rows))
+    torch.testing.assert_close(moved, y[rows], rtol=1e-13, atol=1e-13)
+
+
+def test_masks_are_those_of_unsorted_rows():
+    x = torch.randn(40, K, dtype=FP64)
+    A, B = torch.randn(2, 4, K, dtype=FP64), torch.randn(2, N, 4, dtype=FP64)
+    weight, rows = torch.zeros(N, K, dtype=FP64), torch.randperm(40)
+    torch.manual_seed(3)
+    split = Segments(torch.tensor([15, 40]), rows)
+    y = fused_lora_linear(x, weight, A, B, dropout_p=0.3, segments=split)
+    torch.manual_seed(3)
+    count = dropout.keep_count(0.3)
+    bits = dropout.make_keep_bits(dropout.draw_seed(x.device), 40, K, count)
+    dropped = x * dropout.keep_mask(bits, K, FP64)[rows] * (dropout.KEEP_ALL / count)
+    expected = torch.cat([dropped[:15] @ A[0].t() @ B[0].t(), dropped[15:] @ A[1].t() @ B[1].t()])
+    torch.testing.assert_close(y, expected)
+
+
+@kinds
+@pytest.mark.parametrize("where", ["x", "lora_A", "lora_B", "dy"])
+def test_nan_stays_in_its_segment(where, kind):
+    call = draw(FP32, weights=kind[0], adapters=kind[1])
+    before = results(together, call)
+    rows = slice(10, 35)  # of segment 2
+    if kind[1] == "list" and where.startswith("lora"):
+        pytest.skip("segment 2 has no adapter")
+    with torch.no_grad():
+        if where in ("lora_A", "lora_B"):
+            call[where][2].fill_(float("nan"))
+        elif where == "x":
+            call["x"][rows] = float("nan")
+    if where == "dy":
+        y = together(**call)
+        torch.manual_seed(6)
+        dy = torch.randn(y.shape)
+        dy[rows] = float("nan")
+        wanted = leaves(call)
+        found = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
+        after = {"y": y} | dict(zip((f"d {name}" for name in wanted), found, strict=True))
+    else:
+        after = results(together, call)
+    others = [g for g in range(len(SIZES)) if g != 2]
+    for name, value in after.items():
+        if value is None or name == "d bias":
+            continue
+        if name in ("y", "d x"):
+            keep = torch.ones(len(value), dtype=torch.bool)
+            keep[rows] = False
+        elif kind[1] == "stack":
+            keep = others
+        else:
+            keep = ... if not name.endswith(" 2") else slice(0, 0)
+        assert torch.equal(value[keep], before[name][keep]), name
+
+
+def test_a_segment_without_rows():
+    """None in a sequence, so that its optimizer skips it; exactly zero in a stack."""
+    assert results(together, draw(adapters="list"))["d lora_A 1"] is None
+    got = results(together, draw(adapters="stack"))
+    for name in ("d lora_A", "d lora_B"):
+        assert not got[name][1].any()
+        assert got[name][0].any()
+
+
+def test_rows_of_no_segment():
+    call = draw(weights="stack")
+    with torch.no_grad():
+        call["x"][-REST:] = float("nan")
+    got = results(together, call)
+    assert not got["y"][-REST:].any()
+    assert not got["d x"][-REST:].any()
+    for name, value in got.items():
+        assert value is None or value.isfinite().all(), name
+
+
+@kinds
+def test_second_derivatives(kind):
+    call = draw(FP64, weights=kind[0], adapters=kind[1], K=9, N=7)
+    wanted = list(leaves(call).values())
+
+    def penalty(function):
+        torch.manual_seed(5)
+        y = function(**call)
+        first = torch.autograd.grad(y.square().sum(), wanted, create_graph=True, allow_unused=True)
+        loss = sum(g.square().sum() for g in first if g is not None)
+        return torch.autograd.grad(loss, wanted, allow_unused=True)
+
+    def eagerly(**call):
+        return together(**call, impl="reference")
+
+    for a, b in zip(penalty(together), penalty(eagerly), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_are_those_of_finite_differences():
+    call = draw(FP64, adapters="stack", K=5, N=4)
+    names = ("x", "lora_A", "lora_B", "bias")
+    rest = {name: value for name, value in call.items() if name not in names}
+
+    def function(*tensors):
+        torch.manual_seed(5)
+        return together(**rest, **dict(zip(names, tensors, strict=True)), dropout_p=0.3)
+
+    assert torch.autograd.gradcheck(function, [call[name] for name in names])
+
+
+def test_batched_gradients():
+    call = draw(FP64)
+    y = together(**call)
+    dys = torch.randn(3, *y.shape, dtype=FP64)
+    wanted = [call["x"], call["lora_A"][0], call["bias"]]
+    batched = torch.autograd.grad(y, wanted, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        single = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        for a, b in zip(batched, single, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    call = draw(FP32) | {"dropout_p": 0.3}
+
+    def again(**call):
+        x = call.pop("x")
+        return checkpoint(lambda x: together(x=x, **call), x, use_reentrant=reentrant)
+
+    got, expected = results_of_leaves(again, call), results_of_leaves(together, call)
+    for name, value in got.items():
+        assert (value is None) == (expected[name] is None)
+        assert value is None or torch.equal(value, expected[name]), name
+
+
+def results_of_leaves(function, call: dict) -> dict:
+    """As :func:`results`, by ``backward``: reentrant checkpoints refuse ``autograd.grad``."""
+    wanted = leaves(call)
+    for t in wanted.values():
+        t.grad = None
+    torch.manual_seed(5)
+    y = function(**call)
+    torch.manual_seed(6)
+    y.backward(torch.randn(y.shape).to(y.dtype))
+    return {"y": y.detach()} | {name: t.grad for name, t in wanted.items()}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_autocast(dtype):
+    call = draw(dtype, FP32)
+    with torch.autocast("cpu", BF16):
+        got, separate = results(together, call), results(one_by_one, call)
+    for name, value in got.items():
+        if value is not None:
+            assert value.dtype == separate[name].dtype, name
+            assert relative_rms(value, separate[name].double()) < 0.02, name
+
+
+def test_compiled_code_breaks_its_graph_there():
+    call = draw()
+    torch.manual_seed(5)
+    y = torch.compile(lambda x: together(**call | {"x": x}) + 1, backend="eager")(call["x"])
+    torch.testing.assert_close(y, together(**call) + 1)
+
+
+def test_flops_are_those_of_single_calls():
+    call = draw(BF16)  # in float32 a single row is added by an operator that the counter leaves out
+    counts = []
+    for function in (together, one_by_one):
+        with FlopCounterMode(display=False) as counter:
+            results(function, call)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_leading_dimensions_and_strides():
+    call = draw(FP64, adapters="stack")
+    expected = results(together, call)
+    for x in (call["x"].detach().view(1, -1, K), call["x"].detach().t().contiguous().t()):
+        again = call | {"x": x.requires_grad_()}
+        got = results(together, again)
+        torch.testing.assert_close(got["y"].view(-1, N), expected["y"])
+    transposed = call["lora_B"].detach().permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    got = results(together, call | {"lora_B": transposed.requires_grad_()})
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_only_what_is_asked_for_is_kept_and_computed():
+    call = draw(FP64, adapters="stack")
+    for t in leaves(call).values():
+        t.requires_grad_(False)
+    y = together(**call)
+    assert not y.requires_grad
+    call["lora_B"].requires_grad_()
+    got = results(together, call)
+    y = together(**call)
+    kept = {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
+    assert call["x"].data_ptr() not in kept
+    assert call["weight"].data_ptr() not in kept
+    torch.manual_seed(6)
+    dy = torch.randn(y.shape).to(FP64).requires_grad_()
+    (dB,) = torch.autograd.grad(y, [call["lora_B"]], dy, create_graph=True)
+    torch.testing.assert_close(dB, got["d lora_B"])
+    (ddy,) = torch.autograd.grad(dB.square().sum(), [dy])
+    S = torch.einsum("mk,grk->gmr", call["x"], call["lora_A"])
+    first = 0
+    for g, size in enumerate(SIZES):
+        rows = slice(first, first := first + size)
+        s = call["scaling"][g] * S[g, rows]
+        torch.testing.assert_close(ddy[rows], 2 * s @ dB[g].t())
+
+
+@pytest.mark.parametrize("sizes", [(64,), (1,) * 64, (0, 64, 0), (0, 0), (39,) + (1,) * 25])
+def test_any_sizes(sizes):
+    G, M = len(sizes), sum(sizes)
+    x = torch.randn(M, 24, dtype=FP64, requires_grad=True)
+    A = torch.randn(G, 4, 24, dtype=FP64, requires_grad=True)
+    B = torch.randn(G, 16, 4, dtype=FP64, requires_grad=True)
+    weight = torch.randn(G, 16, 24, dtype=FP64)
+    y = fused_lora_linear(x, weight, A, B, segments=segments(sizes, dtype=torch.int64))
+    owner = torch.repeat_interleave(torch.arange(G), torch.tensor(sizes))
+    delta = weight + B @ A
+    expected = torch.einsum("mk,mnk->mn", x, delta[owner])
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad(t, (x, A, B), dy) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_scale_of_tensors():
+    call = draw(FP64)
+    expected = results(together, call)
+    got = results(together, call | {"scaling": torch.tensor(call["scaling"], dtype=FP64)})
+    for name, value in got.items():
+        assert (value is None) == (expected[name] is None)
+        if value is not None:
+            torch.testing.assert_close(value, expected[name])
+
+
+def test_a_scale_may_change_before_backward():
+    call = draw(FP64, adapters="stack") | {"scaling": torch.tensor(2.0, dtype=FP64)}
+    expected = results(together, call)["d lora_A"]
+    torch.manual_seed(5)
+    y = together(**call)
+    call["scaling"].fill_(7.0)
+    torch.manual_seed(6)
+    (dA,) = torch.autograd.grad(y, [call["lora_A"]], torch.randn(y.shape).to(FP64))
+    torch.testing.assert_close(dA, expected)
+
+
+def wrong():
+    G = len(SIZES)
+    good = draw()
+    yield {"segments": [3, 4]}, "expected segments to be Segments, got list"
+    yield {"impl": "triton"}, "the kernels do not compute segments"
+    yield {"lora_A": good["lora_A"][:2]}, f"expected lora_A of {G} segments, got 2"
+    yield {"lora_A": torch.randn(8, K)}, "expected lora_A of three dimensions"
+    yield {"lora_A": 3}, "expected lora_A to be a Tensor or a sequence of them, got int"
+    yield (
+        {"lora_B": [None, *good["lora_B"][1:]]},
+        "segment 0: expected lora_A and lora_B, or neither",
+    )
+    yield {"lora_A": [torch.randn(8, K + 1), *good["lora_A"][1:]]}, "segment 0: expected lora_A of"
+    yield {"weight": torch.randn(2, N, K)}, f"expected weight of shape (out, in) or ({G}, out, in)"
+    yield {"weight": torch.randn(N, K, requires_grad=True)}, "expected a frozen weight"
+    yield {"bias": torch.randn(3)}, f"expected bias of shape ({N},) or ({G}, {N}), got (3,)"
+    yield {"scaling": [1.0]}, f"expected scaling of {G} segments, got 1"
+    yield {"scaling": "1"}, "expected scaling"
+    yield {"dropout_p": [0.1]}, f"expected dropout_p of {G} segments, got 1"
+    yield {"dropout_p": 1.0}, "expected dropout in [0, 1), got 1.0"
+    yield {"x": torch.randn(3, K)}, "expected offsets up to x's 3 rows, got 56"
+    yield {"x": torch.randn(61, K, dtype=BF16)}, "expected x in the weight's dtype"
+    rows = torch.arange(60)
+    yield {"segments": segments(rows=rows)}, "expected segments of 61 rows, as x has, got 60"
+
+
+@pytest.mark.parametrize("case", list(wrong()), ids=lambda case: case[1])
+def test_wrong_arguments(case):
+    changes, message = case
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        fused_lora_linear(**{"segments": segments()} | draw() | changes)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "rows", "message"),
+    [
+        ([1, 2], None, "expected offsets to be a Tensor, got list"),
+        (torch.tensor([1.0]), None, "expected offsets in int32 or int64, got torch.float32"),
+        (torch.tensor([[1]]), None, "expected offsets of one dimension, got shape (1, 1)"),
+        (torch.tensor([], dtype=torch.int64), None, "expected offsets of at least one segment"),
+        (torch.tensor([3, 2]), None, "that do not fall, got [3, 2]"),
+        (torch.tensor([-1, 2]), None, "expected offsets from 0 on"),
+        (torch.tensor([2]), torch.tensor([0, 2]), "to be a permutation of 0 to 1"),
+        (torch.tensor([2]), torch.tensor([0, 1]).int(), "expected rows in int64, got torch.int32"),
+    ],
+)
+def test_wrong_segments(offsets, rows, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        Segments(offsets, rows)
