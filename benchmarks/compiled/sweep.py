@@ -98,9 +98,9 @@ def full(
 def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
     """Every shipped config for the calls in SLICE, as the variant that needs most registers."""
     for arch, kernel, (dtype, rows, rank) in product(archs, PRODUCTS, SLICE):
-        if kernel in THIN and rows != "vector":
+        if dtype == "fp16" and arch != "sm_90":  # it rarely has a fault where bf16 has none
             continue
-        if kernel in GATED and (dtype, rows) != ("bf16", "even"):
+        if kernel in (*THIN, *GATED) and (dtype, rows) != ("bf16", "even"):
             continue
         made = next((p for p in PRODUCTS[kernel] if (kernel, p) in MASKED), PRODUCTS[kernel][0])
         rank = min(rank, SINGLE_PASS_MAX_RANK) if kernel == "single_pass" else rank

@@ -291,6 +291,7 @@ def check_patched_tensor_parallel():
         "base_model.model.2.0.base_layer": RowwiseParallel(input_layouts=Replicate()),
     }
     parallelize_module(parallel, init_device_mesh("cpu", (PROCESSES,)), plan)
+
     def gradients(y, model):
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(y.square().sum(), list(trained.values()))
