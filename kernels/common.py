@@ -12,6 +12,9 @@ from .launch import Tile
 PARTS_AT_ONCE = tl.constexpr(4)  # partial sums that a program loads at the same time
 _LOADED = 64  # their values per thread
 _COMPILED = tl.constexpr(not INTERPRETED)
+# Numbers per entry of the tables of ``segments.py``: of a block of rows, of an item of rank_grad.
+BLOCK_ENTRY = tl.constexpr(3)
+ITEM_ENTRY = tl.constexpr(6)
 TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -33,6 +36,11 @@ def vector_of(u: torch.Tensor) -> int:
 def members_of(keep_bits: torch.Tensor | None) -> int:
     """The projections of one input whose masks are stacked, ``(n, M, words)``; else 1."""
     return 1 if keep_bits is None or keep_bits.dim() == 2 else keep_bits.shape[0]
+
+
+def of_segments(t: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+    """The first matrix of a stack and the distance between its matrices; or a matrix and None."""
+    return (t, None) if t.dim() == 2 else (t[0], t.stride(0))
 
 
 def operand(config: Config, t: torch.Tensor, block: tuple[int, int], transposed: bool = False):
@@ -70,6 +78,12 @@ def wait_for_previous(PDL: tl.constexpr):
 def advance(step: tl.constexpr, stride):
     """``step · stride`` in 64 bits: a view's rows may be 2³¹ / step elements apart."""
     return tl.full((), step, tl.int64) * stride
+
+
+@triton.jit
+def segment_rows(entry_ptr):
+    """The segment, as 64 bits, the first row and the end of the rows of a table's entry."""
+    return tl.load(entry_ptr).to(tl.int64), tl.load(entry_ptr + 1), tl.load(entry_ptr + 2)
 
 
 @triton.jit

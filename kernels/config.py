@@ -17,7 +17,9 @@ SINGLE_PASS_MAX_RANK = 64
 THIN_PAIR_MAX_RANK = 32  # its partial sums grow with the rank
 BARRIER_BYTES = 256  # barriers of NVIDIA's pipelined copies, in addition to the tiles
 TICKETS = 1024  # more than the blocks of a result whose reduction is split to fill a GPU
+MIN_BLOCK_ROWS = 16  # the fewest rows of a tile
 MIN_SPLIT_ROWS = 256  # of one part of rank_grad
+SEGMENT_ROWS = 1024  # of one segment that a program of rank_grad sums: whole blocks of every tile
 MASK_VECTOR = 128  # columns per 16 bytes of keep bits
 DIGITS = 16  # binary digits of a keep probability, with one random word per digit
 # With fewer rows, one partial sum of rank_grad (fp32, written and read) would exceed a quarter of a

@@ -49,11 +49,13 @@ def keep_words(seed, rows, words, keep_count, first_digit, DIGITS: tl.constexpr)
 def _dropout_mask(
     keep_bits_ptr,
     seed_ptr,
+    rows_ptr,
     keep_count,
     first_digit,
     M,
     width,
     stride_m,
+    HAS_ROWS: tl.constexpr,
     DIGITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -61,7 +63,10 @@ def _dropout_mask(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     seed = tl.load(seed_ptr)
-    words = keep_words(seed, offs_m, offs_l, keep_count, first_digit, DIGITS)
+    rows = offs_m
+    if HAS_ROWS:
+        rows = tl.load(rows_ptr + offs_m, mask=offs_m < M, other=0)
+    words = keep_words(seed, rows, offs_l, keep_count, first_digit, DIGITS)
     tl.store(
         keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_m + offs_l[None, :],
         words,
@@ -74,7 +79,13 @@ def first_digit(keep_count: int) -> int:
     return (keep_count & -keep_count).bit_length() - 1
 
 
-def dropout_mask(keep_bits: torch.Tensor, seed: torch.Tensor, keep_count: int, digits: int) -> None:
+def dropout_mask(
+    keep_bits: torch.Tensor,
+    seed: torch.Tensor,
+    keep_count: int,
+    digits: int,
+    rows: torch.Tensor | None = None,
+) -> None:
     """Compute the packed mask ``keep_bits`` from ``seed``.
 
     Args:
@@ -82,20 +93,26 @@ def dropout_mask(keep_bits: torch.Tensor, seed: torch.Tensor, keep_count: int, d
         seed: 0-d int64, read on the device.
         keep_count: the keep probability in units of ``2**-digits``; 0 < keep_count < 2**digits.
         digits: binary digits of the keep probability.
+        rows: int64 ``(M,)``, contiguous: the row of the mask that each row has; None: its own.
     """
-    tensors = keep_bits.view(torch.int64), seed
+    tensors = keep_bits.view(torch.int64), seed, rows
     first = first_digit(keep_count)
     launch(_dropout_mask, _arguments, None, tensors, (keep_count, first), digits - first)
 
 
-def _arguments(_, keep_bits, seed, digits: int) -> Arguments:
+def _arguments(_, keep_bits, seed, rows, digits: int) -> Arguments:
     M, width = keep_bits.shape
     block_l = min(32, triton.next_power_of_2(max(1, width)))
     block_m = 1024 // block_l
     return Arguments(
         grid=(cdiv(M, block_m), cdiv(width, block_l)),
-        operands=(keep_bits, seed),
+        operands=(keep_bits, seed, rows),
         numbers=(M, width, keep_bits.stride(0)),
-        constants={"DIGITS": digits, "BLOCK_M": block_m, "BLOCK_L": block_l},
+        constants={
+            "HAS_ROWS": rows is not None,
+            "DIGITS": digits,
+            "BLOCK_M": block_m,
+            "BLOCK_L": block_l,
+        },
         options={"num_warps": 4},
     )

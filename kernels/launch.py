@@ -57,15 +57,15 @@ class Arguments(NamedTuple):
 
     Attributes:
         grid: programs along each axis.
-        operands: tensors and :class:`Tile`.
-        numbers: integers that the kernel may specialise.
+        operands: tensors and :class:`Tile`; None for a parameter that is not in the binary.
+        numbers: integers that the kernel may specialise, or None likewise.
         constants: ``tl.constexpr`` parameters by name.
         options: ``num_warps``, ``num_stages``, and ``launch_pdl`` if it is on.
     """
 
     grid: tuple[int, ...]
-    operands: tuple[torch.Tensor | Tile, ...]
-    numbers: tuple[int, ...]
+    operands: tuple[torch.Tensor | Tile | None, ...]
+    numbers: tuple[int | None, ...]
     constants: dict[str, object]
     options: dict[str, int]
 
@@ -231,7 +231,7 @@ def _encode(entry: _Entry, around: Callable, descriptor: TensorDescriptor) -> Se
 
 
 def _place(
-    operand: torch.Tensor | Tile, tensors: list, encoders: Iterator[Callable]
+    operand: torch.Tensor | Tile | None, tensors: list, encoders: Iterator[Callable]
 ) -> tuple[int, "_Encoded | None"]:
     """Index of an operand in ``tensors``, and its encoded descriptors if it is a :class:`Tile`."""
     tile = operand if isinstance(operand, Tile) else None

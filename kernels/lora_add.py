@@ -9,6 +9,10 @@ is bound by memory bandwidth: one pass over O.
 For the n projections of one input, its gradient has a product per member, each with its own mask:
 
     O = base + s · Σ D_i(U_i V_i) + bias        U (M,n·R)   V (n·R,N)
+
+For rows sorted into segments, each with its own matrix and scale:
+
+    O_g = base_g + s_g · D(U_g V_g) + bias      V (G,R,N)
 """
 
 import torch
@@ -16,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    BLOCK_ENTRY,
     TL_DTYPE,
     add_low_rank,
     advance,
@@ -24,6 +29,8 @@ from .common import (
     load_keep_words,
     members_of,
     multiple,
+    of_segments,
+    segment_rows,
     vector_of,
     wait_for_previous,
 )
@@ -41,6 +48,7 @@ def _lora_add(
     keep_bits_ptr,
     bias_ptr,
     scale_ptr,
+    segments_ptr,
     inv_keep,
     M,
     N,
@@ -48,11 +56,13 @@ def _lora_add(
     stride_om,
     stride_bm,
     stride_um,
+    stride_vg,
     stride_vr,
     stride_vn,
     stride_keep_m,
     DTYPE: tl.constexpr,
     MEMBERS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     HAS_BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -82,6 +92,14 @@ def _lora_add(
     if BACKWARDS:
         block_m = tl.num_programs(0) - 1 - block_m
     first_m = block_m * BLOCK_M
+    if SEGMENTS:
+        segment, first_m, M = segment_rows(segments_ptr + block_m * BLOCK_ENTRY)
+        if first_m >= M:  # the table may have more entries than there are blocks
+            return
+        if ALIGN_V:
+            stride_vg = multiple(stride_vg, 8)
+        v_ptr += segment * stride_vg
+        scale_ptr += segment
     first_n = tl.program_id(1) * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -148,6 +166,7 @@ def lora_add(
     keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
+    segments: torch.Tensor | None = None,
 ) -> None:
     """Write ``o = base + scale · D(u v) + bias``; the rest as in :func:`.lora_gemm.lora_gemm`.
 
@@ -157,20 +176,35 @@ def lora_add(
         dot_dtype: the dtype that ``u`` and ``v`` are cast to; o's dtype by default.
         u, v, keep_bits: of one member; or ``(M, n·R)``, ``(n·R, N)`` and contiguous
             ``(n, M, words)``, for the sum of n members.
+        segments: the table of :meth:`.segments.Segments.blocks` for ``config.block_m``; then v is
+            ``(G, R, N)`` and the scale ``(G,)``, contiguous. Rows of no segment are not written.
+            None: all rows have one v.
     """
-    tensors = o, base, u, v, keep_bits, bias, scale
+    tensors = o, base, u, v, keep_bits, bias, scale, segments
     flags = dot_dtype or o.dtype, input_precision
     launch(_lora_add, _arguments, config, tensors, (float(inv_keep),), *flags)
 
 
 def _arguments(
-    config, o, base, u, v, keep_bits, bias, scale, dot_dtype: torch.dtype, input_precision: str
+    config,
+    o,
+    base,
+    u,
+    v,
+    keep_bits,
+    bias,
+    scale,
+    segments,
+    dot_dtype: torch.dtype,
+    input_precision: str,
 ) -> Arguments:
     (M, N), members = o.shape, members_of(keep_bits)
     R = u.shape[1] // members
+    one, stride_vg = of_segments(v)
     block_r, chunks = config.rank_blocks(R)
+    row_blocks = cdiv(M, config.block_m) if segments is None else segments.shape[0]
     return Arguments(
-        grid=(cdiv(M, config.block_m), cdiv(N, config.block_n)),
+        grid=(row_blocks, cdiv(N, config.block_n)),
         operands=(
             o,
             o if base is None else base,
@@ -179,6 +213,7 @@ def _arguments(
             u if keep_bits is None else keep_bits,
             u if bias is None else bias,
             u if scale is None else scale,
+            segments,
         ),
         numbers=(
             M,
@@ -187,12 +222,14 @@ def _arguments(
             o.stride(0),
             0 if base is None else base.stride(0),
             u.stride(0),
-            *v.stride(),
+            stride_vg,
+            *one.stride(),
             0 if keep_bits is None else keep_bits.stride(-2),
         ),
         constants={
             "DTYPE": TL_DTYPE[dot_dtype],
             "MEMBERS": members,
+            "SEGMENTS": segments is not None,
             "HAS_BASE": base is not None,
             "HAS_BIAS": bias is not None,
             "HAS_DROPOUT": keep_bits is not None,
@@ -200,8 +237,8 @@ def _arguments(
             "ALIGN_O": in_vectors(o),
             "ALIGN_BASE": base is not None and in_vectors(base),
             "ALIGN_U": vector_of(u[:, :R]),
-            "ALIGN_V": in_vectors(v[:R]),
-            "V_TRANSPOSED": v.stride(1) != 1,
+            "ALIGN_V": in_vectors(one[:R]) and (stride_vg or 0) % 8 == 0,
+            "V_TRANSPOSED": one.stride(1) != 1,
             "INPUT_PRECISION": input_precision,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

@@ -9,6 +9,13 @@ arrive adds the partial sums in a fixed order, so results are bitwise reproducib
 For the n projections of one input, each with its own mask, the members' products are one launch:
 
     O_i = s · U_iᵀ D_i(P)        U (M,n·R)   O (n·R,L)
+
+For rows sorted into segments, each with its own result and scale:
+
+    O_g = s_g · U_gᵀ D(P_g)      O (G,R,L)
+
+A program then sums an item: up to SEGMENT_ROWS rows of one segment. A segment of several items has
+as many partial sums, which the last of its programs to arrive adds in their order.
 """
 
 import torch
@@ -16,6 +23,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    ITEM_ENTRY,
     TL_DTYPE,
     advance,
     in_vectors,
@@ -24,14 +32,16 @@ from .common import (
     load_keep_words,
     members_of,
     multiple,
+    of_segments,
     operand,
     rows_at_once,
+    segment_rows,
     sum_parts,
     tickets_for,
     vector_of,
     wait_for_previous,
 )
-from .config import RankGradConfig, cdiv, split_evenly
+from .config import SEGMENT_ROWS, RankGradConfig, cdiv, split_evenly
 from .launch import Arguments, launch
 
 
@@ -45,6 +55,7 @@ def _rank_grad(
     scale_ptr,
     parts_ptr,
     tickets_ptr,
+    segments_ptr,
     factor,
     M,
     m_per_split,
@@ -52,6 +63,7 @@ def _rank_grad(
     R,
     stride_ps,
     stride_pr,
+    stride_og,
     stride_or,
     stride_ol,
     stride_um,
@@ -59,6 +71,7 @@ def _rank_grad(
     stride_keep_m,
     DTYPE: tl.constexpr,
     MEMBERS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -96,6 +109,15 @@ def _rank_grad(
     offs_m = tl.arange(0, BLOCK_M)
     first_m = split * m_per_split
     last_m = tl.minimum(first_m + m_per_split, M)
+    if SEGMENTS:
+        item_ptr = segments_ptr + split * ITEM_ENTRY
+        segment, first_m, M = segment_rows(item_ptr)
+        last_m = M
+        parts = tl.load(item_ptr + 3)
+        if parts == 0:  # the table may have more entries than there are items
+            return
+        o_ptr += segment * stride_og
+        scale_ptr += segment
     rows = (first_m + offs_m).to(tl.int64)
     u_ptrs = u_ptr + rows[None, :] * stride_um + offs_r[:, None]
     if not USE_DESC:
@@ -107,6 +129,8 @@ def _rank_grad(
         u = tl.load(u_ptrs, mask=inside[None, :] & (offs_r[:, None] < R), other=0.0)
         if USE_DESC:
             p = p_ptr.load([m, first_l])
+            if SEGMENTS:  # zeros of U do not cancel a NaN of the next segment
+                p = tl.where(inside[:, None], p, 0.0)
         else:
             p = tl.load(p_ptrs, mask=inside[:, None] & (offs_l[None, :] < L), other=0.0)
         if HAS_DROPOUT:
@@ -122,17 +146,32 @@ def _rank_grad(
         first_r += rows_before
         offs_r += rows_before
         R += rows_before
+    if SEGMENTS and SPLIT:
+        if parts == 1:
+            inside = (offs_r[:, None] < R) & cols
+            _store(
+                o_ptr, acc, offs_r, offs_l, inside, stride_or, stride_ol,
+                factor, scale_ptr, HAS_DROPOUT, HAS_SCALE,
+            )  # fmt: skip
+            return
+        split = tl.load(item_ptr + 4)
+        first_part = tl.load(item_ptr + 5)
+        parts_ptr += first_part.to(tl.int64) * stride_ps
+        tickets_ptr += first_part * tl.num_programs(0)
     if SPLIT:
         part_ptrs = parts_ptr + offs_l[None, :]
         own_ptrs = part_ptrs + split.to(tl.int64) * stride_ps
         inside = (offs_r[:, None] < R) & cols
         tl.store(own_ptrs + offs_r.to(tl.int64)[:, None] * stride_pr, acc, mask=inside)
-        if is_last(tickets_ptr + tl.program_id(0), tl.num_programs(1)):
+        ticket_ptr = tickets_ptr + tl.program_id(0)
+        if not SEGMENTS:
+            parts = tl.num_programs(1)
+        if is_last(ticket_ptr, parts):
             for row in range(0, BLOCK_R, SUM_ROWS):
                 offs = first_r + row + tl.arange(0, SUM_ROWS)
                 within = (offs[:, None] < R) & cols
                 ptrs = part_ptrs + offs.to(tl.int64)[:, None] * stride_pr
-                total = sum_parts(ptrs, stride_ps, tl.num_programs(1), within)
+                total = sum_parts(ptrs, stride_ps, parts, within)
                 _store(
                     o_ptr, total, offs, offs_l, within, stride_or, stride_ol,
                     factor, scale_ptr, HAS_DROPOUT, HAS_SCALE,
@@ -172,6 +211,7 @@ def rank_grad(
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
     tickets: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
 ) -> None:
     """Write ``o = scale · uᵀ D(p)``.
 
@@ -187,30 +227,51 @@ def rank_grad(
             ``(n, M, words)``, for n members.
         tickets: int32 zeros, at least ``n · config.blocks(R, L, R)``, contiguous; zeros again
             afterwards. Launches that may run at the same time need different ones. None: made here
-            if the rows are split.
+            if the rows are split. Not used with segments.
+        segments: the table of :meth:`.segments.Segments.items`; then o is ``(G, R, L)`` and the
+            scale ``(G,)``, contiguous, and ``config.splits`` is not used. Without rows a segment's
+            result is 0. None: all rows have one result.
     """
     (M, L), members = p.shape, members_of(keep_bits)
     R = u.shape[1] // members
-    _, splits = split_evenly(M, config.splits, config.block_m)
     parts = None
+    splits = _parts(config, M, segments)
     if splits > 1:
         parts = torch.empty((splits, members * R, L), dtype=torch.float32, device=o.device)
-        tickets = tickets_for(config, R, L, R, members, o) if tickets is None else tickets
+        if segments is not None:
+            tickets = tickets_for(config, R, L, R, splits, o)
+        elif tickets is None:
+            tickets = tickets_for(config, R, L, R, members, o)
     else:
         tickets = None
-    tensors = o, u, p, keep_bits, scale, parts, tickets
+    tensors = o, u, p, keep_bits, scale, parts, tickets, segments
     launch(_rank_grad, _arguments, config, tensors, (float(inv_keep),), input_precision)
 
 
+def _parts(config: RankGradConfig, M: int, segments: torch.Tensor | None) -> int:
+    """The most partial sums that are written at the same time; at most 1: none.
+
+    A segment of c > 1 items has more than (c - 1) · SEGMENT_ROWS rows, at least half of c times
+    as many.
+    """
+    if segments is not None:
+        return 2 * M // SEGMENT_ROWS if M > SEGMENT_ROWS else 1
+    return split_evenly(M, config.splits, config.block_m)[1]
+
+
 def _arguments(
-    config, o, u, p, keep_bits, scale, parts, tickets, input_precision: str
+    config, o, u, p, keep_bits, scale, parts, tickets, segments, input_precision: str
 ) -> Arguments:
     (M, L), members = p.shape, members_of(keep_bits)
     R = u.shape[1] // members
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
+    one, stride_og = of_segments(o)
     m_per_split, splits = split_evenly(M, config.splits, block_m)
     return Arguments(
-        grid=(members * config.blocks(R, L, R), splits),
+        grid=(
+            members * config.blocks(R, L, R),
+            splits if segments is None else segments.shape[0],
+        ),
         operands=(
             o,
             u,
@@ -219,6 +280,7 @@ def _arguments(
             u if scale is None else scale,
             u if parts is None else parts,
             u if tickets is None else tickets,
+            segments,
         ),
         numbers=(
             M,
@@ -226,7 +288,8 @@ def _arguments(
             L,
             R,
             *((0, 0) if parts is None else parts.stride()[:2]),
-            *o.stride(),
+            stride_og,
+            *one.stride(),
             u.stride(0),
             p.stride(0),
             0 if keep_bits is None else keep_bits.stride(-2),
@@ -234,9 +297,10 @@ def _arguments(
         constants={
             "DTYPE": TL_DTYPE[p.dtype],
             "MEMBERS": members,
+            "SEGMENTS": segments is not None,
             "HAS_DROPOUT": keep_bits is not None,
             "HAS_SCALE": scale is not None,
-            "SPLIT": splits > 1,
+            "SPLIT": parts is not None,
             "ALIGN_P": in_vectors(p),
             "ALIGN_U": vector_of(u[:, :R]),
             "USE_DESC": config.descriptors,

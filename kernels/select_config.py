@@ -13,7 +13,9 @@ import torch
 
 from . import tile_tables
 from .config import (
+    MIN_BLOCK_ROWS,
     MIN_SPLIT_ROWS,
+    SEGMENT_ROWS,
     THIN_PAIR_MAX_RANK,
     AddConfig,
     Config,
@@ -125,6 +127,18 @@ def _valid(configs: Iterable, target: Target, itemsize: int, rank: int) -> list:
     return [options[0] for options in fitting if options]
 
 
+def _low(configs: list, M: int, segments: int) -> list:
+    """Those whose blocks of rows are no higher than one of ``segments`` with ``M`` rows together.
+
+    The average counts, up to a power of two. Always some: else those with the lowest blocks.
+    """
+    if segments == 1:
+        return configs
+    most = max(MIN_BLOCK_ROWS, 1 << (cdiv(M, segments) - 1).bit_length())
+    most = max(most, min(config.block_m for config in configs))
+    return [config for config in configs if config.block_m <= most]
+
+
 def gemm_candidates(target: Target, itemsize: int, rank: int, *, aligned: bool) -> list[GemmConfig]:
     """The valid configurations, from which :func:`gemm_config` chooses."""
     bands = tile_tables.look_up(tile_tables.GEMM, target.arch, itemsize, aligned)
@@ -168,14 +182,22 @@ def add_candidates(
 
 
 def add_config(
-    target: Target, itemsize: int, M: int, N: int, rank: int, *, members: int = 1
+    target: Target,
+    itemsize: int,
+    M: int,
+    N: int,
+    rank: int,
+    *,
+    members: int = 1,
+    segments: int = 1,
 ) -> AddConfig:
     """The tile of ``lora_add`` for an ``(M, N)`` output.
 
     Args:
         members: with masks of their own, whose products of ``rank`` are added in one launch.
+        segments: into which the rows are sorted; tiles are not higher than one is on average.
     """
-    candidates = add_candidates(target, itemsize, rank, members=members)
+    candidates = _low(add_candidates(target, itemsize, rank, members=members), M, segments)
     return _choose(candidates, target, M, N, rank)
 
 
@@ -226,14 +248,17 @@ def shrink_config(
     *,
     describable: bool,
     members: int = 1,
+    segments: int = 1,
 ) -> ShrinkConfig:
     """The tile and splits of ``shrink`` for ``P (M, L)`` with the least :func:`shrink_cost`.
 
     Args:
         describable: whether a tensor descriptor can address the rows of P (16-byte alignment).
         members: with masks of their own, whose products of ``rank`` are one launch.
+        segments: into which the rows are sorted; tiles are not higher than one is on average.
     """
     candidates = shrink_candidates(target, itemsize, rank, describable=describable)
+    candidates = _low(candidates, M, segments)
     size = target, itemsize, M, L, rank, members
     split = [split_shrink(config, *size) for config in candidates]
     return min(split, key=lambda config: shrink_cost(config, *size))
@@ -290,13 +315,18 @@ def rank_grad_config(
     *,
     describable: bool,
     members: int = 1,
+    segments: int = 1,
 ) -> RankGradConfig:
     """The tile and splits of ``rank_grad`` with the least :func:`rank_grad_cost`.
 
-    Arguments as in :func:`shrink_config`.
+    Arguments as in :func:`shrink_config`. The splits of segments are SEGMENT_ROWS each.
     """
     candidates = rank_grad_candidates(target, itemsize, rank, describable=describable)
     size = target, itemsize, M, L, rank, members
+    if segments > 1:
+        items = M // SEGMENT_ROWS + segments
+        split = [replace(config, splits=items) for config in _low(candidates, M, segments)]
+        return min(split, key=lambda config: rank_grad_cost(config, *size))
     split = [split_rank_grad(config, *size) for config in candidates]
     return min(split, key=lambda config: rank_grad_cost(config, *size))
 

@@ -10,6 +10,10 @@ partial sums in a fixed order, so results are bitwise reproducible.
 For the n projections of one input, each with its own mask, the members' products are one launch:
 
     U_i = s · D_i(P) Q_i        Q (L,n·R)   U (M,n·R)
+
+For rows sorted into segments, each with its own matrix and scale:
+
+    U_g = s_g · D(P_g) Q_g      Q (G,L,R)
 """
 
 import torch
@@ -17,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    BLOCK_ENTRY,
     advance,
     in_vectors,
     is_last,
@@ -24,8 +29,10 @@ from .common import (
     load_keep_words,
     members_of,
     multiple,
+    of_segments,
     operand,
     rows_at_once,
+    segment_rows,
     sum_parts,
     tickets_for,
     wait_for_previous,
@@ -46,6 +53,8 @@ def _shrink(
     parts_ptr,
     tickets_ptr,
     seed_ptr,
+    segments_ptr,
+    rows_ptr,
     factor,
     keep_count,
     first_digit,
@@ -58,12 +67,15 @@ def _shrink(
     stride_pr,
     stride_um,
     stride_pm,
+    stride_qg,
     stride_ql,
     stride_qr,
     stride_keep_m,
     MEMBERS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     DIGITS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_L: tl.constexpr,
     ALIGN_P: tl.constexpr,
@@ -91,6 +103,15 @@ def _shrink(
     # The blocks of one row of tiles run at the same time: they share P in the L2 cache.
     block_r = tl.program_id(0) % (MEMBERS * BLOCKS_R)
     first_m = tl.program_id(0) // (MEMBERS * BLOCKS_R) * BLOCK_M
+    if SEGMENTS:
+        entry_ptr = segments_ptr + tl.program_id(0) // BLOCKS_R * BLOCK_ENTRY
+        segment, first_m, M = segment_rows(entry_ptr)
+        if first_m >= M:  # the table may have more entries than there are blocks
+            return
+        if ALIGN_Q:
+            stride_qg = multiple(stride_qg, 8)
+        q_ptr += segment * stride_qg
+        scale_ptr += segment
     if MEMBERS > 1:
         member = block_r // BLOCKS_R
         block_r = block_r % BLOCKS_R
@@ -115,6 +136,9 @@ def _shrink(
     cols = offs_r[None, :] < R
     if DIGITS:
         seed = tl.load(seed_ptr)  # inside the loop it would be copied ahead in every step
+        rows_of_mask = offs_m
+        if HAS_ROWS:
+            rows_of_mask = tl.load(rows_ptr + offs_m, mask=offs_m < M, other=0)
         # Every block of ranks makes the mask, the first one stores it.
         stored_words = tl.where(block_r == 0, stride_keep_m, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -132,7 +156,7 @@ def _shrink(
             q = tl.load(q_ptrs, mask=(start + offs_l[:, None] < L) & cols, other=0.0)
         if DIGITS:
             offs_w = start // 64 + tl.arange(0, BLOCK_L // 64)
-            made = keep_words(seed, offs_m, offs_w, keep_count, first_digit, DIGITS)
+            made = keep_words(seed, rows_of_mask, offs_w, keep_count, first_digit, DIGITS)
             tl.store(
                 keep_bits_ptr + offs_m.to(tl.int64)[:, None] * stride_keep_m + offs_w[None, :],
                 made,
@@ -191,6 +215,8 @@ def shrink(
     seed: torch.Tensor | None = None,
     keep_count: int = 0,
     digits: int = DIGITS,
+    segments: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> None:
     """Write ``u = scale · D(p) q``.
 
@@ -210,9 +236,14 @@ def shrink(
             if the contraction is split.
         seed, keep_count, digits: the mask's, as in :func:`.dropout.dropout_mask`; a seed of None
             means that ``keep_bits`` is given.
+        segments: the table of :meth:`.segments.Segments.blocks` for ``config.block_m``; then q is
+            ``(G, L, R)`` and the scale ``(G,)``, contiguous. Rows of u and keep bits of no segment
+            are not written. None: all rows have one q.
+        rows: int64 ``(M,)``, contiguous: the row of the mask that each row has, with a seed; None:
+            its own.
     """
     (M, L), members = p.shape, members_of(keep_bits)
-    R = q.shape[1] // members
+    R = q.shape[-1] // members
     first, random = 0, 0
     if seed is not None:
         if config.makes_mask:
@@ -221,8 +252,8 @@ def shrink(
         else:
             stacked = keep_bits.view(members, M, -1), seed.view(members)
             for one, its_seed in zip(*stacked, strict=True):
-                dropout_mask(one, its_seed, keep_count, digits)
-            seed = None
+                dropout_mask(one, its_seed, keep_count, digits, rows)
+            seed = rows = None
     _, splits = split_evenly(L, config.splits, config.block_l)
     parts = None
     if splits > 1:
@@ -231,12 +262,18 @@ def shrink(
             (splits, cdiv(M, 16) * 16, members * R), dtype=torch.float32, device=u.device
         )
         parts = padded[:, :M]
-        tickets = tickets_for(config, M, R, R, members, u) if tickets is None else tickets
+        if tickets is None:
+            tickets = tickets_for(config, _grid_rows(config, p, segments), R, R, members, u)
     else:
         tickets = None
-    tensors = u, p, q, keep_bits, scale, parts, tickets, seed
+    tensors = u, p, q, keep_bits, scale, parts, tickets, seed, segments, rows
     scalars = float(inv_keep), keep_count, first
     launch(_shrink, _arguments, config, tensors, scalars, scale_u, input_precision, random)
+
+
+def _grid_rows(config: ShrinkConfig, p: torch.Tensor, segments: torch.Tensor | None) -> int:
+    """Rows of a result that has as many blocks as are launched."""
+    return p.shape[0] if segments is None else segments.shape[0] * config.block_m
 
 
 def _arguments(
@@ -249,16 +286,19 @@ def _arguments(
     parts,
     tickets,
     seed,
+    segments,
+    rows,
     scale_u: bool,
     input_precision: str,
     digits: int,
 ) -> Arguments:
     (M, L), members = p.shape, members_of(keep_bits)
-    R = q.shape[1] // members
+    R = q.shape[-1] // members
+    one, stride_qg = of_segments(q)
     block_m, block_l, block_r = config.block_m, config.block_l, config.block_r(R)
     l_per_split, splits = split_evenly(L, config.splits, block_l)
     return Arguments(
-        grid=(members * config.blocks(M, R, R), splits),
+        grid=(members * config.blocks(_grid_rows(config, p, segments), R, R), splits),
         operands=(
             u,
             operand(config, p, (block_m, block_l)),
@@ -268,6 +308,8 @@ def _arguments(
             u if parts is None else parts,
             u if tickets is None else tickets,
             u if seed is None else seed,
+            segments,
+            rows,
         ),
         numbers=(
             M,
@@ -278,18 +320,21 @@ def _arguments(
             *((0, 0) if parts is None else parts.stride()[:2]),
             u.stride(0),
             p.stride(0),
-            *q.stride(),
+            stride_qg,
+            *one.stride(),
             0 if keep_bits is None else keep_bits.stride(-2),
         ),
         constants={
             "MEMBERS": members,
+            "SEGMENTS": segments is not None,
             "HAS_DROPOUT": keep_bits is not None,
             "DIGITS": digits,
+            "HAS_ROWS": rows is not None,
             "SPLIT": splits > 1,
             "EVEN_L": L % block_l == 0,
             "ALIGN_P": in_vectors(p),
-            "ALIGN_Q": in_vectors(q[:, :R]),
-            "Q_TRANSPOSED": q.stride(1) != 1,
+            "ALIGN_Q": in_vectors(one[:, :R]) and (stride_qg or 0) % 8 == 0,
+            "Q_TRANSPOSED": one.stride(1) != 1,
             "USE_DESC": config.descriptors,
             "INPUT_PRECISION": input_precision,
             "BLOCK_M": block_m,

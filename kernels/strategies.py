@@ -180,13 +180,16 @@ def run_shrink(
     seed=None,
     keep_count=1 << DIGITS,
     tickets=None,
+    segments=None,
+    rows=None,
 ) -> Tensor:
     """``scale · D(p) q``; with a seed ``keep_bits`` are written.
 
-    With ``(n, M, words)`` keep bits it is the product of n members.
+    With ``(n, M, words)`` keep bits it is the product of n members; with :class:`.Segments` that of
+    a stack ``(G, L, R)``, and ``rows`` are those of the mask.
     """
     (M, L), members = p.shape, members_of(keep_bits)
-    R = q.shape[1] // members
+    R = q.shape[-1] // members
     u = rank_matrix(M, members * R, p)
     config = cached_config(
         select_config.shrink_config,
@@ -197,12 +200,14 @@ def run_shrink(
         R,
         describable=is_describable(p),
         members=members,
+        segments=1 if segments is None else segments.count,
     )
     shrink(
         u, p, q.to(p.dtype), scale, config,
         scale_u=scale_u, keep_bits=keep_bits, seed=seed, keep_count=keep_count,
         inv_keep=(1 << DIGITS) / keep_count, input_precision=precision_of(p),
         tickets=_enough(tickets, members * config.blocks(M, R, R)),
+        segments=None if segments is None else segments.blocks(config.block_m), rows=rows,
     )  # fmt: skip
     return u
 
@@ -222,12 +227,22 @@ def _gemm(p, q, u, v, scale, target, bias=None, keep_bits=None, inv_keep=1.0) ->
 
 
 def run_add(
-    o, u, v, scale, target, keep_bits=None, inv_keep=1.0, base=None, bias=None, like=None
+    o,
+    u,
+    v,
+    scale,
+    target,
+    keep_bits=None,
+    inv_keep=1.0,
+    base=None,
+    bias=None,
+    like=None,
+    segments=None,
 ) -> None:
     """Write ``o = base + scale · D(u v) + bias``.
 
     ``like`` has the product's dtype, by default o's. With ``(n, M, words)`` keep bits the sum of n
-    members' products is added.
+    members' products is added; with :class:`.Segments` v is a stack ``(G, R, N)``.
     """
     like, members = o if like is None else like, members_of(keep_bits)
     config = cached_config(
@@ -237,11 +252,13 @@ def run_add(
         *o.shape,
         u.shape[1] // members,
         members=members,
+        segments=1 if segments is None else segments.count,
     )
     lora_add(
         o, u, v, scale, config,
         base=base, dot_dtype=like.dtype, bias=bias,
         keep_bits=keep_bits, inv_keep=inv_keep, input_precision=precision_of(like),
+        segments=None if segments is None else segments.blocks(config.block_m),
     )  # fmt: skip
 
 
@@ -265,11 +282,18 @@ def _single_pass(p, q, z, v, scale, target, scale_u=False, bias=None, keep_bits=
     return o, u
 
 
-def run_rank_grad(o, u, p, scale, target, tickets, keep_bits=None, inv_keep=1.0) -> None:
-    """Write ``o = scale · uᵀ D(p)``; with ``(n, M, words)`` keep bits for n members."""
+def run_rank_grad(
+    o, u, p, scale, target, tickets, keep_bits=None, inv_keep=1.0, segments=None
+) -> None:
+    """Write ``o = scale · uᵀ D(p)``; with ``(n, M, words)`` keep bits for n members.
+
+    With :class:`.Segments` o is a stack ``(G, R, L)``.
+    """
     (M, L), members = p.shape, members_of(keep_bits)
     R = u.shape[1] // members
-    if not rank_grad_applies(M, R, masked=keep_bits is not None):  # the vendor's GEMM is better
+    masked = keep_bits is not None
+    if segments is None and not rank_grad_applies(M, R, masked=masked):
+        # the vendor's GEMM is better
         product = _wide_mm(u.to(p.dtype).t(), p)
         o.copy_(product) if scale is None else torch.mul(product, scale, out=o)
         return
@@ -282,11 +306,13 @@ def run_rank_grad(o, u, p, scale, target, tickets, keep_bits=None, inv_keep=1.0)
         R,
         describable=is_describable(p),
         members=members,
+        segments=1 if segments is None else segments.count,
     )
     rank_grad(
         o, u, p, scale, config,
         keep_bits=keep_bits, inv_keep=inv_keep, input_precision=precision_of(p),
         tickets=_enough(tickets, members * config.blocks(R, L, R)),
+        segments=None if segments is None else segments.items(),
     )  # fmt: skip
 
 

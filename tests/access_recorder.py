@@ -2,8 +2,8 @@
 
 ``with record() as launches: launcher(...)`` checks each launch when it ends. Every unmasked lane
 must read and write an element of a tensor argument, not merely an address inside its span. Every
-element of a written tensor must be written exactly once. Tensors from :func:`guarded` lie between
-guard bands that no kernel may write.
+element of a written tensor must be written exactly once, or at most once if ``partly`` has its name.
+Tensors from :func:`guarded` lie between guard bands that no kernel may write.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class _Region:
 
 
 class _Recorder:
-    def __init__(self):
+    def __init__(self, partly: tuple[str, ...]):
+        self.partly = ("tickets_ptr", *partly)  # not every ticket of a workspace is used
         self.launches: list[Launch] = []
         self.regions: list[_Region] = []
 
@@ -96,8 +97,7 @@ class _Recorder:
                 places, counts = np.unique(np.concatenate(region.writes), return_counts=True)
                 if (counts > 1).any():
                     raise AccessError(f"{kernel} writes elements of {region.name} repeatedly")
-                # Not every ticket of a workspace is used.
-                if places.size != region.elements.size and region.name != "tickets_ptr":
+                if places.size != region.elements.size and region.name not in self.partly:
                     missing = region.elements.size - places.size
                     raise AccessError(f"{kernel} leaves {missing} elements of {region.name}")
                 launch.written[region.name] = places.size * region.itemsize
@@ -105,9 +105,9 @@ class _Recorder:
 
 
 @contextmanager
-def record():
+def record(partly: tuple[str, ...] = ()):
     """Record and check every launch in the block; yields a list that gets one Launch for each."""
-    recorder = _Recorder()
+    recorder = _Recorder(partly)
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
 

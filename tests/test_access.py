@@ -24,6 +24,7 @@ from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.operands import BackwardOperands, ForwardOperands
 from fused_lora.kernels.rank_grad import rank_grad
+from fused_lora.kernels.segments import Segments
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
 from fused_lora.kernels.thin_pair import thin_pair
@@ -130,6 +131,42 @@ def test_gated_in_bounds_and_written_once(M, N, R, in_place):
             gated_backward(gate, up, dh, config, activation="silu", **results, **low_rank)
     assert len(launches) == 4
     for _, buffer in pairs:
+        assert_guards(buffer)
+
+
+# rows of each segment, L, R, rows of a block
+SEGMENTED = [
+    ([5, 0, 1, 40, 17, 0], 123, 12, 16),
+    ([1] * 24, 64, 8, 16),
+    ([1030, 3, 1500], 40, 5, 256),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", SEGMENTED, ids=["uneven", "single rows", "long"])
+def test_segments_in_bounds_and_written_once(case, masked):
+    """The tensors end with the last segment: an access to a row beyond it would be outside."""
+    lengths, L, R, block = case
+    end, G = sum(lengths), len(lengths)
+    segments = Segments(torch.tensor(lengths).cumsum(0), end + 100)
+    pairs = [guarded(torch.randn(shape)) for shape in ((end, L), (G, R, L), (end, R), (end, L))]
+    (p, stack, u, o), buffers = zip(*pairs, strict=True)
+    scale, rows, seed = torch.ones(G), torch.randperm(2 * end)[:end], torch.tensor(1)
+    given = {"keep_bits": dropout.empty_keep_bits(end, L, p.device) if masked else None}
+    making = given | {"seed": seed, "keep_count": 45_000, "rows": rows} if masked else {}
+    with record(partly=("parts_ptr",)) as launches:
+        for splits, step in ((1, 32), (2, 128)):
+            thin = ShrinkConfig(4, 2, block_m=block, block_l=step, splits=splits)
+            table = segments.blocks(block)
+            shrink(u, p, stack.mT, scale, thin, segments=table, **making)
+        add = AddConfig(4, 1, block_m=block, block_n=64)
+        lora_add(o, u, stack, None, add, base=o, segments=segments.blocks(block), **given)
+        grad = RankGradConfig(4, 2, block_m=256, block_l=128)
+        rank_grad(stack, u, p, scale, grad, segments=segments.items(), **given)
+    assert [launch.kernel for launch in launches if launch.kernel != "_dropout_mask"] == [
+        "_shrink", "_shrink", "_lora_add", "_rank_grad",
+    ]  # fmt: skip
+    for buffer in buffers:
         assert_guards(buffer)
 
 
