@@ -181,6 +181,8 @@ def _shrink(
         own_ptrs = part_ptrs + split.to(tl.int64) * stride_ps
         tl.store(own_ptrs + offs_m.to(tl.int64)[:, None] * stride_pr, acc, mask=rows & cols)
         if is_last(tickets_ptr + tl.program_id(0), tl.num_programs(1)):
+            if SEGMENTS:  # loaded again: kept until here, 16 rows spill on sm_90
+                _, first_m, M = segment_rows(entry_ptr)
             for row in range(0, BLOCK_M, SUM_ROWS):
                 offs = first_m + row + tl.arange(0, SUM_ROWS)
                 within = (offs[:, None] < M) & cols

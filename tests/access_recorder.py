@@ -2,8 +2,8 @@
 
 ``with record() as launches: launcher(...)`` checks each launch when it ends. Every unmasked lane
 must read and write an element of a tensor argument, not merely an address inside its span. Every
-element of a written tensor must be written exactly once, or at most once if ``partly`` has its name.
-Tensors from :func:`guarded` lie between guard bands that no kernel may write.
+element of a written tensor must be written exactly once, or at most once if it is named in
+``partly``. Tensors from :func:`guarded` lie between guard bands that no kernel may write.
 """
 
 from __future__ import annotations

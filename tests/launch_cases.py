@@ -40,6 +40,7 @@ from fused_lora.kernels.gated import gated, gated_backward
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
+from fused_lora.kernels.segments import Segments
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
 from fused_lora.kernels.thin_pair import thin_pair
@@ -228,6 +229,29 @@ def members(n=2, M=304, K=256, R=16):
     return all_three
 
 
+def segments(n=3, M=304, K=256, R=16):
+    """Launches for rows sorted into ``n`` segments, each with its own adapter and scale."""
+    x, u, dx, keep_bits = view(M, K), view(M, R), view(M, K), view(M, K // 32, torch.int32)
+    A, dA = (view(n * R, K).view(n, R, K) for _ in range(2))
+    shrink_config = the(ShrinkConfig, 4, 2, block_m=16, block_l=128)
+    grad_config, add_config = (
+        the(RankGradConfig, 4, 2, block_m=16, block_l=64),
+        the(AddConfig, 4, 1),
+    )
+    scale, rows, seed = torch.ones(n), torch.arange(M), torch.zeros((), dtype=torch.int64)
+    making = {"scale_u": False, "seed": seed, "keep_count": 32_768, "rows": rows}
+    of = Segments(torch.arange(1, n + 1) * 100, M)
+
+    def all_three():
+        table = of.blocks(16)
+        shrink(u, x, A.mT, scale, shrink_config, keep_bits=keep_bits, **making, segments=table)
+        rank_grad(dA, u, x, None, grad_config, keep_bits=keep_bits, segments=of.items())
+        table = of.blocks(add_config.block_m)
+        lora_add(dx, u, A, scale, add_config, base=dx, keep_bits=keep_bits, segments=table)
+
+    return all_three
+
+
 def activation(name="silu", R=16, in_place=True):
     """A launch in each direction of a gated MLP's activation."""
     gate, up, dh, h, *others = (view(304, 256) for _ in range(6))
@@ -295,6 +319,9 @@ def cases(arch: str, folder: str) -> dict[str, object]:
         "two members": members(),
         "three members": members(3),
         "members of rank 8": members(R=8),
+        "segments": segments(),
+        "segments of rank 8": segments(R=8),
+        "one segment": segments(1, M=100),
         "activation": activation(),
         "another activation": activation("gelu_tanh"),
         "activation without an adapter": activation(R=0),

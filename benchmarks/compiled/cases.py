@@ -14,6 +14,7 @@ from fused_lora.kernels.gated import ACTIVATIONS, gated, gated_backward
 from fused_lora.kernels.lora_add import lora_add
 from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
+from fused_lora.kernels.segments import Segments
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.single_pass import single_pass
 from fused_lora.kernels.thin_pair import thin_pair
@@ -27,12 +28,14 @@ ADAPTER_DTYPES = {"bf16": torch.float32, "fp16": torch.float16, "fp32": torch.fl
 # (M, K, N): whole blocks; rows aligned to 16 bytes that end within a block; neither.
 SIZES = {"even": (512, 1024, 1024), "vector": (512, 1032, 1048), "narrow": (512, 1003, 1001)}
 MEMBERS = 3  # projections that share their input: " of 3" in the name of a product
+SEGMENTS = 8  # that rows are sorted into: " of segments"; enough rows for partial sums of rank_grad
+SEGMENTED_ROWS = 4096
 PRODUCTS = {
     "lora_gemm": ("y", "dx"),
-    "lora_add": ("y", "dx", "dx of 3"),
+    "lora_add": ("y", "dx", "dx of 3", "dx of segments"),
     "single_pass": ("y", "dx"),
-    "shrink": ("S", "G", "S of 3"),
-    "rank_grad": ("dA", "dB", "dA of 3"),
+    "shrink": ("S", "G", "S of 3", "S of segments"),
+    "rank_grad": ("dA", "dB", "dA of 3", "dA of segments"),
     "thin_pair": ("G, dB",),
     "sum_pair": ("G, dB",),
     "gated": ACTIVATIONS,
@@ -47,7 +50,13 @@ MASKED = {("lora_gemm", "dx"), ("lora_add", "dx"), ("single_pass", "dx")} | {
 }
 # For several members, which have a launch together only if each has a mask.
 OF_MEMBERS = {("lora_add", "dx of 3"), ("shrink", "S of 3"), ("rank_grad", "dA of 3")}
-MASKED |= OF_MEMBERS
+# The code without masks is part of that with masks: compiled with masks only.
+OF_SEGMENTS = {
+    ("lora_add", "dx of segments"),
+    ("shrink", "S of segments"),
+    ("rank_grad", "dA of segments"),
+}
+MASKED |= OF_MEMBERS | OF_SEGMENTS
 # Without a matrix product; their code does not depend on a rank.
 RANKLESS = {("gated", activation) for activation in ACTIVATIONS} | {
     ("gated_backward", "silu alone")
@@ -106,6 +115,11 @@ class Case:
             case "lora_add", "dx of 3":
                 A, u, mask = _of_members(x, R, A.dtype)
                 return lambda: lora_add(x, u, A, None, config, base=x, **mask)
+            case "lora_add", "dx of segments":
+                x, A, u, mask, segments = _of_segments(K, R, dtype, A.dtype)
+                mask["segments"] = segments.blocks(config.block_m)
+                scales = torch.ones(SEGMENTS)
+                return lambda: lora_add(x, u, A, scales, config, base=x, **mask)
             case "single_pass", "y":
                 z = A.to(dtype).t()
                 return lambda: single_pass(dy, u, x, weight.t(), z, B.t(), scale, config, bias=bias)
@@ -122,6 +136,12 @@ class Case:
                 seeds = torch.ones(MEMBERS, dtype=torch.int64)
                 mask |= {"seed": seeds, "keep_count": 58_982, "scale_u": False}
                 return lambda: shrink(u, x, A.t(), scale, config, **mask)
+            case "shrink", "S of segments":
+                x, A, u, mask, segments = _of_segments(K, R, dtype, dtype)
+                mask |= {"seed": torch.tensor(1), "keep_count": 58_982, "scale_u": False}
+                mask["rows"] = torch.arange(SEGMENTED_ROWS)
+                mask["segments"] = segments.blocks(config.block_m)
+                return lambda: shrink(u, x, A.mT, torch.ones(SEGMENTS), config, **mask)
             case "shrink", "G":
                 return lambda: shrink(u, dy, B.to(dtype), scale, config)
             case "rank_grad", "dA":
@@ -129,6 +149,10 @@ class Case:
             case "rank_grad", "dA of 3":
                 A, u, mask = _of_members(x, R, A.dtype)
                 return lambda: rank_grad(A, u, x, None, config, **mask)
+            case "rank_grad", "dA of segments":
+                x, A, u, mask, segments = _of_segments(K, R, dtype, A.dtype)
+                mask["segments"] = segments.items()
+                return lambda: rank_grad(A, u, x, torch.ones(SEGMENTS), config, **mask)
             case "rank_grad", "dB":
                 return lambda: rank_grad(B.t(), u, dy, scale, config)
             case "thin_pair" | "sum_pair", _:
@@ -156,6 +180,17 @@ def _of_members(x: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     words = dropout.empty_keep_bits(M, K, x.device).shape[1]
     mask = {"keep_bits": torch.empty((MEMBERS, M, words), dtype=torch.int32), "inv_keep": 1.25}
     return _empty(MEMBERS * rank, K, dtype), _empty(M, MEMBERS * rank, x.dtype), mask
+
+
+def _of_segments(
+    K: int, rank: int, dtype: torch.dtype, adapter: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, dict, Segments]:
+    """The sorted x, the stack of A, the U and the masks of SEGMENTS segments, and these."""
+    M = SEGMENTED_ROWS
+    x, A = _empty(M, K, dtype), torch.empty((SEGMENTS, rank, K), dtype=adapter)
+    mask = {"keep_bits": dropout.empty_keep_bits(M, K, x.device), "inv_keep": 1.25}
+    segments = Segments(torch.full((SEGMENTS,), M // SEGMENTS).cumsum(0), M)
+    return x, A, _empty(M, rank, dtype), mask, segments
 
 
 def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,17 @@ from fused_lora.kernels import select_config
 from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, THIN_PAIR_MAX_RANK, Config
 
 from . import limits
-from .cases import DTYPES, MASKED, MEMBERS, OF_MEMBERS, PRODUCTS, RANKLESS, SIZES, Case
+from .cases import (
+    DTYPES,
+    MASKED,
+    MEMBERS,
+    OF_MEMBERS,
+    OF_SEGMENTS,
+    PRODUCTS,
+    RANKLESS,
+    SIZES,
+    Case,
+)
 
 ARCHS = tuple(limits.LIMITS)
 RANKS = (8, 16, 32, 64, 128, 256)
@@ -20,13 +30,17 @@ RANKS_OF = {  # for each key of SIZES; where rows are masked, the code hardly de
     "narrow": (16, 64, 256),
 }
 FP16_RANKS = (16, 64)  # a sample: fp16 rarely has a fault where bf16 has none
-SAMPLE_RANKS = {"gelu_tanh": (16,), "relu": (16,)}  # products that need fewer registers than others
+SAMPLE_RANKS = {  # products that need hardly more registers than others
+    "gelu_tanh": (16,),
+    "relu": (16,),
+    **{made: (16, 64) for _, made in OF_SEGMENTS},
+}
 RANKLESS_AT = 16
 SPLIT = ("shrink", "rank_grad")  # kernels whose reduction may be split over programs
 THIN = ("dropout_mask", "sum_pair")  # kernels without a config and without a product
 GATED = ("gated", "gated_backward")  # elementwise: in the slice, one kind of call for all
 
-NOT_ONLY_MASKED = {(k, p) for k, made in PRODUCTS.items() for p in made} - OF_MEMBERS
+NOT_ONLY_MASKED = {(k, p) for k, made in PRODUCTS.items() for p in made} - OF_MEMBERS - OF_SEGMENTS
 
 SLICE_ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 SLICE = (
@@ -90,7 +104,7 @@ def full(
             for masked in dropout:
                 if (kernel, made) in (MASKED if masked else NOT_ONLY_MASKED):
                     yield Case(arch, kernel, made, dtype, rank, rows, masked, config)
-                    if kernel in SPLIT and rows == "even":
+                    if kernel in SPLIT and rows == "even" and made != "dA of segments":
                         split = replace(config, splits=2)
                         yield Case(arch, kernel, made, dtype, rank, rows, masked, split)
 
@@ -104,9 +118,9 @@ def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
             continue
         made = next((p for p in PRODUCTS[kernel] if (kernel, p) in MASKED), PRODUCTS[kernel][0])
         rank = min(rank, SINGLE_PASS_MAX_RANK) if kernel == "single_pass" else rank
-        shared = [p for p in PRODUCTS[kernel] if (kernel, p) in OF_MEMBERS and rows == "even"]
-        for each in (made, *shared):
-            members = MEMBERS if each in shared else 1
+        others = [p for p in PRODUCTS[kernel] if (kernel, p) in OF_MEMBERS | OF_SEGMENTS]
+        for each in (made, *(others if rows == "even" else ())):
+            members = MEMBERS if (kernel, each) in OF_MEMBERS else 1
             for config in shipped(arch, kernel, dtype, rank, rows, members):
                 config = replace(config, splits=2) if kernel in SPLIT else config
                 yield Case(arch, kernel, each, dtype, rank, rows, (kernel, each) in MASKED, config)

@@ -54,6 +54,7 @@ NOT_ON_A_GPU = "two_to_the_31"  # a test whose huge tensor is a sparse file
 TESTS = (
     "test_kernels.py",
     "test_kernels_in_sequence.py",
+    "test_kernels_segments.py",
     "test_kernels_shipped.py",
     "test_layer.py",
     "test_projections.py::test_kernels",
