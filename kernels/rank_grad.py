@@ -111,13 +111,10 @@ def _rank_grad(
     last_m = tl.minimum(first_m + m_per_split, M)
     if SEGMENTS:
         item_ptr = segments_ptr + split * ITEM_ENTRY
-        segment, first_m, M = segment_rows(item_ptr)
+        _, first_m, M = segment_rows(item_ptr)
         last_m = M
-        parts = tl.load(item_ptr + 3)
-        if parts == 0:  # the table may have more entries than there are items
+        if tl.load(item_ptr + 3) == 0:  # the table may have more entries than there are items
             return
-        o_ptr += segment * stride_og
-        scale_ptr += segment
     rows = (first_m + offs_m).to(tl.int64)
     u_ptrs = u_ptr + rows[None, :] * stride_um + offs_r[:, None]
     if not USE_DESC:
@@ -146,7 +143,12 @@ def _rank_grad(
         first_r += rows_before
         offs_r += rows_before
         R += rows_before
+    if SEGMENTS:  # loaded here: kept during the loop, some tiles spill
+        segment = tl.load(item_ptr).to(tl.int64)
+        o_ptr += segment * stride_og
+        scale_ptr += segment
     if SEGMENTS and SPLIT:
+        parts = tl.load(item_ptr + 3)
         if parts == 1:
             inside = (offs_r[:, None] < R) & cols
             _store(
