@@ -55,7 +55,7 @@ SHRINK = [
     ("skewed", 256, 64, BF16, 2, 32, 128, True, True, "made"),
     ("few", 300, 140, FP32, 2, 16, 32, False, True, "made"),  # the mask by its own launch
     ("many", 64, 8, FP32, 1, 16, 64, False, True, None),
-    ("few", 72, 1, FP32, 1, 64, 64, False, False, None),
+    ("few", 72, 1, FP32, 1, 64, 64, False, True, None),
 ]
 
 
@@ -93,7 +93,7 @@ ADD = [
     ("skewed", 96, 64, FP16, FP16, False, True, False, "in place"),
     ("many", 64, 8, FP32, BF16, True, False, True, "in place"),
     ("uneven", 72, 100, FP32, FP32, False, True, True, "beside"),
-    ("few", 40, 1, FP32, FP32, True, False, False, "none"),
+    ("few", 40, 1, FP32, FP32, False, False, False, "none"),
 ]
 
 
