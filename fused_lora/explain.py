@@ -14,8 +14,9 @@ from .layers.base import LoRALayer
 from .layers.shared_input import MIN_ROWS
 from .models.arguments import check_without_peft, described
 from .ops import dropout
-from .ops.dispatch import Decision, decide
-from .ops.validation import check_dropout, check_impl, check_tensors
+from .ops.dispatch import Decision, decide, decide_segmented
+from .ops.segments import Segments
+from .ops.validation import check_dropout, check_impl, check_segmented, check_tensors
 
 
 def explain(
@@ -26,6 +27,7 @@ def explain(
     tokens: int = 1024,
     dropout_p: float | None = None,
     impl: str | None = None,
+    segments: Segments | None = None,
 ) -> Decision:
     """Which implementation and strategy a call would use, and why. Runs nothing.
 
@@ -39,6 +41,8 @@ def explain(
         dropout_p: the call's dropout probability. Default: the layer's (0 in eval mode), or 0 for
             tensors.
         impl: the call's ``impl``. Default: the layer's, or "auto" for tensors.
+        segments: the call's, with tensors: ``weight`` and ``lora_A`` are then as for
+            :func:`fused_lora.fused_lora_linear` with segments.
 
     Raises:
         TypeError: neither a layer nor three tensors, or an argument of the wrong type.
@@ -73,6 +77,8 @@ def explain(
             dropout_p = layer.dropout if layer.training else 0.0
         if layer.use_dora:
             return _explain_dora(layer, weight, tokens, dropout_p, impl)
+    elif segments is not None:
+        return _explain_segments(target, weight, lora_A, dropout_p or 0.0, impl or "auto", segments)
     elif all(isinstance(t, Tensor) for t in (target, weight, lora_A)):
         x = target
         if not weight.dim() == lora_A.dim() == 2:
@@ -101,6 +107,22 @@ def explain(
         shared = f"its x may be shared with {' and '.join(others)}"
         decision = replace(decision, reason=f"{decision.reason}; {shared}")
     return decision
+
+
+def _explain_segments(x, weight, lora_A, dropout_p, impl: str, segments: Segments) -> Decision:
+    if not isinstance(weight, Tensor) or weight.dim() not in (2, 3):
+        raise TypeError(f"expected weight (out, in) or (G, out, in), got {described(weight)}")
+    N = weight.shape[-2]
+    is_stack = isinstance(lora_A, Tensor)
+    halves = [None if A is None else A.new_empty((N, A.shape[0])) for A in lora_A]
+    lora_B = torch.stack(halves) if is_stack else halves
+    args = x, weight.detach(), lora_A, lora_B, None, 1.0, dropout_p, impl, segments
+    _, _, _, dropouts = check_segmented(*args)
+    if impl == "reference":
+        return Decision("reference", None, None, "requested: eager autograd")
+    rows = x.shape[:-1].numel()
+    one_dropout = len(set(dropouts)) == 1
+    return decide_segmented(impl, x.device, x.dtype, (rows, *weight.shape[-2:]), one_dropout)
 
 
 def _explain(impl: str, weight: Tensor, dtype, rows: int, rank: int, dropout_p: float) -> Decision:

@@ -7,9 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_lora import Segments, fused_lora_linear
+from fused_lora import Segments, explain, fused_lora_linear
 from fused_lora.ops import dropout
-from support import relative_rms
+from support import needs_triton, relative_rms
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = [(FP32, None), (FP64, None), (BF16, FP32), (BF16, None), (FP16, FP32), (FP16, None)]
@@ -119,6 +119,42 @@ def test_equals_one_call_per_segment(dtypes, kind):
         assert value.dtype == separate[name].dtype, name
         bound = {FP64: 1e-14, FP32: 1e-6}.get(dtype) or 2 * relative_rms(eager[name], exact[name])
         assert relative_rms(value, exact[name]) <= bound, name
+
+
+@needs_triton
+@kinds
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", [(FP32, None), (BF16, FP32), (FP16, None)], ids=str)
+def test_kernels(dtypes, p, kind):
+    """With dropout: the masks of PyTorch's path."""
+    dtype, adapter = dtypes
+    call = draw(dtype, adapter, weights=kind[0], adapters=kind[1]) | {"dropout_p": p}
+    got, torchs = results(together, call, impl="triton"), results(together, call, impl="torch")
+    eager = results(together, call, impl="reference")
+    exact = results(together, in_float64(call), impl="reference")
+    for name, value in got.items():
+        if torchs[name] is None:
+            assert value is None, name
+            continue
+        assert value.dtype == torchs[name].dtype, name
+        assert value.shape == torchs[name].shape, name
+        bound = 1e-6 if dtype == FP32 else 2 * relative_rms(eager[name], exact[name])
+        assert relative_rms(value, exact[name]) <= bound, name
+
+
+@needs_triton
+@kinds
+def test_kernels_keep_nan_in_its_segment(kind):
+    call = draw(FP32, weights=kind[0], adapters="stack")
+    before = results(together, call, impl="triton")
+    with torch.no_grad():
+        call["x"][10:35] = float("nan")
+        call["lora_A"][2] = float("nan")
+    after = results(together, call, impl="triton")
+    rows = [*range(10), *range(35, sum(SIZES) + REST)]
+    others = [g for g in range(len(SIZES)) if g != 2]
+    for name, keep in {"y": rows, "d x": rows, "d lora_A": others, "d lora_B": others}.items():
+        assert torch.equal(after[name][keep], before[name][keep]), name
 
 
 @kinds
@@ -414,11 +450,31 @@ def test_a_scale_may_change_before_backward():
     torch.testing.assert_close(dA, expected)
 
 
+def test_explain():
+    call = draw(adapters="stack", weights="stack")
+    args = call["x"], call["weight"], call["lora_A"]
+    decision = explain(*args, segments=segments())
+    assert (decision.impl, decision.reason) == ("torch", "the tensors are on a cpu device")
+    assert explain(*args, segments=segments(), impl="reference").impl == "reference"
+    with pytest.raises(ValueError, match=f"expected lora_A of {len(SIZES)} segments, got 2"):
+        explain(call["x"], call["weight"], list(call["lora_A"][:2]), segments=segments())
+
+
+@needs_triton
+def test_explain_kernels():
+    call = draw(adapters="list")
+    args = call["x"], call["weight"], call["lora_A"]
+    decision = explain(*args, segments=segments(), impl="triton")
+    assert (decision.impl, decision.forward, decision.backward) == ("triton", "addmm", "addmm")
+
+
 def wrong():
     G = len(SIZES)
     good = draw()
     yield {"segments": [3, 4]}, "expected segments to be Segments, got list"
-    yield {"impl": "triton"}, "the kernels do not compute segments"
+    yield {"impl": "triton:split"}, "expected triton:addmm for segments"
+    yield {"impl": "triton:addmm", "dropout_p": [0.1, 0.2] * 3}, "cannot run here"
+    yield {"impl": "tritn"}, "expected impl to be one of"
     yield {"lora_A": good["lora_A"][:2]}, f"expected lora_A of {G} segments, got 2"
     yield {"lora_A": torch.randn(8, K)}, "expected lora_A of three dimensions"
     yield {"lora_A": 3}, "expected lora_A to be a Tensor or a sequence of them, got int"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.config import is_aligned
 from ..strategy import cost, devices, tuning_cache
-from . import cpu_gemm, torch_impl
+from . import cpu_gemm, dropout, torch_impl
 from .triton_impl import TritonRunner, described, forget_failures
 
 # The oldest version that passes every test; torch 2.11 includes it.
@@ -85,6 +85,36 @@ def choose_backward(
     if weight is None:
         impl = impl.partition(":")[0]
     return _runner(impl, dy.device, dy.dtype, M, N, K, R, dropped, True)
+
+
+def choose_segmented(
+    x: Tensor, impl: str, N: int, R: int, keep_counts: Collection[int]
+) -> TritonRunner | None:
+    """What runs the kernels over segments of ``x (M,K)``; None: PyTorch's operators compute it."""
+    one_dropout = len(set(keep_counts) - {dropout.KEEP_ALL}) < 2
+    decision = decide_segmented(impl, x.device, x.dtype, (*x.shape, N), one_dropout)
+    if decision.impl == "torch":
+        return None
+    key = ("segments", x.device, x.dtype, N, x.shape[1], R)
+    return TritonRunner(decision, x.device, key if impl == "auto" else None)
+
+
+@lru_cache(maxsize=4096)
+def decide_segmented(impl, device, dtype, sizes: tuple[int, ...], one_dropout: bool) -> Decision:
+    if impl == "torch":
+        return Decision("torch", None, None, f"requested{_widened(device, dtype)}")
+    problem = _not_worth_it(device) if impl == "auto" else None
+    problem = problem or triton_problem(device) or _dtype_problem(dtype)
+    if problem is None and not one_dropout:
+        problem = "the kernels drop entries of all segments with one probability, got several"
+    if problem is not None and impl != "auto":
+        raise ValueError(f"impl={impl!r} cannot run here: {problem}")
+    if problem is not None:
+        return Decision("torch", None, None, f"{problem}{_widened(device, dtype)}")
+    if 0 in sizes:
+        return Decision("torch", None, None, "an empty dimension: there is nothing to launch")
+    reason = "segments: their base product is the vendor's, to which the kernels add"
+    return Decision("triton", "addmm", "addmm", reason)
 
 
 def _may_run_triton(x: Tensor, frozen: Tensor) -> bool:
@@ -230,6 +260,7 @@ def clear_decisions() -> None:
     """Forget cached decisions and failures, for example after tuning."""
     _runner.cache_clear()
     decide.cache_clear()
+    decide_segmented.cache_clear()
     triton_problem.cache_clear()
     _warn_once.cache_clear()
     tuning_cache.forget()

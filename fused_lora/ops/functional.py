@@ -70,8 +70,7 @@ def fused_lora_linear(
             ``scaling`` and ``dropout_p`` may be sequences too, ``scaling`` also ``(G,)``. The
             weight may be one for all or ``(G, out, in)``, the bias likewise. Rows of no segment get
             the base output of a common weight, else zeros. A segment's adapter without rows has no
-            gradient in a sequence, zeros in a stack. PyTorch's operators compute it so far:
-            ``impl`` may be "auto", "torch" or "reference".
+            gradient in a sequence, zeros in a stack. The strategy is "triton:addmm".
 
     Returns:
         ``(..., out)`` in x's dtype; under autocast, in autocast's.
@@ -109,7 +108,7 @@ def _segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, segmen
     seed = draw_seed(x.device) if min(counts) < KEEP_ALL else None
     flat = x.reshape(-1, x.shape[-1])
     operands = segmented.SegmentedOperands(
-        flat, weight, lora_A, lora_B, bias, scaling, segments, seed, tuple(counts)
+        flat, weight, lora_A, lora_B, bias, scaling, segments, seed, tuple(counts), impl
     )
     plain = impl == "reference" or is_transformed() or is_traced()
     with without_autocast(x):

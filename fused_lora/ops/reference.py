@@ -110,7 +110,7 @@ def segmented(operands, keep_bits: Tensor | None = None) -> Tensor:
     Args:
         keep_bits: the packed mask; None: computed from the seed, if there is one.
     """
-    x, weight, lora_A, lora_B, bias, scaling, segments, seed, keep_counts = operands
+    x, weight, lora_A, lora_B, bias, scaling, segments, seed, keep_counts, _ = operands
     bounds = segments.bounds
     if keep_bits is None and seed is not None:
         keep_bits = keep_bits_of(seed, segments, *x.shape, keep_counts)

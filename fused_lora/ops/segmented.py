@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, segmented_torch
+from . import dispatch, reference, segmented_torch, segmented_triton
 from .modes import without_autocast
-from .segments import Segments, keep_bits_of
+from .segments import Segments
 from .shared_input import needs_new_tensors
 
 
@@ -33,6 +33,7 @@ class SegmentedOperands(NamedTuple):
         segments: which rows are whose.
         seed: of dropout, or None; one for all segments.
         keep_counts: of each segment.
+        impl: the requested implementation.
     """
 
     x: Tensor
@@ -44,6 +45,7 @@ class SegmentedOperands(NamedTuple):
     segments: Segments
     seed: Tensor | None
     keep_counts: tuple[int, ...]
+    impl: str = "auto"
 
 
 def segmented_linear(operands: SegmentedOperands) -> Tensor:
@@ -60,19 +62,24 @@ def segmented_linear(operands: SegmentedOperands) -> Tensor:
 class _SegmentedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, stacked, x, weight, bias, *adapters):
-        bounds, keep_bits = call.segments.bounds, None
-        if call.seed is not None:
-            keep_bits = keep_bits_of(call.seed, call.segments, *x.shape, call.keep_counts)
-        y, S = segmented_torch.forward(
-            x, weight, segmented_torch.Adapters(*_halves(adapters, stacked)), bias, call.scaling,
-            bounds, keep_bits, call.keep_counts,
-        )  # fmt: skip
+        A, B = _halves(adapters, stacked)
+        runner = _runner(x, weight, A, call)
+        operands = x, weight, A, B, bias, *call[5:9]
+        if runner is None:
+            y, S, keep_bits = segmented_torch.forward(*operands)
+        else:
+            kernels, fallback = segmented_triton.forward, segmented_torch.forward
+            y, S, keep_bits = runner.run(kernels, fallback, *operands)
         need_x, _, need_bias, *need = ctx.needs_input_grad[2:]
         if not (need_x or need_bias or any(need)):
             return y
         # A scale may be written in place before backward.
         scaling = [s.clone() if isinstance(s, Tensor) else s for s in call.scaling]
-        ctx.call = call._replace(scaling=tuple(scaling)), stacked
+        if isinstance(S, list):  # PyTorch's, one for each segment: so is backward
+            runner = None
+        else:
+            S = [S]
+        ctx.call = call._replace(scaling=tuple(scaling)), stacked, runner
         first_B = 1 if stacked else len(adapters) // 2
         need_more, need_B = need_x or any(need[:first_B]), any(need[first_B:])
         ctx.save_for_backward(
@@ -92,48 +99,37 @@ class _SegmentedLinear(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    call, stacked = ctx.call
+    call, stacked, runner = ctx.call
     need_x, _, need_bias, *need = ctx.needs_input_grad[2:]
     x, weight, bias, keep_bits, *saved = ctx.saved_tensors
     adapters, S = saved[: len(need)], saved[len(need) :]
     A, B = _halves(adapters, stacked)
-    G, bounds = len(call.segments), call.segments.bounds
-    dy = dy.contiguous()
+    G, dy = len(call.segments), dy.contiguous()
     need_A, need_B = ([need[0]] * G, [need[1]] * G) if stacked else (need[:G], need[G:])
-    in_place = stacked and not needs_new_tensors()
-    dA, dB = (
-        torch.zeros_like(t) if in_place and any(n) else [None] * G
-        for t, n in ((A, need_A), (B, need_B))
-    )
-    dx = segmented_torch.backward(
-        dy, x if any(need_A) else None, weight if need_x else None,
-        segmented_torch.Adapters(A, B), S, call.scaling, bounds, keep_bits, call.keep_counts,
-        (need_x, need_A, need_B), dA, dB,
+    operands = (
+        dy, x if any(need_A) else None, weight if need_x else None, A, B,
+        S if runner is None else S[0], call.scaling, call.segments, keep_bits, call.keep_counts,
+        (need_x, need_A, need_B),
     )  # fmt: skip
-    db = _bias_gradient(dy, bias, bounds) if need_bias else None
-    if stacked:
-        each = zip((dA, dB), adapters, need, strict=True)
-        dA, dB = (_as_stack(d, t) if n else None for d, t, n in each)
+    if runner is None or needs_new_tensors():
+        dx, dA, dB = segmented_torch.backward(*operands)
+    else:
+        kernels, fallback = segmented_triton.backward, segmented_torch.backward
+        dx, dA, dB = runner.run(kernels, fallback, *operands)
+    db = _bias_gradient(dy, bias, call.segments) if need_bias else None
     return None, None, dx, None, db, *((dA, dB) if stacked else (*dA, *dB))
 
 
-def _as_stack(gradients: Tensor | list[Tensor | None], stack: Tensor) -> Tensor:
-    if isinstance(gradients, Tensor):
-        return gradients
-    zeros = torch.zeros_like(stack[0])
-    return torch.stack([zeros if gradient is None else gradient for gradient in gradients])
-
-
-def _bias_gradient(dy: Tensor, bias: Tensor, bounds) -> Tensor:
+def _bias_gradient(dy: Tensor, bias: Tensor, segments: Segments) -> Tensor:
     wide = torch.promote_types(dy.dtype, torch.float32)
     if bias.dim() == 1:
         return dy.sum(0, dtype=wide).to(bias.dtype)
-    return torch.stack([dy[a:b].sum(0, dtype=wide) for a, b in bounds]).to(bias.dtype)
+    return torch.stack([dy[a:b].sum(0, dtype=wide) for a, b in segments.bounds]).to(bias.dtype)
 
 
 def _differentiable(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients under ``create_graph`` and ``vmap``: the reference's."""
-    call, stacked = ctx.call
+    call, stacked, _ = ctx.call
     x, weight, bias, keep_bits, *saved = ctx.saved_tensors
     if x is None:  # without gradients of x and A the products that are left are derivable
         return _backward(ctx, dy)
@@ -157,6 +153,14 @@ def _differentiable(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
     return tuple(gradients)
+
+
+def _runner(x: Tensor, weight: Tensor, lora_A, call: SegmentedOperands):
+    """What runs the kernels; None: PyTorch's operators."""
+    ranks = [A.shape[0] for A in lora_A if A is not None]
+    if not ranks or (call.impl == "auto" and not x.is_cuda):
+        return None
+    return dispatch.choose_segmented(x, call.impl, weight.shape[-2], max(ranks), call.keep_counts)
 
 
 def _halves(adapters: Sequence, stacked: bool) -> tuple:

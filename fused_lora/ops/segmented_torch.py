@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import dropout
 from .cpu_gemm import is_widened, thin_products, wide_product
-from .segments import Bounds
+from .segments import Bounds, Segments, keep_bits_of
+from .shared_input import needs_new_tensors
 from .torch_impl import add_product, as_dtype, scaled_mm, times
 
 
@@ -55,19 +56,21 @@ class Adapters:
 def forward(
     x: Tensor,
     weight: Tensor,
-    adapters: Adapters,
+    lora_A: Tensor | Sequence[Tensor | None],
+    lora_B: Tensor | Sequence[Tensor | None],
     bias: Tensor | None,
     scaling: Sequence[float | Tensor],
-    bounds: Bounds,
-    keep_bits: Tensor | None,
+    segments: Segments,
+    seed: Tensor | None,
     keep_counts: Sequence[int],
-) -> tuple[Tensor, list[Tensor | None]]:
-    """``y (M, N)`` and each ``S_g``, unscaled; None for a segment without rows or an adapter.
+) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+    """``y (M, N)``; each ``S_g``, unscaled, None without rows or an adapter; and the keep bits.
 
-    Args:
-        x: ``(M, K)``.
-        weight: ``(N, K)`` or ``(G, N, K)``; ``bias`` is ``(N,)`` or ``(G, N)``.
+    See :class:`.segmented.SegmentedOperands`.
     """
+    adapters, bounds, keep_bits = Adapters(lora_A, lora_B), segments.bounds, None
+    if seed is not None:
+        keep_bits = keep_bits_of(seed, segments, *x.shape, keep_counts)
     weight = as_dtype(weight, x.dtype)
     bias = None if bias is None else as_dtype(bias, x.dtype)
     at_once = weight.dim() == 2 and not is_widened(x, weight, 1)
@@ -98,32 +101,38 @@ def forward(
             ys.add_(bias[g])
         if Bt is not None:
             add_product(ys, S[g], Bt, scaling[g])
-    return y, S
+    return y, S, keep_bits
 
 
 def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    adapters: Adapters,
-    S: Sequence[Tensor | None],
+    lora_A: Tensor | Sequence[Tensor | None],
+    lora_B: Tensor | Sequence[Tensor | None],
+    S: Tensor | Sequence[Tensor | None],
     scaling: Sequence[float | Tensor],
-    bounds: Bounds,
+    segments: Segments,
     keep_bits: Tensor | None,
     keep_counts: Sequence[int],
     needs: tuple[bool, Sequence[bool], Sequence[bool]],
-    dA: Tensor | list[Tensor | None],
-    dB: Tensor | list[Tensor | None],
-) -> Tensor | None:
-    """``dx (M, K)``, or None; writes each ``dA_g`` and ``dB_g`` that has rows to ``dA``, ``dB``.
+) -> tuple[Tensor | None, Tensor | list | None, Tensor | list | None]:
+    """``dx (M, K)``, and ``dA`` and ``dB`` as the adapters are given: stacks or lists.
+
+    A segment without rows has zeros in a stack, None in a list.
 
     Args:
         x: ``(M, K)``; None if no ``dA`` is needed.
         weight: as in :func:`forward`; None if ``dx`` is not needed.
+        S: of :func:`forward`, or the kernels' ``(M, R)``.
         needs: whether ``dx`` is needed, and of which segments ``dA`` and ``dB``.
-        dA, dB: stacks, or lists of None.
     """
     need_x, need_A, need_B = needs
+    adapters, bounds = Adapters(lora_A, lora_B), segments.bounds
+    if isinstance(S, Tensor):
+        ranks = [adapters.rank(g) if adapters.has(g) else 0 for g in range(len(bounds))]
+        S = [S[a:b, :rank] for (a, b), rank in zip(bounds, ranks, strict=True)]
+    dA, dB = (_zeros(t, n) for t, n in ((lora_A, need_A), (lora_B, need_B)))
     dx, at_once = None, False
     if need_x:
         weight = as_dtype(weight, dy.dtype)
@@ -157,7 +166,24 @@ def backward(
         if need_A[g] and G is not None:
             dropped = as_dtype(x[a:b], G.dtype) if mask is None else mask.mul_(x[a:b])
             dA[g] = scaled_mm(G.t(), dropped, inv_keep, adapters.dtype(0, g))
-    return dx
+    return dx, _as_given(dA, lora_A, need_A), _as_given(dB, lora_B, need_B)
+
+
+def _zeros(adapters, needs: Sequence[bool]) -> Tensor | list[None]:
+    """Where to write gradients: a stack, unless vmap must not find one."""
+    if isinstance(adapters, Tensor) and any(needs) and not needs_new_tensors():
+        return torch.zeros_like(adapters, memory_format=torch.contiguous_format)
+    return [None] * len(adapters)
+
+
+def _as_given(gradients: Tensor | list, adapters, needs: Sequence[bool]) -> Tensor | list | None:
+    """A stack if the adapters are one, None if it is not needed."""
+    if isinstance(gradients, Tensor) or not isinstance(adapters, Tensor):
+        return gradients
+    if not any(needs):
+        return None
+    zeros = torch.zeros_like(adapters[0])
+    return torch.stack([zeros if gradient is None else gradient for gradient in gradients])
 
 
 def _rest(y: Tensor, bounds: Bounds, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -39,6 +39,7 @@ class Segments:
             raise ValueError("expected offsets of at least one segment, got none")
         self.offsets = offsets.long()
         self._bounds: Bounds | None = None
+        self._made: dict[tuple[Callable, int], object] = {}
         self.rows = rows
         if offsets.is_cpu:
             ends = [last for _, last in self.bounds]
@@ -62,11 +63,30 @@ class Segments:
             self._bounds = list(zip([0, *ends], ends, strict=False))
         return self._bounds
 
+    def owners(self, rows: int) -> Tensor:
+        """int64 ``(rows,)``: the segment of each row, ``G`` for one of none."""
+        return self._once(_owners, rows)
+
+    def table(self, rows: int):
+        """What the kernels read; see :class:`fused_lora.kernels.segments.Segments`."""
+        from ..kernels.segments import Segments as Table
+
+        return self._once(Table, rows)
+
+    def _once(self, make: Callable, rows: int):
+        if (make, rows) not in self._made:
+            self._made[make, rows] = make(self.offsets, rows)
+        return self._made[make, rows]
+
     def __len__(self) -> int:
         return self.offsets.shape[0]
 
     def __repr__(self) -> str:
         return f"Segments({len(self)} on {self.offsets.device})"
+
+
+def _owners(offsets: Tensor, rows: int) -> Tensor:
+    return torch.searchsorted(offsets, torch.arange(rows, device=offsets.device), right=True)
 
 
 def keep_bits_of(

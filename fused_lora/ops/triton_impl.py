@@ -102,10 +102,10 @@ class TritonRunner:
             if operands.seed is not None:  # Triton's failure must not be mistaken for PyTorch's
                 kernel = partial(_make_keep_bits, self.strategies)
                 args = operands.seed, *operands.x.shape, operands.keep_count
-                keep_bits = self._run(kernel, dropout.make_keep_bits, *args)
+                keep_bits = self.run(kernel, dropout.make_keep_bits, *args)
             return torch_impl.forward(operands, keep_bits)
         kernels = partial(run_forward, self.strategies, self.decision.forward)
-        return self._run(kernels, torch_impl.forward, operands)
+        return self.run(kernels, torch_impl.forward, operands)
 
     def rank_dtype(self, x: Tensor, lora_A: Tensor) -> torch.dtype:
         """The dtype in which :meth:`forward` returns ``S`` for ``x (M,K)``."""
@@ -118,7 +118,7 @@ class TritonRunner:
         if self.decision.backward == "torch":
             return torch_impl.backward(operands)
         kernels = partial(run_backward, self.strategies, self.decision.backward)
-        return self._run(kernels, torch_impl.backward, operands)
+        return self.run(kernels, torch_impl.backward, operands)
 
     # The parts of ops/shared_input.py, with the interface of ops/shared_torch.py. Each runs at most
     # one kernel that writes in place, the last: after a failure PyTorch finds its operands intact.
@@ -130,7 +130,7 @@ class TritonRunner:
         present = [i for i, adapter in enumerate(adapters) if adapter is not None]
         some = ([values[i] for i in present] for values in (adapters, seeds, keep_counts))
         kernels = partial(self.shared.shrink_shared, scale=self._scale_tensor(1.0))
-        found = self._run(kernels, shared_torch.shrink, x, *some)
+        found = self.run(kernels, shared_torch.shrink, x, *some)
         S, keep_bits = ([None] * len(adapters) for _ in range(2))
         for i, s, bits in zip(present, *found, strict=True):
             S[i], keep_bits[i] = s, bits
@@ -146,7 +146,7 @@ class TritonRunner:
             operands = ForwardOperands(x, weight, None, lora_B, bias, scale)
             return self.shared.expand(operands, self.decision.forward, S)
 
-        return self._run(kernels, shared_torch.expand, x, weight, bias, S, lora_B, scaling)
+        return self.run(kernels, shared_torch.expand, x, weight, bias, S, lora_B, scaling)
 
     def thin_gradients(self, dy, lora_B, S, scaling, needs=(True, True)):
         """As :func:`.shared_torch.thin_gradients`."""
@@ -154,7 +154,7 @@ class TritonRunner:
         def kernels(dy, lora_B, S, scaling, needs):
             return self.shared.thin_gradients(dy, lora_B, S, self._scale_tensor(scaling), needs)
 
-        return self._run(kernels, shared_torch.thin_gradients, dy, lora_B, S, scaling, needs)
+        return self.run(kernels, shared_torch.thin_gradients, dy, lora_B, S, scaling, needs)
 
     def input_gradients(self, x, dx, adapters, G, keep_bits, inv_keeps, needs):
         """As :func:`.shared_torch.input_gradients`; one launch for adapters of one dropout."""
@@ -167,15 +167,13 @@ class TritonRunner:
             operands = (adapters, G, keep_bits, inv_keeps, needs)
             some = ([values[i] for i in members] for values in operands)
             kernels, fallback = self.shared.input_gradients, shared_torch.input_gradients
-            for i, gradient in zip(
-                members, self._run(kernels, fallback, x, dx, *some), strict=True
-            ):
+            for i, gradient in zip(members, self.run(kernels, fallback, x, dx, *some), strict=True):
                 dA[i] = gradient
         return dA
 
     def gated(self, gate, up, activation):
         """As :func:`.shared_torch.gated`."""
-        return self._run(self.shared.gated, shared_torch.gated, gate, up, activation)
+        return self.run(self.shared.gated, shared_torch.gated, gate, up, activation)
 
     def gated_backward(
         self, dy, gate, up, activation, weight, lora_A, G, keep_bits, inv_keep, need_A,
@@ -189,7 +187,7 @@ class TritonRunner:
                 gate, up, dh, activation, G, lora_A, keep_bits, inv_keep, may_overwrite
             )
 
-        found = self._run(kernels, lambda: None)
+        found = self.run(kernels, lambda: None)
         if found is None:
             return shared_torch.gated_backward(
                 dy, gate, up, activation, weight, lora_A, G, keep_bits, inv_keep, need_A,
@@ -205,7 +203,8 @@ class TritonRunner:
     def _scale_tensor(self, scaling: float | Tensor) -> Tensor:
         return _scale_tensor(scaling, self.device)
 
-    def _run(self, kernels, fallback, *args):
+    def run(self, kernels, fallback, *args):
+        """``kernels(*args)``; under "auto", ``fallback(*args)`` if they fail, and from then on."""
         if self.key in _failed:
             return fallback(*args)
         try:

@@ -193,11 +193,8 @@ def check_segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, s
     if not isinstance(segments, Segments):
         raise TypeError(f"expected segments to be Segments, got {type(segments).__name__}")
     check_impl(impl)
-    if impl.startswith("triton"):
-        raise ValueError(
-            f"impl={impl!r} cannot run here: the kernels do not compute segments; expected 'auto',"
-            " 'torch' or 'reference'"
-        )
+    if impl.startswith("triton:") and impl != "triton:addmm":
+        raise ValueError(f"impl={impl!r} cannot run here: expected triton:addmm for segments")
     G = len(segments)
     halves = [_one_each(name, t, G) for name, t in (("lora_A", lora_A), ("lora_B", lora_B))]
     scales = _of_segments("scaling", scaling, G)

@@ -1,0 +1,148 @@
+"""The layer over rows sorted into segments, by the kernels: the parts of :mod:`.segmented`.
+
+The host reads no size of a segment: the base product is torch's grouped GEMM, and the kernels find
+their rows in a table made on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.config import is_aligned
+from . import dropout
+from .constants import constant
+from .segments import Segments
+from .torch_impl import as_dtype
+
+_grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | Sequence[Tensor | None],
+    lora_B: Tensor | Sequence[Tensor | None],
+    bias: Tensor | None,
+    scaling: Sequence[float | Tensor],
+    segments: Segments,
+    seed: Tensor | None,
+    keep_counts: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``y (M, N)``, ``S (M, R)`` and the keep bits; see :class:`.segmented.SegmentedOperands`.
+
+    Segments with dropout must have the same.
+    """
+    from ..kernels import segments as kernels
+
+    table = segments.table(x.shape[0])
+    y = _base(x, weight, bias, segments)
+    S, keep_bits = kernels.shrink_segments(
+        x, _stacked(lora_A, 0), table,
+        seed=seed, keep_count=min(keep_counts), rows=segments.rows,
+    )  # fmt: skip
+    kernels.add_segments(y, S, _stacked(lora_B, 1), table, _scales(scaling, x.device))
+    return y, S, keep_bits
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | Sequence[Tensor | None],
+    lora_B: Tensor | Sequence[Tensor | None],
+    S: Tensor,
+    scaling: Sequence[float | Tensor],
+    segments: Segments,
+    keep_bits: Tensor | None,
+    keep_counts: Sequence[int],
+    needs: tuple[bool, Sequence[bool], Sequence[bool]],
+) -> tuple[Tensor | None, Tensor | list | None, Tensor | list | None]:
+    """``dx (M, K)``, and ``dA`` and ``dB`` as the adapters are given."""
+    from ..kernels import segments as kernels
+
+    need_x, need_A, need_B = needs[0], any(needs[1]), any(needs[2])
+    table, dx, dA, G, dB = segments.table(dy.shape[0]), None, None, None, None
+    if need_x or need_A or need_B:
+        G, dB = kernels.thin_gradients_segments(
+            dy, _stacked(lora_B, 1), S, table, _scales(scaling, dy.device),
+            (need_x or need_A, need_B),
+        )  # fmt: skip
+    if need_x:
+        dx = _base(dy, weight.mT, None, segments)
+    if need_x or need_A:
+        dA = kernels.input_gradients_segments(
+            x, dx, _stacked(lora_A, 0), G, table, keep_bits,
+            dropout.KEEP_ALL / min(keep_counts), need_A,
+        )  # fmt: skip
+    return dx, _as_given(dA, lora_A, 0, segments), _as_given(dB, lora_B, 1, segments)
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments) -> Tensor:
+    """``x_g W_gᵀ + bias_g``; 0 in rows of no segment, unless the weight is common to all."""
+    weight = as_dtype(weight, x.dtype)
+    bias = None if bias is None else as_dtype(bias, x.dtype)
+    if weight.dim() == 2:
+        y = F.linear(x, weight, bias if bias is None or bias.dim() == 1 else None)
+    elif is_aligned(x.shape[1] * x.element_size(), weight.shape[1] * x.element_size()):
+        y = _grouped_mm(x, weight.mT, offs=segments.offsets.int())
+    else:
+        y = x.new_zeros((x.shape[0], weight.shape[1]))
+        for (a, b), own in zip(segments.bounds, weight, strict=True):
+            torch.mm(x[a:b], own.t(), out=y[a:b])
+    owners = segments.owners(len(x))
+    if bias is not None and bias.dim() == 2:
+        y += F.pad(bias, (0, 0, 0, 1))[owners]  # the last row is that of no segment
+    elif bias is not None and weight.dim() == 3:
+        y += bias
+    return y if weight.dim() == 2 else y.masked_fill_((owners == len(segments)).unsqueeze(1), 0)
+
+
+def _stacked(adapters: Tensor | Sequence[Tensor | None], ranks: int) -> Tensor:
+    """Adapters as a stack, padded with zeros to the largest rank.
+
+    Args:
+        ranks: the dimension of a matrix that is the rank.
+    """
+    if isinstance(adapters, Tensor):
+        return adapters
+    present = [t for t in adapters if t is not None]
+    shape = list(present[0].shape)
+    shape[ranks] = max(t.shape[ranks] for t in present)
+    dtype = present[0].dtype
+    for t in present:
+        dtype = torch.promote_types(dtype, t.dtype)
+    stack = present[0].new_zeros((len(adapters), *shape), dtype=dtype)
+    for one, t in zip(stack, adapters, strict=True):
+        if t is not None:
+            one.narrow(ranks, 0, t.shape[ranks]).copy_(t)
+    return stack
+
+
+def _as_given(gradient: Tensor | None, adapters, ranks: int, segments: Segments):
+    """A stack of gradients, each cut to its adapter's rank and in its dtype."""
+    if gradient is None or isinstance(adapters, Tensor):
+        return gradient
+    found = []
+    for g, (t, (a, b)) in enumerate(zip(adapters, segments.bounds, strict=True)):
+        is_absent = t is None or a == b
+        part = None if is_absent else gradient[g].narrow(ranks, 0, t.shape[ranks])
+        found.append(None if part is None else as_dtype(part, t.dtype))
+    return found
+
+
+def _scales(scaling: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """The scales ``(G,)`` in float32."""
+    if any(isinstance(s, Tensor) for s in scaling):
+        each = [s if isinstance(s, Tensor) else torch.full((), s, device=device) for s in scaling]
+        return torch.stack([s.float() for s in each])
+    return constant(_filled, tuple(scaling), device)
+
+
+def _filled(scaling: tuple[float, ...], device: torch.device) -> Tensor:
+    if len(set(scaling)) == 1:  # filled on the device: CUDA graphs cannot capture a copy
+        return torch.full((len(scaling),), scaling[0], dtype=torch.float32, device=device)
+    return torch.tensor(scaling, dtype=torch.float32, device=device)
