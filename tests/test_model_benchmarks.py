@@ -13,8 +13,10 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+import adapter_batch
 import adapter_latency
 import model_step
+import shared_input
 from harness.timing import Quartiles
 from layer import memory
 from layer.problem import WrongResultError
@@ -209,6 +211,31 @@ def test_adapter_latency_checks_its_models(wrong, message):
     models |= dict.fromkeys(wrong, models[adapter_latency.PLAIN])
     with pytest.raises(WrongResultError, match=message):
         adapter_latency.check(models, x)
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [(adapter_batch, ()), (shared_input, ("--modules", "qkv"))],
+    ids=["adapter_batch", "shared_input"],
+)
+def test_calls_together(script, options, tmp_path, capsys):
+    chosen = ["--quick", "--seconds", "0.1", "--dtypes", "float32", "--out", str(tmp_path)]
+    assert script.main([*chosen, *options]) == 0
+    out = capsys.readouterr().out
+    assert "limits are met" in out
+    (text,) = tmp_path.glob("*.txt")
+    (data,) = tmp_path.glob("*.json")
+    assert text.read_text() in out
+    assert json.loads(data.read_text())["rows"]
+
+
+@pytest.mark.parametrize("script", [adapter_batch, shared_input])
+def test_calls_that_disagree_are_not_timed(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "TOLERANCE", {"float32": -1.0, "bfloat16": -1.0})
+    options = ["--quick", "--dtypes", "float32", "--out", str(tmp_path)]
+    assert script.main(options) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_depth_is_that_many_layers():
