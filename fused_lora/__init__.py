@@ -14,6 +14,12 @@ from .explain import explain
 from .layers.conv import LoRAConv2d
 from .layers.embedding import LoRAEmbedding
 from .layers.linear import FusedLoRAConv1D, FusedLoRALinear
+from .many_adapters import (
+    adapter_losses,
+    adapter_parameters,
+    adapter_segments,
+    clip_adapter_grad_norm_,
+)
 from .models.adapt import apply_lora
 from .models.check import check_adapters
 from .models.fusion import FusionReport, fuse_projections, unfuse_projections
@@ -55,12 +61,16 @@ __all__ = [
     "PatchReport",
     "Projection",
     "Segments",
+    "adapter_losses",
     "adapter_names",
+    "adapter_parameters",
+    "adapter_segments",
     "add_adapter",
     "add_weighted_adapter",
     "apply_lora",
     "assert_only_lora_gradients",
     "check_adapters",
+    "clip_adapter_grad_norm_",
     "delete_adapter",
     "disable_lora",
     "explain",

@@ -18,21 +18,21 @@ from ..ops.modes import is_dynamo_compiling
 from ..ops.validation import check_dtype, check_impl, multiplies_itself
 from . import dora, initialization
 from .config import Adapter, AdapterConfig
+from .inactive import InactiveAdapters
 from .offload import has_values, with_values
 from .replacing import class_name
-from .scale import ScaledLayer
+from .segment_route import SegmentRoute
 from .shared_input import SharedInput
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
-class AdapterLayer(ScaledLayer):
+class AdapterLayer(InactiveAdapters):
     """The adapters' part of :class:`.base.LoRALayer`, which documents the attributes."""
 
     inits: ClassVar[tuple[str, ...]] = ("default", "gaussian")
     has_dora: ClassVar[bool] = False
     runs_base: ClassVar[bool] = False  # the plain layer computes its own product
-    no_kernel: ClassVar[str | None] = None  # the reason if no kernel computes this layer
 
     @classmethod
     def plain_class(cls) -> type[nn.Module]:
@@ -104,6 +104,7 @@ class AdapterLayer(ScaledLayer):
         self.merged = False
         self.has_run = self.was_traced = False
         self.shared_input: SharedInput | None = None
+        self.segment_route: SegmentRoute | None = None
         self.adapter_name = "default"
         self.inactive_adapters: dict[str, Adapter] = {}
         # For PiSSA. Not set as an attribute: nn.Module would register it as a Parameter.
@@ -120,6 +121,13 @@ class AdapterLayer(ScaledLayer):
     def _configure(self, config: AdapterConfig) -> None:
         for name, value in vars(config).items():
             setattr(self, name, value)
+
+    def exchange_adapter(self, adapter: Adapter) -> None:
+        """Make an adapter active by its own Parameters, in the place of the active one's."""
+        for name in ADAPTER_NAMES:
+            setattr(self, name, adapter.tensors.get(name))
+        self._configure(adapter.config)
+        self.scaling = adapter.scaling
 
     def note_call(self) -> None:
         """Set ``has_run``."""
@@ -367,8 +375,7 @@ class AdapterLayer(ScaledLayer):
             original.data = moved
         if self._base_weight is not None:
             self._base_weight = fn(self._base_weight)
-        for adapter in self.inactive_adapters.values():
-            adapter.tensors = {name: fn(tensor) for name, tensor in adapter.tensors.items()}
+        self._move_inactive(fn)
         if was_meta and not self.lora_A.is_meta:
             self._fill_all()
         self._write_scale(scaling)

@@ -21,7 +21,7 @@ _ADDED = {
     *ADAPTER_NAMES,
     *(field.name for field in fields(AdapterConfig)),
     *("impl", "enabled", "merged", "adapter_name", "inactive_adapters"),
-    *("has_run", "was_traced", "shared_input"),
+    *("has_run", "was_traced", "shared_input", "segment_route"),
     *("_scaling_tensor", "_base_weight", "_original_weight", "_adapted"),
 }
 

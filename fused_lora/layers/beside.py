@@ -9,6 +9,7 @@ accelerate does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import ClassVar
 
@@ -178,10 +179,30 @@ class LoRABeside(LoRALayer):
         x = args[0] if args else next(iter(kwargs.values()))
         if isinstance(x, Proxy):
             return leaf_call(self, *args, **kwargs)
-        base = self._modules[_BASE]
-        y = self._sum(base, x, args, kwargs) if self.enabled else base(*args, **kwargs)
+        base, y = self._modules[_BASE], None
+        if self.segment_route is not None:
+            y = self.segment_route.output(self, x, len(args) + len(kwargs) > 1)
+        if y is None:
+            y = self._sum(base, x, args, kwargs) if self.enabled else base(*args, **kwargs)
         self.note_call()
         return y
+
+    def segment_reason(self, names: Sequence[str]) -> str | None:
+        """Why no segments of rows can have these adapters; None if they can."""
+        base = self._modules[_BASE]
+        if self.impl.startswith("triton"):
+            return f"impl={self.impl!r}, which has no segments: 'auto' and 'torch' have"
+        if "forward" in vars(self) or has_own_hook(base):
+            return "a hook of accelerate"
+        return super().segment_reason(names)
+
+    def plain_base(self) -> None:
+        """None: the base computes its own product."""
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """The base layer's output."""
+        base = self._modules[_BASE]
+        return self._checked(base, x, base(x), shape_of(base)[0])
 
     def _sum(self, base: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         lora_A, lora_B = self._parameters.get("lora_A"), self._parameters.get("lora_B")
@@ -189,16 +210,7 @@ class LoRABeside(LoRALayer):
             lora_A, lora_B = self.lora_A, self.lora_B
         if lora_A.is_meta and not x.is_meta:
             self.check_values()
-        y = base(*args, **kwargs)
-        if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], lora_B.shape[0]):
-            expected = (*x.shape[:-1], lora_B.shape[0])
-            is_tensor = isinstance(y, Tensor)
-            got = f"shape {tuple(y.shape)}" if is_tensor else f"a {type(y).__name__}"
-            raise (ValueError if is_tensor else TypeError)(
-                f"expected a Tensor of shape {expected} from the {type(base).__name__} beside an"
-                f" adapter, got {got}: leave the layer out with exclude_modules"
-            )
-        check_passes_gradient(x, y, type(base).__name__)
+        y = self._checked(base, x, base(*args, **kwargs), lora_B.shape[0])
         device = lora_A.device
         added = fused_lora_add(
             # Offloading hooks move x to the base's device and y back.
@@ -212,6 +224,19 @@ class LoRABeside(LoRALayer):
             impl=self.impl,
         )
         return added if y.device == device else added.to(y.device)
+
+    @staticmethod
+    def _checked(base: nn.Module, x: Tensor, y: Tensor, out_features: int) -> Tensor:
+        expected = (*x.shape[:-1], out_features)
+        if not isinstance(y, Tensor) or y.shape != expected:
+            is_tensor = isinstance(y, Tensor)
+            got = f"shape {tuple(y.shape)}" if is_tensor else f"a {type(y).__name__}"
+            raise (ValueError if is_tensor else TypeError)(
+                f"expected a Tensor of shape {expected} from the {type(base).__name__} beside an"
+                f" adapter, got {got}: leave the layer out with exclude_modules"
+            )
+        check_passes_gradient(x, y, type(base).__name__)
+        return y
 
     def __getattr__(self, name: str):
         """Attributes of the base layer: other code reads ``layer.weight`` and ``in_features``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -46,6 +47,10 @@ class _LinearForward(LoRALayer):
             self.note_traced_call()
         elif not self.has_run:
             self.has_run = True
+        if self.segment_route is not None:
+            y = self.segment_route.output(self, input)
+            if y is not None:
+                return y
         if self.merged or not self.enabled:
             return self._plain_forward(input)
         if self.use_dora:
@@ -85,6 +90,8 @@ class _LinearForward(LoRALayer):
         """The layer's operands as they are now, or why no other layer can compute with them."""
         if self.merged or not self.enabled:
             return "merged" if self.merged else "disabled"
+        if self.segment_route is not None and self.segment_route.is_open(self):
+            return "adapter_segments"
         if self.use_dora:
             return "DoRA"
         cls, p = type(self), self.dropout
@@ -104,6 +111,29 @@ class _LinearForward(LoRALayer):
             current_scale(self, False),
             p if self.training else 0.0,
         )
+
+    def segment_reason(self, names: Sequence[str]) -> str | None:
+        """Why no segments of rows can have these adapters; None if they can."""
+        if reason := super().segment_reason(names):
+            return reason
+        if type(self).forward not in _FORWARDS:
+            return "a forward of its own"
+        weight = self._parameters.get("weight")
+        if weight is None or "bias" not in self._parameters:
+            return "a computed weight"
+        if multiplies_itself(weight):
+            return f"a weight of class {type(weight).__name__}: quantise before apply_lora"
+        if self.impl.startswith("triton"):
+            return f"impl={self.impl!r}, which has no segments: 'auto' and 'torch' have"
+        return "a replaced forward (such as accelerate's)" if "forward" in vars(self) else None
+
+    def plain_base(self) -> tuple[Tensor, Tensor | None]:
+        """The weight as ``(out, in)``, and the bias."""
+        return self.to_matrix(self._parameters["weight"]), self._parameters["bias"]
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """The output without an adapter."""
+        return self._plain_forward(x)
 
     def _product(self, x, weight, lora_A, lora_B, bias, dropout_p: float) -> Tensor:
         """``x Wᵀ + bias + s·D(x) Aᵀ Bᵀ``, differentiable also in a weight that is computed."""

@@ -118,7 +118,8 @@ def set_adapter(model: nn.Module, name: str) -> list[str]:
 
     Where shapes match, values are written into the same Parameters, so optimizers that hold them
     stay valid (but keep the moments of the previous adapter). Other layers get new Parameters, and
-    a warning reports it.
+    a warning reports it. After :func:`fused_lora.adapter_parameters` each adapter has Parameters of
+    its own, which change places instead.
 
     Returns:
         The names of the layers whose Parameters are new.
@@ -136,10 +137,16 @@ def set_adapter(model: nn.Module, name: str) -> list[str]:
         raise ValueError(f"expected one of the adapters {', '.join(known)}, got {name!r}")
     if name == known[0]:
         return []
+    own = any(layer.trains_inactive for layer in layers.values())
+    if own:
+        check_replaceable(model, "switch between adapters with Parameters of their own")
+        for layer in layers.values():
+            layer.train_inactive()
     previous = {}  # of every layer before one changes: an error leaves the model as it was
     for place, layer in layers.items():
         try:
-            previous[place] = layer.stash_adapter()
+            stashed = layer.stash_adapter()  # checks the layer
+            previous[place] = layer.active_adapter() if own else stashed
         except (RuntimeError, ValueError) as error:
             if type(error) not in (RuntimeError, ValueError):
                 raise  # such as out of memory
@@ -151,7 +158,9 @@ def set_adapter(model: nn.Module, name: str) -> list[str]:
     switch_copies(model, known[0], name)
     replaced = []
     for place, layer in layers.items():
-        if not layer.activate_adapter(layer.inactive_adapters[name]):
+        if own:
+            layer.exchange_adapter(layer.inactive_adapters[name])
+        elif not layer.activate_adapter(layer.inactive_adapters[name]):
             replaced.append(place)
         del layer.inactive_adapters[name]
         layer.inactive_adapters[layer.adapter_name] = previous[place]

@@ -55,6 +55,13 @@ class Segments:
         if rows.is_cpu and not torch.equal(rows.sort().values, torch.arange(len(rows))):
             raise ValueError(f"expected rows to be a permutation of 0 to {len(rows) - 1}")
 
+    @classmethod
+    def of_ends(cls, ends: Sequence[int], device: torch.device) -> Segments:
+        """Segments whose ends are known on the host: nothing waits for a GPU."""
+        found = cls(torch.tensor(ends, device=device))
+        found._bounds = list(zip([0, *ends], ends, strict=False))
+        return found
+
     @property
     def bounds(self) -> Bounds:
         """The first row of each segment, and the one after its last; waits for a GPU once."""

@@ -328,7 +328,7 @@ def _into_adapted(
         if name == known[0]:
             layer.activate_adapter(loaded[place])
         else:
-            layer.inactive_adapters[name] = _placed(loaded[place], layer)
+            _overwrite(layer.inactive_adapters, name, _placed(loaded[place], layer))
     for module, state in states.items():
         load_state(module, state, None if name == known[0] else name)
 
@@ -342,6 +342,15 @@ def _placed(adapter: Adapter, layer: LoRALayer) -> Adapter:
     like = layer.adapter_device(), layer.lora_A.dtype
     tensors = {n: t.to(*like) for n, t in adapter.tensors.items()}
     return Adapter(adapter.config, adapter.scaling, tensors)
+
+
+@torch.no_grad()
+def _overwrite(adapters: dict[str, Adapter], name: str, new: Adapter) -> None:
+    """Replace an inactive adapter; the values of its Parameters in place."""
+    for parameter, tensor in adapters[name].tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            new.tensors[parameter] = tensor.copy_(new.tensors[parameter])
+    adapters[name] = new
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

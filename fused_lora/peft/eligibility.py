@@ -49,13 +49,14 @@ class Parts:
         return self.lora_A.dtype == torch.float32 and dtype not in (None, torch.float32)
 
 
-def parts_of(layer: nn.Module, kinds: Container[type]) -> Parts | str:
+def parts_of(layer: nn.Module, kinds: Container[type], name: str | None = None) -> Parts | str:
     """The layer's current tensors, or the reason why it runs PEFT's own forward.
 
     Runs at every call, so it reads ``_modules``: ``nn.Module.__getattr__`` is slower.
 
     Args:
         kinds: the PEFT classes whose forward is replaced.
+        name: one of the layer's adapters; by default the active one.
     """
     if type(layer) not in kinds and type(layer).__module__ != "peft.tuners.lora.torchao":
         return f"a lora.{type(layer).__name__} layer"
@@ -65,10 +66,11 @@ def parts_of(layer: nn.Module, kinds: Container[type]) -> Parts | str:
         return "its adapters are merged"
     modules = layer._modules
     all_A = modules["lora_A"]._modules
-    names = [name for name in layer.active_adapters if name in all_A]
-    if len(names) != 1:
-        return f"{len(names)} active adapters" if names else "no active adapter"
-    (name,) = names
+    if name is None:
+        names = [name for name in layer.active_adapters if name in all_A]
+        if len(names) != 1:
+            return f"{len(names)} active adapters" if names else "no active adapter"
+        (name,) = names
     if name in layer.lora_variant:
         variant = type(layer.lora_variant[name]).__name__
         return f"the variant {variant.removesuffix('LinearVariant') or variant}"

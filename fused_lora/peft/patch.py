@@ -32,6 +32,7 @@ from ..layers.base import LoRALayer as FusedLoRALayer
 from ..layers.config import check_flag
 from ..layers.gated_block import GatedBlock, attached, detach
 from ..layers.reading import LayerReader
+from ..layers.segment_route import check_closed
 from ..layers.shared_input import SharedInput
 from ..models.arguments import check_model
 from ..models.fusion import Kind, fuse, unfuse
@@ -52,6 +53,7 @@ _patched: WeakSet[nn.Module] = WeakSet()  # layers of models patched individuall
 _FLAG = "_fused_lora_patch"
 _generation = 0
 _SHARED_INPUT = "_fused_lora_shared_input"
+SEGMENTS = "_fused_lora_segments"  # a layer's way through open blocks of ``adapter_segments``
 
 
 def patch_peft(
@@ -88,7 +90,7 @@ def patch_peft(
             f"expected a model with PEFT's LoRA layers, got a {type(model).__name__} without"
             + (": its layers are fused_lora's own and need no patch" if own else "")
         )
-    for kind in _peft_classes():
+    for kind in peft_classes():
         if kind not in _replaced:
             _replaced[kind] = kind.forward, _forward_instead_of(kind.forward)
             kind.forward = _replaced[kind][1]
@@ -124,7 +126,8 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
         model: a model that was patched individually; by default everything is unpatched.
 
     Raises:
-        RuntimeError: other code has replaced the forward since.
+        RuntimeError: other code has replaced the forward since, or a block of
+            :func:`fused_lora.adapter_segments` is open.
         TypeError: ``model`` is not a module.
         ValueError: a single ``model``, after ``patch_peft()`` has patched every layer.
     """
@@ -133,9 +136,11 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
         check_model(model)
     if model is not None and _everywhere:
         raise ValueError("expected unpatch_peft() after patch_peft(), got a single model")
+    check_closed(SEGMENTS, None if model is None else set(model.modules()), "unpatch_peft")
     for module in list(_patched) if model is None else model.modules():
         vars(module).pop(_FLAG, None)
         vars(module).pop(_SHARED_INPUT, None)
+        vars(module).pop(SEGMENTS, None)
         _patched.discard(module)
     if model is not None:
         unfuse(model, _KIND)
@@ -194,7 +199,7 @@ def _fuse_no_later_models() -> None:
     _inject = None
 
 
-def _peft_classes() -> list[type[nn.Module]]:
+def peft_classes() -> list[type[nn.Module]]:
     """PEFT's linear LoRA layers that add one product to their base layer's output."""
     from peft.tuners import lora
 
@@ -219,6 +224,11 @@ def _layers(model: nn.Module, kind: type):
 
 def _forward_instead_of(original: Callable) -> Callable:
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        segments = self.__dict__.get(SEGMENTS)
+        if segments is not None:
+            y = segments.output(self, x, bool(args or kwargs))
+            if y is not None:
+                return y
         if _is_patched(self) and not args and not kwargs:
             shared = self.__dict__.get(_SHARED_INPUT)
             if shared is not None:
@@ -233,6 +243,17 @@ def _forward_instead_of(original: Callable) -> Callable:
     return forward
 
 
+def is_patched(layer: nn.Module) -> bool:
+    """Whether the layer runs the patch's forward."""
+    forward = type(layer).forward
+    return any(forward is given for _, given in _replaced.values()) and _is_patched(layer)
+
+
+def named_parts(layer: nn.Module, name: str) -> Parts | str:
+    """As :func:`.eligibility.parts_of`, of one of the layer's adapters."""
+    return parts_of(layer, _replaced, name)
+
+
 def _is_patched(layer: nn.Module) -> bool:
     return _everywhere or layer.__dict__.get(_FLAG) == _generation
 
@@ -244,6 +265,9 @@ def _read(layer: nn.Module, x: Tensor | None) -> Projection | str:
         return f"a {cls.__name__} with a forward of its own"
     if not _is_patched(layer):
         return "not patched"
+    segments = layer.__dict__.get(SEGMENTS)
+    if segments is not None and segments.is_open(layer):
+        return "adapter_segments"
     parts = parts_of(layer, _replaced)
     if isinstance(parts, str):
         return parts
