@@ -349,6 +349,22 @@ def test_whole_checkpointed_models(reentrant):
     run(model, ids).sum().backward()  # chains and gated MLPs are repeated as they ran
 
 
+def test_unknown_hooks_need_backward_inside():
+    model, x = net(), samples()
+    offload = torch.autograd.graph.save_on_cpu
+    expected = together(model, x, NAMES)
+
+    def offloaded(model, x):
+        with offload():
+            return model(x)
+
+    assert_equal(together(model, x, NAMES, offloaded), expected, 0.0)
+    with adapter_segments(model, NAMES):
+        loss = offloaded(model, x).sum()
+    with pytest.raises(RuntimeError, match="expected backward inside the with block"):
+        loss.backward()
+
+
 def test_backward_outside_without_checkpoints():
     model, x = net(), samples()
     expected = together(model, x, NAMES)

