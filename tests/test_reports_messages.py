@@ -150,6 +150,10 @@ ON_A_MODEL = {
     "fuse_projections": lambda model, folder: fuse_projections(model),
     "unfuse_projections": lambda model, folder: unfuse_projections(model),
 }
+OF_BOTH = {  # these take PEFT's models too
+    *("patch_peft", "unpatch_peft"),
+    *("adapter_parameters", "adapter_segments", "clip_adapter_grad_norm_"),
+}
 
 
 def test_every_function_on_a_model_is_tested():
@@ -160,7 +164,7 @@ def test_every_function_on_a_model_is_tested():
         if inspect.isfunction(function := getattr(fused_lora, name))
     }
     of_models = {name for name, parameter in first.items() if parameter == "model"}
-    assert of_models | {"explain"} == {*ON_A_MODEL, "patch_peft", "unpatch_peft"}
+    assert of_models | {"explain"} == {*ON_A_MODEL, *OF_BOTH}
 
 
 @pytest.mark.parametrize("make", [peft_wrapped, peft_injected])

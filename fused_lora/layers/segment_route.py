@@ -23,6 +23,7 @@ from torch._C import _current_graph_task_id, _get_obj_in_tls, _is_key_in_tls, _s
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from ..ops.functional import fused_lora_add, fused_lora_linear
+from ..ops.modes import outside_graphs
 from ..ops.segments import Segments
 
 BASE = "__base__"  # PEFT's word for a sample without an adapter; None means the same
@@ -110,7 +111,7 @@ class SegmentRoute:
         self.users = 0  # open blocks, in all threads
         self.repeats = False  # whether a checkpoint may repeat a forward of a closed block
 
-    @torch.compiler.disable  # the sizes of the segments are data
+    @outside_graphs  # the sizes of the segments are data
     def output(self, layer: nn.Module, x: Tensor, more: bool = False) -> Tensor | None:
         """The layer's output in the block that is open; None if there is none.
 

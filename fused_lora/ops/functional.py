@@ -15,6 +15,7 @@ from .modes import (
     is_observed,
     is_traced,
     is_transformed,
+    outside_graphs,
     without_autocast,
 )
 from .operands import Operands, pack
@@ -92,7 +93,7 @@ def fused_lora_linear(
     )
 
 
-@torch.compiler.disable  # the sizes of the segments are data
+@outside_graphs  # the sizes of the segments are data
 def _segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, segments) -> Tensor:
     """:func:`fused_lora_linear` over segments, in every mode."""
     lora_A, lora_B, scaling, dropouts = check_segmented(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 
 import torch
 from torch import Tensor, compiler, jit
@@ -35,6 +37,20 @@ def is_exporting() -> bool:
     the flag instead.
     """
     return compiler._is_exporting_flag or jit.is_tracing()
+
+
+def outside_graphs(function: Callable) -> Callable:
+    """Run a function eagerly within compiled code, which breaks its graph there.
+
+    ``torch.compiler.disable`` does so too, but imports Dynamo and Triton at once.
+    """
+    disabled = torch._disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        return (disabled if is_dynamo_compiling() else function)(*args, **kwargs)
+
+    return call
 
 
 def is_traced() -> bool:
