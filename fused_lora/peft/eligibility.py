@@ -22,6 +22,7 @@ from ..ops import cpu_gemm
 from ..ops.modes import autocasts
 from ..ops.validation import FLOATS
 
+NONE_ACTIVE = "no active adapter"
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -60,6 +61,29 @@ def parts_of(layer: nn.Module, kinds: Container[type], name: str | None = None) 
     """
     if type(layer) not in kinds and type(layer).__module__ != "peft.tuners.lora.torchao":
         return f"a lora.{type(layer).__name__} layer"
+    adapter = adapter_of(layer, name)
+    if isinstance(adapter, str):
+        return adapter
+    name, A, B, p = adapter
+    base = layer._modules["base_layer"]
+    parts = Parts(name, base, A, B, layer.scaling[name], p)
+    parts.beside = _base_reason(base)
+    if parts.beside is None:
+        weight = base._parameters["weight"]
+        if not fits(A.dtype, weight.dtype):
+            return f"adapters in {A.dtype} on a base in {weight.dtype}"
+        parts.weight = weight if type(base) is nn.Linear else weight.t()
+        parts.bias = base._parameters["bias"]
+    return parts
+
+
+def adapter_of(
+    layer: nn.Module, name: str | None = None
+) -> tuple[str, Tensor, Tensor, float] | str:
+    """A layer's active adapter, or a named one: its name, ``lora_A``, ``lora_B`` and dropout; or why it is special.
+
+    Reads ``_modules``, as :func:`parts_of`.
+    """
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
@@ -69,7 +93,7 @@ def parts_of(layer: nn.Module, kinds: Container[type], name: str | None = None) 
     if name is None:
         names = [name for name in layer.active_adapters if name in all_A]
         if len(names) != 1:
-            return f"{len(names)} active adapters" if names else "no active adapter"
+            return f"{len(names)} active adapters" if names else NONE_ACTIVE
         (name,) = names
     if name in layer.lora_variant:
         variant = type(layer.lora_variant[name]).__name__
@@ -85,29 +109,19 @@ def parts_of(layer: nn.Module, kinds: Container[type], name: str | None = None) 
         if "bias" not in module._parameters or module._parameters["bias"] is not None:
             return f"a bias in {role}"
     for role, module in (("lora_dropout", drop), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if reason := _unusual(module):
+        if reason := unusual(module):
             return f"{role}: {reason}"
-    base = modules["base_layer"]
     A, B = lora_A._parameters["weight"], lora_B._parameters["weight"]
     if A.dtype != B.dtype:
         return "lora_A and lora_B in different dtypes"
-    p = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
-    parts = Parts(name, base, A, B, layer.scaling[name], p)
-    parts.beside = _base_reason(base)
-    if parts.beside is None:
-        weight = base._parameters["weight"]
-        if not _fits(A.dtype, weight.dtype):
-            return f"adapters in {A.dtype} on a base in {weight.dtype}"
-        parts.weight = weight if type(base) is nn.Linear else weight.t()
-        parts.bias = base._parameters["bias"]
-    return parts
+    return name, A, B, drop.p if type(drop) is nn.Dropout and drop.training else 0.0
 
 
 def _base_reason(base: nn.Module) -> str | None:
     """Why a base layer runs its own forward; None if that is the plain product."""
     if type(base) is not nn.Linear and not is_conv1d(base):
         return f"a base layer of class {type(base).__name__}"
-    if reason := _unusual(base):
+    if reason := unusual(base):
         return f"base_layer: {reason}"
     if "weight" not in base._parameters or "bias" not in base._parameters:
         return "a computed weight or bias"
@@ -119,12 +133,12 @@ def _base_reason(base: nn.Module) -> str | None:
     return None
 
 
-def _fits(adapter: torch.dtype, compute: torch.dtype) -> bool:
+def fits(adapter: torch.dtype, compute: torch.dtype) -> bool:
     """Whether an adapter can run in ``compute``: its own dtype, or half precision for float32."""
     return adapter == compute or (compute in _HALVES and adapter == torch.float32)
 
 
-def _unusual(module: nn.Module) -> str | None:
+def unusual(module: nn.Module) -> str | None:
     """Why a module of a plain class does not compute just its formula; None if it does."""
     if reason := changed(module):
         return reason
@@ -143,7 +157,6 @@ def _unusual(module: nn.Module) -> str | None:
 def input_reason(layer: nn.Module, x: Tensor, parts: Parts) -> str | None:
     """Why a call with ``x`` runs PEFT's own forward; None if it runs fused."""
     lora_A, lora_B, scaling = parts.lora_A, parts.lora_B, parts.scaling
-    compiling = torch.compiler.is_compiling()  # numbers may then be symbolic
     device = lora_A.device
     if (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_nested:
         return "an input that is not a plain tensor"
@@ -155,7 +168,7 @@ def input_reason(layer: nn.Module, x: Tensor, parts: Parts) -> str | None:
             return "float64 under autocast"
         if x.dtype in _HALVES and x.dtype != torch.get_autocast_dtype(device.type):
             return "an input in a half precision other than autocast's"
-    elif not _fits(lora_A.dtype, x.dtype):
+    elif not fits(lora_A.dtype, x.dtype):
         return "an input in another dtype"
     if x.dtype != lora_A.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return "an input that PEFT must not cast"
@@ -170,15 +183,27 @@ def input_reason(layer: nn.Module, x: Tensor, parts: Parts) -> str | None:
             return "a base of another shape or device"
         if weight.dtype == torch.float64 if autocast else weight.dtype != x.dtype:
             return "an input in another dtype than the base"
+    if reason := scale_reason(scaling, device):
+        return reason
+    if parts.dropout >= 1:
+        return "a dropout of every entry"
+    return None if torch.compiler.is_compiling() else mode_reason()
+
+
+def scale_reason(scaling, device: torch.device) -> str | None:
+    """Why a scale cannot be used; None if it is a finite number or a constant."""
     if isinstance(scaling, Tensor):
         if scaling.dim() or scaling.requires_grad or scaling.device != device:
             return "a scale that is not a constant 0-d tensor on the device"
-    elif not isinstance(scaling, Real) or not (compiling or math.isfinite(scaling)):
-        return "a scale that is not a finite number"
-    if parts.dropout >= 1:
-        return "a dropout of every entry"
-    if compiling:
         return None
+    # While compiling, a number may be symbolic.
+    if isinstance(scaling, Real) and (torch.compiler.is_compiling() or math.isfinite(scaling)):
+        return None
+    return "a scale that is not a finite number"
+
+
+def mode_reason() -> str | None:
+    """Why a transform or a hook on every module lets no layer run fused."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform"
     if torch.autograd.forward_ad._current_level >= 0:

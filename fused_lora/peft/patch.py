@@ -37,8 +37,10 @@ from ..layers.shared_input import SharedInput
 from ..models.arguments import check_model
 from ..models.fusion import Kind, fuse, unfuse
 from ..ops.functional import fused_lora_add, fused_lora_linear
+from ..ops.modes import outside_graphs
 from ..ops.operands import Projection
 from ..ops.validation import FLOATS
+from . import experts
 from .eligibility import Parts, input_reason, parts_of
 from .report import PatchReport
 
@@ -90,10 +92,11 @@ def patch_peft(
             f"expected a model with PEFT's LoRA layers, got a {type(model).__name__} without"
             + (": its layers are fused_lora's own and need no patch" if own else "")
         )
+    wrapper = experts.wrapper_class()
     for kind in peft_classes():
-        if kind not in _replaced:
-            _replaced[kind] = kind.forward, _forward_instead_of(kind.forward)
-            kind.forward = _replaced[kind][1]
+        _replace(kind, _forward_instead_of(kind.forward))
+    if wrapper is not None:
+        _replace(wrapper, _wrapper_forward_instead_of(wrapper.forward))
     if model is None:
         _everywhere = True
         _fuse_later_models(projections, mlp)
@@ -107,13 +110,21 @@ def patch_peft(
         if "forward" in vars(layer)
         else parts_of(layer, _replaced)
         for name, layer in layers.items()
+        if type(layer) is not wrapper
     }
     parts = {name: plain for name, plain in found.items() if isinstance(plain, Parts)}
+    reasons = {name: None if name in parts else reason for name, reason in found.items()}
+    narrowed = [name for name, plain in parts.items() if plain.narrowed]
+    for name, parameter, plain in experts.parameters_of(layers, wrapper):
+        name = f"{name}.{parameter}" if name else parameter
+        reasons[name] = plain if isinstance(plain, str) else None
+        if not isinstance(plain, str) and plain.narrowed(parameter):
+            narrowed.append(name)
     fusion = None if model is None else fuse(model, _KIND, projections=projections, mlp=mlp)
     return PatchReport(
-        layers={name: None if name in parts else reason for name, reason in found.items()},
+        layers=reasons,
         beside={name: plain.beside for name, plain in parts.items() if plain.beside is not None},
-        narrowed=[name for name, plain in parts.items() if plain.narrowed],
+        narrowed=narrowed,
         everywhere=model is None,
         fusion=fusion,
     )
@@ -254,6 +265,26 @@ def named_parts(layer: nn.Module, name: str) -> Parts | str:
     return parts_of(layer, _replaced, name)
 
 
+def _wrapper_forward_instead_of(original: Callable) -> Callable:
+    """The forward of PEFT's adapters on Parameters."""
+
+    @outside_graphs  # the number of an expert's tokens is data
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if _is_patched(self) and len(args) == 2 and not kwargs:
+            parts = experts.parts_of(self)
+            if not isinstance(parts, str) and experts.call_reason(parts, x, *args) is None:
+                return experts.fused(parts, x, *args)
+        return original(self, x, *args, **kwargs)
+
+    return forward
+
+
+def _replace(kind: type[nn.Module], forward: Callable) -> None:
+    if kind not in _replaced:
+        _replaced[kind] = kind.forward, forward
+        kind.forward = forward
+
+
 def _is_patched(layer: nn.Module) -> bool:
     return _everywhere or layer.__dict__.get(_FLAG) == _generation
 
@@ -310,7 +341,11 @@ class _Block(_PeftReader, GatedBlock):
         return new
 
 
-_KIND = Kind(lambda module: type(module) in _replaced, _SHARED_INPUT, _SharedInput, _Block)
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) in _replaced and not hasattr(module, "parameter_name")
+
+
+_KIND = Kind(_is_linear, _SHARED_INPUT, _SharedInput, _Block)
 
 
 def _fused(x: Tensor, parts: Parts) -> Tensor:
