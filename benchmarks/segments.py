@@ -258,7 +258,7 @@ def experts_steps(case: Case, device: str) -> dict[str, Callable[[bool], list[Te
 
 
 def model_steps(case: Case, device: str) -> dict[str, Callable[[bool], list[Tensor]]]:
-    """A training step of each provider, with AdamW."""
+    """A training step of each provider, with AdamW and a new batch."""
     config = transformers.Qwen3MoeConfig(
         vocab_size=1024, hidden_size=case.width, num_hidden_layers=4, head_dim=64,
         num_attention_heads=max(1, case.width // 64), num_key_value_heads=1, use_cache=False,
@@ -278,9 +278,11 @@ def model_steps(case: Case, device: str) -> dict[str, Callable[[bool], list[Tens
             _patch(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
-        ids = torch.randint(1024, (4, case.tokens // 4), device=device)
+        generator = torch.Generator().manual_seed(SEED)
 
         def step(update: bool = True) -> list[Tensor]:
+            # Another batch each time: a vendor's GEMM may be slow at a first number of rows.
+            ids = torch.randint(1024, (4, case.tokens // 4), generator=generator).to(device)
             optimizer.zero_grad()
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()

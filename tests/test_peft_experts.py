@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from models import tokens
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fused_lora import patch_peft, unpatch_peft
 from fused_lora.layers import experts as layer_experts
@@ -229,12 +230,14 @@ def test_every_class_of_experts_is_known():
     assert set(found.values()) == {None}
 
 
+@pytest.mark.parametrize("weights", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_half_precision_is_as_good_as_pefts(implementation, calls):
+def test_half_precision_is_as_good_as_pefts(implementation, weights, calls):
+    """The router's weights may be in float32."""
     exact = results(holder())
     model = holder(implementation=implementation, dtype=BF16)
     x, index, shares = routed()
-    inputs = [t.detach().to(BF16).requires_grad_() for t in (x, shares)]
+    inputs = [t.detach().to(d).requires_grad_() for t, d in ((x, BF16), (shares, weights))]
     inputs = inputs[0], index, inputs[1]
     theirs = results(model, inputs=inputs)
     report = patch_peft(model)
@@ -539,7 +542,8 @@ def test_calls_that_run_pefts_own_forward(calls):
         handle.remove()
     assert len(calls) == 1
     assert model(x[:0], index[:0], shares[:0]).shape == (0, 32)
-    assert len(calls) == 2
+    assert torch.equal(model(x, index.int(), shares), expected)
+    assert len(calls) == 3
 
 
 def test_an_outer_wrapper_without_an_adapter_leaves_the_inner_one_fused(calls):
@@ -740,6 +744,20 @@ def test_checkpoints_repeat_the_mask():
         y = through(lambda x: experts_forward(experts, x, index, shares, adapters, 0.3), x)
         found.append(torch.autograd.grad(y.square().sum(), x)[0])
     assert torch.equal(*found)
+
+
+def test_selective_checkpoints(calls):
+    model = holder()
+    patch_peft(model)
+    expected = results(model)
+    keep = functools.partial(
+        create_selective_checkpoint_contexts,
+        [torch.ops.aten.mm.default, torch.ops.aten.silu.default],
+    )
+    options = {"use_reentrant": False, "context_fn": keep}
+    got = results(model, lambda x, i, w: checkpoint(model, x, i, w, **options))
+    assert_close(got, expected, 1e-12)
+    assert len(calls) == 3
 
 
 @pytest.mark.usefixtures("nothing_compiled")

@@ -68,8 +68,8 @@ def experts_forward(
         ``(T, out)`` in the dtype of ``hidden_states``.
     """
     order = _Order.of(top_k_index)
-    ends = torch.arange(experts.num_experts, device=top_k_index.device)
-    offsets = torch.searchsorted(order.ids, ends, right=True)  # waits for no GPU, unlike bincount
+    each = torch.arange(experts.num_experts, dtype=order.ids.dtype, device=order.ids.device)
+    offsets = torch.searchsorted(order.ids, each, right=True)  # waits for no GPU, unlike bincount
     segments = Segments(offsets, order.permutation if dropout_p else None)
     product = functools.partial(_product, experts, segments, adapters, dropout_p)
     gated = getattr(experts, "has_gate", True)

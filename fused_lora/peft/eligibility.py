@@ -80,7 +80,9 @@ def parts_of(layer: nn.Module, kinds: Container[type], name: str | None = None) 
 def adapter_of(
     layer: nn.Module, name: str | None = None
 ) -> tuple[str, Tensor, Tensor, float] | str:
-    """A layer's active adapter, or a named one: its name, ``lora_A``, ``lora_B`` and dropout; or why it is special.
+    """A layer's active adapter: its name, ``lora_A``, ``lora_B`` and dropout; or why it is special.
+
+    ``name`` selects another adapter.
 
     Reads ``_modules``, as :func:`parts_of`.
     """

@@ -1,11 +1,12 @@
 """Run PEFT's LoRA layers on this library's kernels with one line: ``patch_peft(model)``.
 
-The patch replaces the forward of PEFT's linear LoRA classes. Every call inspects the layer's
-current state and takes one of three paths:
+The patch replaces the forward of PEFT's linear LoRA classes, and of its adapters on Parameters.
+Every call inspects the layer's current state and takes one of four paths:
 
 * plain ``W x + b + s·B A D(x)``: base and adapter run fused;
 * only the base is special (quantised, for example): the base runs its own forward, and the fused
   adapter is added to its output;
+* adapters on a mixture's experts: each expert's base and adapter run fused on its own tokens;
 * anything else: PEFT's own forward runs.
 
 The model's modules, parameters, files and life cycle do not change.

@@ -16,7 +16,7 @@ class PatchReport:
 
     Attributes:
         layers: each layer's name and the reason why it keeps PEFT's forward, or None if it runs
-            fused.
+            fused; for adapters on a Parameter (``target_parameters``), the Parameter's name.
         beside: fused layers whose base runs its own forward, with the fused adapter added to its
             output: name and reason.
         narrowed: fused layers whose float32 adapters are computed in the half precision of their
