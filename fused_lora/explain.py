@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
 
@@ -112,6 +113,8 @@ def explain(
 def _explain_segments(x, weight, lora_A, dropout_p, impl: str, segments: Segments) -> Decision:
     if not isinstance(weight, Tensor) or weight.dim() not in (2, 3):
         raise TypeError(f"expected weight (out, in) or (G, out, in), got {described(weight)}")
+    if not isinstance(lora_A, (Tensor, Sequence)):
+        raise TypeError(f"expected lora_A (G, rank, in) or a sequence, got {described(lora_A)}")
     N = weight.shape[-2]
     is_stack = isinstance(lora_A, Tensor)
     halves = [None if A is None else A.new_empty((N, A.shape[0])) for A in lora_A]
@@ -120,9 +123,12 @@ def _explain_segments(x, weight, lora_A, dropout_p, impl: str, segments: Segment
     _, _, _, dropouts = check_segmented(*args)
     if impl == "reference":
         return Decision("reference", None, None, "requested: eager autograd")
-    rows = x.shape[:-1].numel()
-    one_dropout = len(set(dropouts)) == 1
-    return decide_segmented(impl, x.device, x.dtype, (rows, *weight.shape[-2:]), one_dropout)
+    each = zip(lora_A, dropouts, strict=True)
+    adapted = [(A.shape[0], dropout.keep_count(p)) for A, p in each if A is not None]
+    sizes = x.shape[:-1].numel(), x.shape[-1], N
+    sizes += (max(rank for rank, _ in adapted),) if adapted else ()
+    counts = frozenset(count for _, count in adapted)
+    return decide_segmented(impl, x.device, x.dtype, sizes, counts)
 
 
 def _explain(impl: str, weight: Tensor, dtype, rows: int, rank: int, dropout_p: float) -> Decision:

@@ -157,23 +157,20 @@ def test_kernels_keep_nan_in_its_segment(kind):
         assert torch.equal(after[name][keep], before[name][keep]), name
 
 
-@kinds
-def test_bits_are_those_of_single_calls(kind):
-    """Where the rows and the products are the same: from four rows on."""
-    call = draw(BF16, FP32, weights=kind[0], adapters=kind[1])
+@pytest.mark.parametrize("adapters", ["list", "stack"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_bits_are_those_of_single_calls(dtype, adapters):
+    """Of one weight, from four rows on; experts' thin products are in float32 on a CPU."""
+    call = draw(dtype, FP32, adapters=adapters)
     got, separate = results(together, call), results(one_by_one, call)
-    first = 0
     for g, size in enumerate(SIZES):
-        rows = slice(first, first := first + size)
-        if size < 4 or (kind[1] == "list" and g == 2):
+        if size < 4 or (adapters == "list" and g == 2):
             continue
         names = (f"d lora_A {g}", f"d lora_B {g}")
-        if kind[1] == "stack":
+        if adapters == "stack":
             pairs = [(got[f"d lora_{n}"][g], separate[f"d lora_{n}"][g]) for n in "AB"]
         else:
             pairs = [(got[name], separate[name]) for name in names]
-        if kind[0] == "stack":  # one base product of all rows may sum in another order
-            pairs += [(got[name][rows], separate[name][rows]) for name in ("y", "d x")]
         for value, expected in pairs:
             assert torch.equal(value, expected), g
 
@@ -450,12 +447,106 @@ def test_a_scale_may_change_before_backward():
     torch.testing.assert_close(dA, expected)
 
 
+def test_a_bias_of_all_experts_gets_nothing_from_rows_of_none():
+    call = draw(FP64, weights="stack") | {"bias": torch.randn(N, dtype=FP64, requires_grad=True)}
+    for impl in ("torch", "reference"):
+        y = together(**call, impl=impl)
+        (db,) = torch.autograd.grad(y.sum(), [call["bias"]])
+        torch.testing.assert_close(db, torch.full((N,), float(sum(SIZES)), dtype=FP64))
+
+
+def test_transforms():
+    call = draw(FP64, adapters="stack")
+    y, dA = torch.func.vjp(lambda A: together(**call | {"lora_A": A}), call["lora_A"])
+    expected = together(**call)
+    torch.testing.assert_close(y, expected)
+    found = torch.autograd.grad(expected.sum(), [call["lora_A"]])
+    torch.testing.assert_close(dA(torch.ones_like(y)), found)
+    xs = torch.stack([call["x"].detach(), 2 * call["x"].detach()])
+    ys = torch.func.vmap(lambda x: together(**call | {"x": x}))(xs)
+    for x, y in zip(xs, ys, strict=True):
+        torch.testing.assert_close(y, together(**call | {"x": x}))
+    with pytest.raises(ValueError, match=r"expected no torch\.func transform"):
+        torch.func.grad(lambda x: together(**call | {"x": x}, impl="triton").sum())(call["x"])
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["x", "weight", "both"])
+def test_kernels_read_any_strides(kind):
+    call = draw(FP32, weights="stack", adapters="stack")
+    expected = results(together, call, impl="torch")
+    if kind != "weight":
+        wide = torch.randn(len(call["x"]), K + 1)
+        wide[:, 1:] = call["x"].detach()
+        call["x"] = wide[:, 1:].requires_grad_()
+    if kind != "x":
+        wide = torch.randn(len(SIZES), N, K + 1)
+        wide[..., 1:] = call["weight"]
+        call["weight"] = wide[..., 1:]
+    got = results(together, call, impl="triton")
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-3)
+
+
+@needs_triton
+def test_kernels_have_one_dropout():
+    """That of segments with an adapter; PyTorch's operators compute several."""
+    call = draw(adapters="list")  # segment 2 has no adapter
+    results(together, call | {"dropout_p": [0.3, 0.3, 0.1, 0.3, 0.3, 0.3]}, impl="triton")
+    several = call | {"dropout_p": [0.3, 0.3, 0.3, 0.0, 0.3, 0.3]}
+    with pytest.raises(ValueError, match="with one probability, got several"):
+        together(**several, impl="triton")
+    args = call["x"], call["weight"], call["lora_A"]
+    with pytest.raises(ValueError, match="cannot run here"):
+        explain(*args, segments=segments(), impl="triton", dropout_p=several["dropout_p"])
+
+
+@needs_triton
+def test_a_gradient_of_the_kernels_keeps_no_others():
+    found = results(together, draw(adapters="list"), impl="triton")
+    for name, value in found.items():
+        if value is not None and "lora" in name:
+            assert value.untyped_storage().nbytes() == value.nbytes, name
+
+
+def test_without_in_features_and_on_the_meta_device():
+    A, B, weight = torch.ones(2, 1, 0), torch.ones(2, 3, 1), torch.ones(3, 0)
+    two = Segments(torch.tensor([1, 4]))
+    assert not fused_lora_linear(torch.ones(4, 0), weight, A, B, segments=two).any()
+    meta = [
+        torch.ones(*shape, device="meta") for shape in ((4, 5), (2, 3, 5), (2, 1, 5), (2, 3, 1))
+    ]
+    y = fused_lora_linear(*meta, segments=Segments(torch.tensor([1, 4], device="meta")))
+    assert (y.shape, y.device.type) == ((4, 3), "meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_segments_keep_their_own_offsets(dtype):
+    offsets, rows = torch.tensor([2, 4], dtype=dtype), torch.arange(4)
+    kept = Segments(offsets, rows)
+    offsets.zero_(), rows.zero_()
+    assert kept.offsets.tolist() == [2, 4]
+    assert kept.rows.tolist() == [0, 1, 2, 3]
+    with torch.device("meta"):  # the default device is not that of the tensors
+        Segments(torch.tensor([2], device="cpu"), torch.tensor([1, 0], device="cpu"))
+
+
+def test_a_bias_may_change_before_backward():
+    call = draw(FP64)
+    y = together(**call)
+    with torch.no_grad():
+        call["bias"].mul_(2)
+    torch.autograd.grad(y.sum(), [call["x"], call["bias"]])
+
+
 def test_explain():
     call = draw(adapters="stack", weights="stack")
     args = call["x"], call["weight"], call["lora_A"]
     decision = explain(*args, segments=segments())
     assert (decision.impl, decision.reason) == ("torch", "the tensors are on a cpu device")
     assert explain(*args, segments=segments(), impl="reference").impl == "reference"
+    with pytest.raises(TypeError, match="expected lora_A"):
+        explain(call["x"], call["weight"], None, segments=segments())
     with pytest.raises(ValueError, match=f"expected lora_A of {len(SIZES)} segments, got 2"):
         explain(call["x"], call["weight"], list(call["lora_A"][:2]), segments=segments())
 

@@ -116,10 +116,13 @@ def _emulated() -> frozenset[torch.dtype]:
 EMULATED = _emulated()  # at import, where no compiler or dispatch mode intercepts the check
 
 
-def thin_products(tall: Tensor, rank: int, adapter: torch.dtype) -> tuple[torch.dtype, bool]:
+def thin_products(
+    tall: Tensor, rank: int, adapter: torch.dtype, varies: bool = False
+) -> tuple[torch.dtype, bool]:
     """The dtype of thin products with ``tall``, and whether to compute their transposes instead.
 
-    ``rank`` and ``adapter`` are the adapter's rank and dtype.
+    ``rank`` and ``adapter`` are the adapter's rank and dtype; ``varies`` says that the number of
+    rows is another one in every call. In half precision oneDNN then prepares each product anew.
 
     Both adapt to the GEMMs of CPUs. A half-precision GEMM has 20 µs of overhead, a float32 one 3.
     With few rows the operands are therefore widened, as long as products and casts are small. A
@@ -133,7 +136,7 @@ def thin_products(tall: Tensor, rank: int, adapter: torch.dtype) -> tuple[torch.
     dtype, rows = tall.dtype, tall.shape[0]
     if not tall.is_cpu or type(rows) is not int:  # a graph must be valid for any number of rows
         return dtype, False
-    if dtype in EMULATED:
+    if dtype in EMULATED or (varies and dtype in HALF):
         dtype = torch.float32
     if dtype not in HALF:
         return dtype, rows >= 128 and 1 < rank <= 16

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.config import is_aligned
 from ..strategy import cost, devices, tuning_cache
-from . import cpu_gemm, dropout, torch_impl
+from . import cpu_gemm, torch_impl
 from .triton_impl import TritonRunner, described, forget_failures
 
 # The oldest version that passes every test; torch 2.11 includes it.
@@ -88,24 +88,30 @@ def choose_backward(
 
 
 def choose_segmented(
-    x: Tensor, impl: str, N: int, R: int, keep_counts: Collection[int]
+    x: Tensor, impl: str, N: int, ranks: Collection[int], keep_counts: Collection[int]
 ) -> TritonRunner | None:
-    """What runs the kernels over segments of ``x (M,K)``; None: PyTorch's operators compute it."""
-    one_dropout = len(set(keep_counts) - {dropout.KEEP_ALL}) < 2
-    decision = decide_segmented(impl, x.device, x.dtype, (*x.shape, N), one_dropout)
+    """What runs the kernels over segments of ``x (M,K)``; None: PyTorch's operators compute it.
+
+    ``ranks`` and ``keep_counts`` are those of the segments that have an adapter.
+    """
+    sizes = *x.shape, N, *((max(ranks),) if ranks else ())
+    decision = decide_segmented(impl, x.device, x.dtype, sizes, frozenset(keep_counts))
     if decision.impl == "torch":
         return None
-    key = ("segments", x.device, x.dtype, N, x.shape[1], R)
+    key = ("segments", x.device, x.dtype, *sizes[1:])
     return TritonRunner(decision, x.device, key if impl == "auto" else None)
 
 
 @lru_cache(maxsize=4096)
-def decide_segmented(impl, device, dtype, sizes: tuple[int, ...], one_dropout: bool) -> Decision:
+def decide_segmented(
+    impl, device, dtype, sizes: tuple[int, ...], keep_counts: frozenset[int]
+) -> Decision:
+    """As :func:`decide`, over segments: ``sizes`` are M, K, N and the largest rank, if any."""
     if impl == "torch":
         return Decision("torch", None, None, f"requested{_widened(device, dtype)}")
     problem = _not_worth_it(device) if impl == "auto" else None
     problem = problem or triton_problem(device) or _dtype_problem(dtype)
-    if problem is None and not one_dropout:
+    if problem is None and len(keep_counts) > 1:
         problem = "the kernels drop entries of all segments with one probability, got several"
     if problem is not None and impl != "auto":
         raise ValueError(f"impl={impl!r} cannot run here: {problem}")
@@ -113,6 +119,8 @@ def decide_segmented(impl, device, dtype, sizes: tuple[int, ...], one_dropout: b
         return Decision("torch", None, None, f"{problem}{_widened(device, dtype)}")
     if 0 in sizes:
         return Decision("torch", None, None, "an empty dimension: there is nothing to launch")
+    if len(sizes) == 3:  # without a rank
+        return Decision("torch", None, None, "no segment has an adapter: the base product alone")
     reason = "segments: their base product is the vendor's, to which the kernels add"
     return Decision("triton", "addmm", "addmm", reason)
 

@@ -20,6 +20,7 @@ from .modes import (
 )
 from .operands import Operands, pack
 from .segments import Segments
+from .shared_input import flatten
 from .validation import (
     IMPLEMENTATIONS,
     check_base,
@@ -107,10 +108,13 @@ def _segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, segmen
         KEEP_ALL if A is None else keep_count(p) for A, p in zip(lora_A, dropouts, strict=True)
     ]
     seed = draw_seed(x.device) if min(counts) < KEEP_ALL else None
-    flat = x.reshape(-1, x.shape[-1])
+    if x.is_meta:
+        return x.new_empty((*x.shape[:-1], weight.shape[-2]))
+    flat = flatten(x)
     operands = segmented.SegmentedOperands(
         flat, weight, lora_A, lora_B, bias, scaling, segments, seed, tuple(counts), impl
     )
+    _check_untransformed(impl)
     plain = impl == "reference" or is_transformed() or is_traced()
     with without_autocast(x):
         y = (reference.segmented if plain else segmented.segmented_linear)(operands)
@@ -201,6 +205,19 @@ def _route(operands: Operands, dropout_p: float) -> Tensor:
     return _select(operands, dropout_p)
 
 
+def _check_untransformed(impl: str) -> None:
+    """Refuse the kernels under a transform.
+
+    Raises:
+        ValueError: ``impl`` prescribes them.
+    """
+    if impl.startswith("triton") and is_transformed():
+        raise ValueError(
+            f"impl={impl!r} cannot run here: expected no torch.func transform or forward-mode"
+            " differentiation, which need impl='auto', 'torch' or 'reference'"
+        )
+
+
 def _on_values(operands: Operands, dropout_p: float) -> Tensor:
     """The layer on the values of a jagged ``x``: one row per token, as in a dense tensor."""
     x, base = operands.x, operands.base
@@ -233,12 +250,8 @@ def _select(operands: Operands, dropout_p: float) -> Tensor:
         from ..distributed.dtensor import local_operands  # imports torch.distributed
 
         operands, join = local_operands(operands)
+    _check_untransformed(impl)
     if is_transformed():
-        if impl.startswith("triton"):
-            raise ValueError(
-                f"impl={impl!r} cannot run here: expected no torch.func transform or forward-mode"
-                " differentiation, which need impl='auto', 'torch' or 'reference'"
-            )
         impl = "reference"
     if impl == "reference":
         y = reference.forward(operands)

@@ -79,13 +79,13 @@ class _SegmentedLinear(torch.autograd.Function):
             runner = None
         else:
             S = [S]
-        ctx.call = call._replace(scaling=tuple(scaling)), stacked, runner
+        about_bias = None if bias is None else (bias.shape, bias.dtype, weight.dim())
+        ctx.call = call._replace(scaling=tuple(scaling)), stacked, runner, about_bias
         first_B = 1 if stacked else len(adapters) // 2
         need_more, need_B = need_x or any(need[:first_B]), any(need[first_B:])
         ctx.save_for_backward(
             x if need_more else None,
             weight if need_more else None,
-            bias,
             keep_bits if need_more else None,
             *adapters,
             *(S if need_B else [None] * len(S)),
@@ -99,15 +99,15 @@ class _SegmentedLinear(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    call, stacked, runner = ctx.call
+    call, stacked, runner, about_bias = ctx.call
     need_x, _, need_bias, *need = ctx.needs_input_grad[2:]
-    x, weight, bias, keep_bits, *saved = ctx.saved_tensors
+    x, weight, keep_bits, *saved = ctx.saved_tensors
     adapters, S = saved[: len(need)], saved[len(need) :]
     A, B = _halves(adapters, stacked)
     G, dy = len(call.segments), dy.contiguous()
     need_A, need_B = ([need[0]] * G, [need[1]] * G) if stacked else (need[:G], need[G:])
     operands = (
-        dy, x if any(need_A) else None, weight if need_x else None, A, B,
+        dy, x if any(need_A) else None, weight, A, B,
         S if runner is None else S[0], call.scaling, call.segments, keep_bits, call.keep_counts,
         (need_x, need_A, need_B),
     )  # fmt: skip
@@ -116,23 +116,31 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     else:
         kernels, fallback = segmented_triton.backward, segmented_torch.backward
         dx, dA, dB = runner.run(kernels, fallback, *operands)
-    db = _bias_gradient(dy, bias, call.segments) if need_bias else None
+    db = _bias_gradient(dy, *about_bias, call.segments) if need_bias else None
     return None, None, dx, None, db, *((dA, dB) if stacked else (*dA, *dB))
 
 
-def _bias_gradient(dy: Tensor, bias: Tensor, segments: Segments) -> Tensor:
+def _bias_gradient(dy: Tensor, shape, dtype, weight_dim: int, segments: Segments) -> Tensor:
     wide = torch.promote_types(dy.dtype, torch.float32)
-    if bias.dim() == 1:
-        return dy.sum(0, dtype=wide).to(bias.dtype)
-    return torch.stack([dy[a:b].sum(0, dtype=wide) for a, b in segments.bounds]).to(bias.dtype)
+    if len(shape) == 2:
+        return torch.stack([dy[a:b].sum(0, dtype=wide) for a, b in segments.bounds]).to(dtype)
+    if weight_dim == 3:  # rows of no segment are 0, without a bias
+        is_outside = segments.owners(len(dy)) == len(segments)
+        dy = dy.masked_fill(is_outside.unsqueeze(1), 0)
+    return dy.sum(0, dtype=wide).to(dtype)
 
 
 def _differentiable(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients under ``create_graph`` and ``vmap``: the reference's."""
-    call, stacked, _ = ctx.call
-    x, weight, bias, keep_bits, *saved = ctx.saved_tensors
+    call, stacked, _, about_bias = ctx.call
+    x, weight, keep_bits, *saved = ctx.saved_tensors
     if x is None:  # without gradients of x and A the products that are left are derivable
         return _backward(ctx, dy)
+    shape, dtype, _ = about_bias or (None, None, None)
+    # y is linear in the bias, whose values are not kept: zeros have the same derivatives.
+    bias = None
+    if about_bias is not None:
+        bias = x.new_zeros(shape, dtype=dtype).requires_grad_(ctx.needs_input_grad[4])
     inputs = [None, None, x, weight, bias, *saved[: len(ctx.needs_input_grad) - 5]]
     twice = torch.is_grad_enabled()
     wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
@@ -157,10 +165,12 @@ def _differentiable(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _runner(x: Tensor, weight: Tensor, lora_A, call: SegmentedOperands):
     """What runs the kernels; None: PyTorch's operators."""
-    ranks = [A.shape[0] for A in lora_A if A is not None]
-    if not ranks or (call.impl == "auto" and not x.is_cuda):
+    if call.impl == "auto" and not x.is_cuda:
         return None
-    return dispatch.choose_segmented(x, call.impl, weight.shape[-2], max(ranks), call.keep_counts)
+    adapted = [g for g, A in enumerate(lora_A) if A is not None]
+    ranks = [lora_A[g].shape[0] for g in adapted]
+    counts = [call.keep_counts[g] for g in adapted]
+    return dispatch.choose_segmented(x, call.impl, weight.shape[-2], ranks, counts)
 
 
 def _halves(adapters: Sequence, stacked: bool) -> tuple:

@@ -73,6 +73,7 @@ def forward(
         keep_bits = keep_bits_of(seed, segments, *x.shape, keep_counts)
     weight = as_dtype(weight, x.dtype)
     bias = None if bias is None else as_dtype(bias, x.dtype)
+    varies = weight.dim() == 3  # the rows of an expert
     at_once = weight.dim() == 2 and not is_widened(x, weight, 1)
     if at_once:
         y = F.linear(x, weight, bias if bias is None or bias.dim() == 1 else None)
@@ -85,7 +86,7 @@ def forward(
             continue
         xs, ys, Bt = x[a:b], y[a:b], None
         if adapters.has(g):
-            dtype, turned = thin_products(xs, adapters.rank(g), adapters.dtype(0, g))
+            dtype, turned = thin_products(xs, adapters.rank(g), adapters.dtype(0, g), varies)
             At = adapters.matrix(0, g, dtype).t()
             if keep_counts[g] == dropout.KEEP_ALL:
                 S[g] = times(1.0, as_dtype(xs, dtype), At, turned)
@@ -123,7 +124,7 @@ def backward(
 
     Args:
         x: ``(M, K)``; None if no ``dA`` is needed.
-        weight: as in :func:`forward`; None if ``dx`` is not needed.
+        weight: as in :func:`forward`; None if neither ``dx`` nor a ``dA`` is needed.
         S: of :func:`forward`, or the kernels' ``(M, R)``.
         needs: whether ``dx`` is needed, and of which segments ``dA`` and ``dB``.
     """
@@ -133,7 +134,7 @@ def backward(
         ranks = [adapters.rank(g) if adapters.has(g) else 0 for g in range(len(bounds))]
         S = [S[a:b, :rank] for (a, b), rank in zip(bounds, ranks, strict=True)]
     dA, dB = (_zeros(t, n) for t, n in ((lora_A, need_A), (lora_B, need_B)))
-    dx, at_once = None, False
+    dx, at_once, varies = None, False, weight is not None and weight.dim() == 3
     if need_x:
         weight = as_dtype(weight, dy.dtype)
         at_once = weight.dim() == 2 and not is_widened(dy, weight, 0)
@@ -147,7 +148,7 @@ def backward(
             continue
         ds, G, A, mask, inv_keep = dy[a:b], None, None, None, dropout.KEEP_ALL / keep_counts[g]
         if adapters.has(g) and (need_x or need_A[g] or need_B[g]):
-            dtype, turned = thin_products(ds, adapters.rank(g), adapters.dtype(0, g))
+            dtype, turned = thin_products(ds, adapters.rank(g), adapters.dtype(0, g), varies)
             wide = as_dtype(ds, dtype)
             if need_B[g]:
                 product = wide.t(), as_dtype(S[g], dtype)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.config import is_aligned
+from ..kernels.config import VECTOR_BYTES
 from . import dropout
 from .constants import constant
 from .segments import Segments
@@ -87,8 +87,9 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments) ->
     bias = None if bias is None else as_dtype(bias, x.dtype)
     if weight.dim() == 2:
         y = F.linear(x, weight, bias if bias is None or bias.dim() == 1 else None)
-    elif is_aligned(x.shape[1] * x.element_size(), weight.shape[1] * x.element_size()):
-        y = _grouped_mm(x, weight.mT, offs=segments.offsets.int())
+    elif _is_groupable(weight) and weight.shape[1] * x.element_size() % VECTOR_BYTES == 0:
+        rows = x if _is_groupable(x) else x.clone(memory_format=torch.contiguous_format)
+        y = _grouped_mm(rows, weight.mT, offs=segments.offsets.int())
     else:
         y = x.new_zeros((x.shape[0], weight.shape[1]))
         for (a, b), own in zip(segments.bounds, weight, strict=True):
@@ -99,6 +100,21 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments) ->
     elif bias is not None and weight.dim() == 3:
         y += bias
     return y if weight.dim() == 2 else y.masked_fill_((owners == len(segments)).unsqueeze(1), 0)
+
+
+def _is_groupable(t: Tensor) -> bool:
+    """Whether torch's grouped GEMM can read a matrix, or a stack of them."""
+    *_, rows, columns = t.shape
+    pitch, inner = t.stride()[-2:]
+    if inner != 1:
+        pitch, inner, columns = inner, pitch, rows
+    strides = [pitch, *t.stride()[:-2]]
+    return (
+        inner == 1
+        and pitch >= columns
+        and t.data_ptr() % VECTOR_BYTES == 0
+        and all(stride * t.element_size() % VECTOR_BYTES == 0 for stride in strides)
+    )
 
 
 def _stacked(adapters: Tensor | Sequence[Tensor | None], ranks: int) -> Tensor:
@@ -130,7 +146,8 @@ def _as_given(gradient: Tensor | None, adapters, ranks: int, segments: Segments)
     for g, (t, (a, b)) in enumerate(zip(adapters, segments.bounds, strict=True)):
         is_absent = t is None or a == b
         part = None if is_absent else gradient[g].narrow(ranks, 0, t.shape[ranks])
-        found.append(None if part is None else as_dtype(part, t.dtype))
+        # A copy: a view would keep the whole stack.
+        found.append(None if part is None else part.to(t.dtype, copy=True))
     return found
 
 

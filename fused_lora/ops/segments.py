@@ -17,7 +17,8 @@ class Segments:
     """Rows sorted into ``G`` segments: segment ``g`` ends before row ``offsets[g]``.
 
     Such as the tokens of each expert of a mixture, or the samples of each adapter of a batch. Make
-    one per batch and share it between layers: reading it from a GPU is done once.
+    one per batch and share it between layers; within a CUDA graph, make it there. Both tensors are
+    copied.
 
     Args:
         offsets: ``(G,)`` int32 or int64, the end of each segment: not negative and not falling, as
@@ -37,10 +38,10 @@ class Segments:
         _check_integers("offsets", offsets, (torch.int32, torch.int64))
         if not offsets.numel():
             raise ValueError("expected offsets of at least one segment, got none")
-        self.offsets = offsets.long()
+        self.offsets = offsets.to(torch.int64, copy=True)
         self._bounds: Bounds | None = None
-        self._made: dict[tuple[Callable, int], object] = {}
-        self.rows = rows
+        self._made: dict[tuple, object] = {}
+        self.rows = None
         if offsets.is_cpu:
             ends = [last for _, last in self.bounds]
             if ends[0] < 0 or any(b < a for a, b in pairwise(ends)):
@@ -52,8 +53,11 @@ class Segments:
             raise ValueError(
                 f"expected rows on offsets' device {offsets.device}, got {rows.device}"
             )
-        if rows.is_cpu and not torch.equal(rows.sort().values, torch.arange(len(rows))):
+        if rows.is_cpu and not torch.equal(
+            rows.sort().values, torch.arange(len(rows), device=rows.device)
+        ):
             raise ValueError(f"expected rows to be a permutation of 0 to {len(rows) - 1}")
+        self.rows = rows.clone()
 
     @classmethod
     def of_ends(cls, ends: Sequence[int], device: torch.device) -> Segments:
@@ -81,9 +85,15 @@ class Segments:
         return self._once(Table, rows)
 
     def _once(self, make: Callable, rows: int):
-        if (make, rows) not in self._made:
-            self._made[make, rows] = make(self.offsets, rows)
-        return self._made[make, rows]
+        stream = None
+        if self.offsets.is_cuda:
+            if torch.cuda.is_current_stream_capturing():  # what a capture makes is its graph's own
+                return make(self.offsets, rows)
+            stream = torch.cuda.current_stream(self.offsets.device).cuda_stream
+        key = make, rows, stream
+        if key not in self._made:
+            self._made[key] = make(self.offsets, rows)
+        return self._made[key]
 
     def __len__(self) -> int:
         return self.offsets.shape[0]

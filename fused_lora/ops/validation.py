@@ -122,14 +122,18 @@ def _check_each(x, weight, lora_A, lora_B, bias) -> None:
     _check_weight(weight, bias)
 
 
-def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"expected weight of shape (out, in), got {_shape(weight)}")
+def _check_frozen(weight: Tensor) -> None:
     if weight.requires_grad:
         raise ValueError(
             "expected a frozen weight, got one that requires grad: no gradient is computed for it;"
             " call weight.requires_grad_(False), or pass weight.detach()"
         )
+
+
+def _check_weight(weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"expected weight of shape (out, in), got {_shape(weight)}")
+    _check_frozen(weight)
     N = weight.shape[0]
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"expected bias of shape ({N},), got {_shape(bias)}")
@@ -211,16 +215,16 @@ def check_segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, s
     N = weight.shape[-2]
     if bias is not None and bias.shape not in ((N,), (G, N)):
         raise ValueError(f"expected bias of shape ({N},) or ({G}, {N}), got {_shape(bias)}")
-    one = weight[0] if weight.dim() == 3 else weight
+    _check_frozen(weight)
+    one = (weight[0] if weight.dim() == 3 else weight).detach()
     for g, (A, B, s) in enumerate(zip(*halves, scales, strict=True)):
         try:
             check_projection(x, one, A, B, None, s)
         except (TypeError, ValueError) as error:
             raise type(error)(f"segment {g}: {error}") from error
-    _check_weight(one.detach().requires_grad_(weight.requires_grad), None)
     if not all(map(is_plain, (x, weight, bias, *halves[0], *halves[1]))):
         raise TypeError("expected plain tensors, got a subclass, or a sparse or nested tensor")
-    M = x.numel() // max(1, x.shape[-1])
+    M = x.shape[:-1].numel()
     if segments.offsets.device != x.device:
         raise ValueError(
             f"expected segments on x's device {x.device}, got {segments.offsets.device}"
