@@ -583,6 +583,8 @@ def wrong():
     yield {"dropout_p": 1.0}, "expected dropout in [0, 1), got 1.0"
     yield {"x": torch.randn(3, K)}, "expected offsets up to x's 3 rows, got 56"
     yield {"x": torch.randn(61, K, dtype=BF16)}, "expected x in the weight's dtype"
+    whole = Segments(torch.tensor(SIZES).cumsum(0), whole=True)
+    yield {"segments": whole}, "expected segments of all 61 rows, as whole=True says, got 56"
     rows = torch.arange(60)
     yield {"segments": segments(rows=rows)}, "expected segments of 61 rows, as x has, got 60"
 

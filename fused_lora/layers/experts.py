@@ -70,7 +70,8 @@ def experts_forward(
     order = _Order.of(top_k_index)
     each = torch.arange(experts.num_experts, dtype=order.ids.dtype, device=order.ids.device)
     offsets = torch.searchsorted(order.ids, each, right=True)  # waits for no GPU, unlike bincount
-    segments = Segments(offsets, order.permutation if dropout_p else None)
+    whole = not getattr(experts, "_is_expert_parallel", False)
+    segments = Segments(offsets, order.permutation if dropout_p else None, whole=whole)
     product = functools.partial(_product, experts, segments, adapters, dropout_p)
     gated = getattr(experts, "has_gate", True)
     h = product(_SortTokens.apply(hidden_states, order), "gate_up_proj" if gated else "up_proj")

@@ -94,12 +94,13 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments) ->
         y = x.new_zeros((x.shape[0], weight.shape[1]))
         for (a, b), own in zip(segments.bounds, weight, strict=True):
             torch.mm(x[a:b], own.t(), out=y[a:b])
-    owners = segments.owners(len(x))
     if bias is not None and bias.dim() == 2:
-        y += F.pad(bias, (0, 0, 0, 1))[owners]  # the last row is that of no segment
+        y += F.pad(bias, (0, 0, 0, 1))[segments.owners(len(x))]  # the last row: of no segment
     elif bias is not None and weight.dim() == 3:
         y += bias
-    return y if weight.dim() == 2 else y.masked_fill_((owners == len(segments)).unsqueeze(1), 0)
+    if weight.dim() == 3 and not segments.covers(len(x)):
+        y.masked_fill_((segments.owners(len(x)) == len(segments)).unsqueeze(1), 0)
+    return y
 
 
 def _is_groupable(t: Tensor) -> bool:

@@ -27,6 +27,8 @@ class Segments:
         rows: ``(M,)`` int64, a permutation: the place that each row had before it was sorted.
             Dropout's mask belongs to that place, so it does not depend on the order. Default: the
             rows are in their order.
+        whole: whether every row belongs to a segment, so that on a GPU no pass over the output
+            writes the others' zeros. Not checked there.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -34,11 +36,12 @@ class Segments:
             ``rows`` that are no permutation. A GPU's values are not read here.
     """
 
-    def __init__(self, offsets: Tensor, rows: Tensor | None = None):
+    def __init__(self, offsets: Tensor, rows: Tensor | None = None, *, whole: bool = False):
         _check_integers("offsets", offsets, (torch.int32, torch.int64))
         if not offsets.numel():
             raise ValueError("expected offsets of at least one segment, got none")
         self.offsets = offsets.to(torch.int64, copy=True)
+        self.whole = whole
         self._bounds: Bounds | None = None
         self._made: dict[tuple, object] = {}
         self.rows = None
@@ -73,6 +76,10 @@ class Segments:
             ends = self.offsets.tolist()
             self._bounds = list(zip([0, *ends], ends, strict=False))
         return self._bounds
+
+    def covers(self, rows: int) -> bool:
+        """Whether it is known that each of ``rows`` rows belongs to a segment."""
+        return self.whole or (self._bounds is not None and self._bounds[-1][1] == rows)
 
     def owners(self, rows: int) -> Tensor:
         """int64 ``(rows,)``: the segment of each row, ``G`` for one of none."""

@@ -231,8 +231,10 @@ def check_segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, s
         )
     if segments.rows is not None and len(segments.rows) != M:
         raise ValueError(f"expected segments of {M} rows, as x has, got {len(segments.rows)}")
-    if x.is_cpu and segments.bounds[-1][1] > M:
-        raise ValueError(f"expected offsets up to x's {M} rows, got {segments.bounds[-1][1]}")
+    if x.is_cpu and (last := segments.bounds[-1][1]) > M:
+        raise ValueError(f"expected offsets up to x's {M} rows, got {last}")
+    if x.is_cpu and segments.whole and last < M:
+        raise ValueError(f"expected segments of all {M} rows, as whole=True says, got {last}")
     return *halves, scales, dropouts
 
 
