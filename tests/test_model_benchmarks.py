@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 import adapter_batch
 import adapter_latency
 import model_step
+import segments
 import shared_input
 from harness.timing import Quartiles
 from layer import memory
@@ -215,8 +216,8 @@ def test_adapter_latency_checks_its_models(wrong, message):
 
 @pytest.mark.parametrize(
     ("script", "options"),
-    [(adapter_batch, ()), (shared_input, ("--modules", "qkv"))],
-    ids=["adapter_batch", "shared_input"],
+    [(adapter_batch, ()), (segments, ()), (shared_input, ("--modules", "qkv"))],
+    ids=["adapter_batch", "segments", "shared_input"],
 )
 def test_calls_together(script, options, tmp_path, capsys):
     chosen = ["--quick", "--seconds", "0.1", "--dtypes", "float32", "--out", str(tmp_path)]
@@ -229,7 +230,7 @@ def test_calls_together(script, options, tmp_path, capsys):
     assert json.loads(data.read_text())["rows"]
 
 
-@pytest.mark.parametrize("script", [adapter_batch, shared_input])
+@pytest.mark.parametrize("script", [adapter_batch, segments, shared_input])
 def test_calls_that_disagree_are_not_timed(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "TOLERANCE", {"float32": -1.0, "bfloat16": -1.0})
     options = ["--quick", "--dtypes", "float32", "--out", str(tmp_path)]

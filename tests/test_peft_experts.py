@@ -16,7 +16,7 @@ from models import tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from fused_lora import patch_peft, unpatch_peft
+from fused_lora import adapter_segments, patch_peft, unpatch_peft
 from fused_lora.layers import experts as layer_experts
 from fused_lora.layers.experts import ExpertAdapter, experts_forward
 from fused_lora.peft import experts as peft_experts
@@ -615,6 +615,16 @@ def test_the_life_cycle_stays_pefts(tmp_path, calls):
     merged = model.merge_and_unload()
     assert type(merged.experts) is experts_class("Qwen3Moe")
     assert relative_rms(merged(*inputs), expected) <= 1e-12
+
+
+def test_a_batch_of_many_adapters_is_refused():
+    """Experts have no way through it: they would run the active adapter on every sample."""
+    model = holder()
+    patch_peft(model)
+    inputs = routed()
+    refused = pytest.raises(RuntimeError, match=r"got a lora\.ParamWrapper layer")
+    with refused, adapter_segments(model, ["default"] * T):
+        model(*inputs)
 
 
 def test_optimizers_train_alike(calls):

@@ -47,6 +47,7 @@ from .report import PatchReport
 
 # Patched PEFT classes, each with its original forward and the replacement.
 _replaced: dict[type[nn.Module], tuple[Callable, Callable]] = {}
+_replaced_wrapper: dict[type[nn.Module], tuple[Callable, Callable]] = {}  # of a Parameter's adapter
 _everywhere = False
 # PEFT's method that puts layers into a model, and the replacement, while every layer is patched.
 _inject: tuple[Callable, Callable] | None = None
@@ -95,9 +96,9 @@ def patch_peft(
         )
     wrapper = experts.wrapper_class()
     for kind in peft_classes():
-        _replace(kind, _forward_instead_of(kind.forward))
+        _replace(kind, _forward_instead_of, _replaced)
     if wrapper is not None:
-        _replace(wrapper, _wrapper_forward_instead_of(wrapper.forward))
+        _replace(wrapper, _wrapper_forward_instead_of, _replaced_wrapper)
     if model is None:
         _everywhere = True
         _fuse_later_models(projections, mlp)
@@ -166,15 +167,17 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
         _fuse_no_later_models()
     if not _replaced or len(_patched):
         return
-    for kind, (_, given) in _replaced.items():
+    both = _replaced | _replaced_wrapper
+    for kind, (_, given) in both.items():
         if kind.forward is not given:
             raise RuntimeError(
                 f"expected patch_peft's forward on PEFT's {kind.__name__}, got another: undo first"
                 " the change that replaced it"
             )
-    for kind, (original, _) in _replaced.items():
+    for kind, (original, _) in both.items():
         kind.forward = original
     _replaced.clear()
+    _replaced_wrapper.clear()
     _generation += 1
 
 
@@ -280,10 +283,10 @@ def _wrapper_forward_instead_of(original: Callable) -> Callable:
     return forward
 
 
-def _replace(kind: type[nn.Module], forward: Callable) -> None:
-    if kind not in _replaced:
-        _replaced[kind] = kind.forward, forward
-        kind.forward = forward
+def _replace(kind: type[nn.Module], make: Callable, replaced: dict) -> None:
+    if kind not in replaced:
+        replaced[kind] = kind.forward, make(kind.forward)
+        kind.forward = replaced[kind][1]
 
 
 def _is_patched(layer: nn.Module) -> bool:
@@ -342,11 +345,7 @@ class _Block(_PeftReader, GatedBlock):
         return new
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) in _replaced and not hasattr(module, "parameter_name")
-
-
-_KIND = Kind(_is_linear, _SHARED_INPUT, _SharedInput, _Block)
+_KIND = Kind(lambda module: type(module) in _replaced, _SHARED_INPUT, _SharedInput, _Block)
 
 
 def _fused(x: Tensor, parts: Parts) -> Tensor:
