@@ -21,7 +21,7 @@ from fused_lora.strategy import cost, schedule
 from fused_lora.strategy.devices import KNOWN, Device
 from fused_lora.strategy.traffic import Kernel, Product
 from harness import shapes
-from modelled import decoder, peer_traffic
+from modelled import decoder, experts, peer_traffic
 
 # The widths of the hardware-counter readings published with LoRAFusion.
 SQUARE = {str(width): (width, width) for width in (4096, 5120, 8192)}
@@ -40,6 +40,7 @@ DECODER = {
     "model": ["llama3-8b"],
     "tokens": [4096],
 }
+EXPERTS = LAYERS | {"tokens": [512, 4096, 16_384]}
 OURS = ("split", "seeded", "addmm")
 TRITON = ("lorafusion", "split")  # their frozen products run in Triton, the others' in vendor GEMMs
 TITLE = "{:<24}{:^57}{:^17}{:^64}"
@@ -56,6 +57,9 @@ layers of a decoder layer, apart (one by one, with PyTorch's activation) and tog
 chain; the gated MLP as one block). Passes over the layer's input are traffic beside the frozen
 products; times are in µs, beyond those of the frozen products. A strategy is one of each direction
 apart; together it is forward's, and the products of backward are the vendor's."""
+EXPERTS_NOTE = """Every figure is modelled, none is measured. Compulsory bytes of one forward and
+backward of a layer's experts: those of the frozen products, and those that adapters of rank {} add,
+by PEFT and by the kernels over segments."""
 OVERHEAD_HEAD = (
     f"{'layer':<15}{'M':>6}   {'strategy':<22}{'passes':>8}{'launches':>10}"
     f"{'forward':>10}{'backward':>10}{'both':>8}"
@@ -231,9 +235,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="decoder layers: their projections apart and together",
     )
+    table.add_argument(
+        "--experts", action="store_true", help="experts of a mixture, PEFT's and over segments"
+    )
     add("--json", type=Path, metavar="F", help="also write every row to a file")
     args = parser.parse_args(argv)
-    for name, default in (DECODER if args.decoder else LAYERS).items():
+    defaults = EXPERTS if args.experts else DECODER if args.decoder else LAYERS
+    for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     if args.decoder and "square" in args.model:
@@ -298,15 +306,34 @@ def report_decoders(args: argparse.Namespace) -> list[dict]:
     return records
 
 
+def report_experts(args: argparse.Namespace) -> list[dict]:
+    """Print a table per rank; the rows as data."""
+    records = []
+    for rank in args.rank:
+        print(f"{EXPERTS_NOTE.format(rank)}\n\n{experts.HEAD}")
+        for model in experts.MODELS:
+            for tokens in args.tokens:
+                records.append(experts.row(model, tokens, rank))
+                print(experts.text(records[-1]))
+    return records
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 if the JSON file cannot be written."""
     args = parse(argv)
+    if args.experts:
+        return _written(args, report_experts(args))
     print(DECODER_NOTE if args.decoder else LAYERS_NOTE)
     print("* x or y is under 1.5 times the cache before DRAM: outside the model's validity.")
     print("- nobody has published how fast Triton's products are on this architecture.")
     if args.overhead:
         print("Overhead is the time beyond the frozen layer's, in parts of it; a pass is one of x.")
     records = report_decoders(args) if args.decoder else report_layers(args)
+    return _written(args, records)
+
+
+def _written(args: argparse.Namespace, records: list[dict]) -> int:
+    """The exit status, after the rows are written, if they shall be."""
     if args.json:
         try:
             args.json.write_text(json.dumps(records, indent=1) + "\n")

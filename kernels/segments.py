@@ -155,8 +155,9 @@ def thin_gradients_segments(
     offsets: Tensor | Segments,
     scale: Tensor,
     needs: tuple[bool, bool] = (True, True),
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``G_g = s_g · dy_g B_g (M, R)`` in dy's dtype and ``dB_g = s_g · dy_gᵀ S_g`` in lora_B's.
+    """``G_g = s_g · dy_g B_g (M, R)`` in dy's dtype and ``dB_g = s_g · dy_gᵀ S_g``.
 
     In rows of no segment ``G`` is uninitialised. ``dB (G, N, R)`` is contiguous, 0 for a segment
     without rows.
@@ -168,12 +169,13 @@ def thin_gradients_segments(
         offsets: as in :class:`Segments`, or these.
         scale: any floating ``(G,)``.
         needs: whether ``G`` and ``dB`` are needed; the other is None.
+        dtype: of ``dB``; by default lora_B's.
     """
     dy, scale = inner_contiguous(dy), scale.contiguous()
     segments, target = _segments(offsets, dy.shape[0]), select_config.target_of(dy.device)
     G = dB = None
     if needs[1]:
-        dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
+        dB = torch.empty(lora_B.shape, dtype=dtype or lora_B.dtype, device=dy.device)
         o = dB.transpose(1, 2)
         run_rank_grad(o, inner_contiguous(S), dy, scale, target, None, segments=segments)
     if needs[0]:
@@ -190,8 +192,9 @@ def input_gradients_segments(
     keep_bits: Tensor | None = None,
     inv_keep: float = 1.0,
     needs_A: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | None:
-    """``dA_g = G_gᵀ D(x_g)`` in lora_A's dtype; then ``D(G_g A_g)`` is added to ``dx`` in place.
+    """``dA_g = G_gᵀ D(x_g)``; then ``D(G_g A_g)`` is added to ``dx`` in place.
 
     ``dA (G, R, K)`` is contiguous, 0 for a segment without rows. Rows of dx of no segment are
     unchanged.
@@ -205,13 +208,14 @@ def input_gradients_segments(
         keep_bits: as of :func:`shrink_segments`.
         inv_keep: factor of the kept entries; not used without keep bits.
         needs_A: whether ``dA`` is needed; else it is None.
+        dtype: of ``dA``; by default lora_A's.
     """
     G = inner_contiguous(G)
     segments, target = _segments(offsets, G.shape[0]), select_config.target_of(G.device)
     masking = {} if keep_bits is None else {"keep_bits": keep_bits, "inv_keep": inv_keep}
     dA = None
     if needs_A:
-        dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
+        dA = torch.empty(lora_A.shape, dtype=dtype or lora_A.dtype, device=G.device)
         x = inner_contiguous(x)
         run_rank_grad(dA, G, x, None, target, None, segments=segments, **masking)
     if dx is not None:

@@ -22,6 +22,7 @@ COMMITTED = {
         *("--model", "square", "--tokens", "8192", "--dropout", "0.1", "--rank", "16", "64", "128"),
     ],
     "decoder.txt": ["--decoder"],
+    "experts.txt": ["--experts"],
 }
 
 
@@ -31,6 +32,13 @@ def test_the_committed_reports_are_what_is_printed(name, capsys):
     assert capsys.readouterr().out == (RESULTS / name).read_text(), (
         f"python benchmarks/model_report.py {' '.join(COMMITTED[name])} > {RESULTS / name}"
     )
+
+
+def test_experts_stay_within_their_limit(capsys):
+    """Of PEFT's bytes beyond the frozen products; the project's limit for one layer of Qwen3."""
+    assert model_report.main(["--experts", "--tokens", "4096"]) == 0
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if "qwen3" in line)
+    assert float(row[-1]) <= 0.30
 
 
 def test_a_step_on_an_h100_stays_within_its_passes_and_launches(capsys):

@@ -6,6 +6,7 @@ their rows in a table made on the device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -41,10 +42,11 @@ def forward(
     table = segments.table(x.shape[0])
     y = _base(x, weight, bias, segments)
     S, keep_bits = kernels.shrink_segments(
-        x, _stacked(lora_A, 0), table,
+        x, _stacked(lora_A, 0, x.dtype), table,
         seed=seed, keep_count=min(keep_counts), rows=segments.rows,
     )  # fmt: skip
-    kernels.add_segments(y, S, _stacked(lora_B, 1), table, _scales(scaling, x.device))
+    B = _stacked(lora_B, 1, x.dtype)
+    kernels.add_segments(y, S, B, table, _scales(scaling, x.device))
     return y, S, keep_bits
 
 
@@ -68,15 +70,15 @@ def backward(
     table, dx, dA, G, dB = segments.table(dy.shape[0]), None, None, None, None
     if need_x or need_A or need_B:
         G, dB = kernels.thin_gradients_segments(
-            dy, _stacked(lora_B, 1), S, table, _scales(scaling, dy.device),
-            (need_x or need_A, need_B),
+            dy, _stacked(lora_B, 1, dy.dtype), S, table, _scales(scaling, dy.device),
+            (need_x or need_A, need_B), _widest(lora_B),
         )  # fmt: skip
     if need_x:
         dx = _base(dy, weight.mT, None, segments)
     if need_x or need_A:
         dA = kernels.input_gradients_segments(
-            x, dx, _stacked(lora_A, 0), G, table, keep_bits,
-            dropout.KEEP_ALL / min(keep_counts), need_A,
+            x, dx, _stacked(lora_A, 0, dy.dtype), G, table, keep_bits,
+            dropout.KEEP_ALL / min(keep_counts), need_A, _widest(lora_A),
         )  # fmt: skip
     return dx, _as_given(dA, lora_A, 0, segments), _as_given(dB, lora_B, 1, segments)
 
@@ -118,20 +120,24 @@ def _is_groupable(t: Tensor) -> bool:
     )
 
 
-def _stacked(adapters: Tensor | Sequence[Tensor | None], ranks: int) -> Tensor:
-    """Adapters as a stack, padded with zeros to the largest rank.
+def _widest(adapters: Tensor | Sequence[Tensor | None]) -> torch.dtype:
+    """The dtype of a stack of gradients."""
+    if isinstance(adapters, Tensor):
+        return adapters.dtype
+    return functools.reduce(torch.promote_types, [t.dtype for t in adapters if t is not None])
+
+
+def _stacked(adapters: Tensor | Sequence[Tensor | None], ranks: int, dtype: torch.dtype) -> Tensor:
+    """Adapters as a contiguous stack in ``dtype``, padded with zeros to the largest rank.
 
     Args:
         ranks: the dimension of a matrix that is the rank.
     """
     if isinstance(adapters, Tensor):
-        return adapters
+        return adapters.to(dtype, memory_format=torch.contiguous_format).contiguous()
     present = [t for t in adapters if t is not None]
     shape = list(present[0].shape)
     shape[ranks] = max(t.shape[ranks] for t in present)
-    dtype = present[0].dtype
-    for t in present:
-        dtype = torch.promote_types(dtype, t.dtype)
     stack = present[0].new_zeros((len(adapters), *shape), dtype=dtype)
     for one, t in zip(stack, adapters, strict=True):
         if t is not None:
