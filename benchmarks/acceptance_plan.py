@@ -64,9 +64,11 @@ def key(kernel, made: launch.Arguments) -> tuple:
     for operand in made.operands:
         if isinstance(operand, launch.Tile):
             operands.append((operand.tensor.dtype, operand.block, operand.transposed))
+        elif operand is None:  # such as the table of segments, where there are none
+            operands.append(None)
         else:
             operands.append((operand.dtype, operand.data_ptr() % 16 == 0))
-    numbers = tuple((n == 1, n % 16 == 0) for n in made.numbers)
+    numbers = tuple(None if n is None else (n == 1, n % 16 == 0) for n in made.numbers)
     constants = tuple(sorted((k, str(v)) for k, v in made.constants.items()))
     return kernel.__name__, tuple(operands), numbers, constants, tuple(made.options.items())
 

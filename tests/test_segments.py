@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import Segments, explain, fused_lora_linear
 from fused_lora.ops import dropout
-from support import needs_triton, relative_rms
+from support import by_default, needs_triton, relative_rms
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = [(FP32, None), (FP64, None), (BF16, FP32), (BF16, None), (FP16, FP32), (FP16, None)]
@@ -123,8 +123,10 @@ def test_equals_one_call_per_segment(dtypes, kind):
 
 @needs_triton
 @kinds
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", [(FP32, None), (BF16, FP32), (FP16, None)], ids=str)
+@pytest.mark.parametrize("p", by_default([0.3], [0.0, 0.3]))
+@pytest.mark.parametrize(
+    "dtypes", by_default([(BF16, FP32)], [(FP32, None), (BF16, FP32), (FP16, None)]), ids=str
+)
 def test_kernels(dtypes, p, kind):
     """With dropout: the masks of PyTorch's path."""
     dtype, adapter = dtypes

@@ -214,7 +214,18 @@ def _expand(y, x, weight, bias, S, Bt, scaling) -> None:
     else:
         torch.addmm(bias, x, weight.t(), out=y)
     if S is not None:
-        add_product(y, S, Bt, scaling)
+        _add_rounded(y, S, Bt, scaling)
+
+
+def _add_rounded(y: Tensor, U: Tensor, V: Tensor, scaling: float | Tensor) -> None:
+    """Add ``scaling · U V`` to ``y`` in place; a product in a wider dtype is rounded first.
+
+    As eager rounds it. Operators of two dtypes convert ``y`` forth and back.
+    """
+    if U.dtype == y.dtype or isinstance(scaling, Tensor) or scaling == 0:
+        add_product(y, U, V, scaling)
+    else:
+        y.add_(torch.mm(U, V).to(y.dtype), alpha=scaling)
 
 
 def _input_gradient(dx, dy, weight, G, A, mask, inv_keep) -> None:
@@ -225,6 +236,6 @@ def _input_gradient(dx, dy, weight, G, A, mask, inv_keep) -> None:
         return
     torch.mm(dy, weight, out=dx)
     if G is not None and mask is None:
-        add_product(dx, G, A, 1.0)
+        _add_rounded(dx, G, A, 1.0)
     elif G is not None:
         dx.addcmul_(torch.mm(G, A), mask, value=inv_keep)
