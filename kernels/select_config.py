@@ -258,10 +258,19 @@ def shrink_config(
         segments: into which the rows are sorted; tiles are not higher than one is on average.
     """
     candidates = shrink_candidates(target, itemsize, rank, describable=describable)
-    candidates = _low(candidates, M, segments)
+    if segments > 1:
+        candidates = _low(of_segments(candidates), M, segments)
     size = target, itemsize, M, L, rank, members
-    split = [split_shrink(config, *size) for config in candidates]
-    return min(split, key=lambda config: shrink_cost(config, *size))
+    if segments == 1:  # with segments a split tile spills on sm_90
+        candidates = [split_shrink(config, *size) for config in candidates]
+    return min(candidates, key=lambda config: shrink_cost(config, *size))
+
+
+def of_segments(candidates: list[ShrinkConfig]) -> list[ShrinkConfig]:
+    """Without the tile that spills 8 bytes with segments in fp32 on sm_90, if others are left."""
+    spills = {"block_m": 32, "block_l": 64, "num_warps": 4, "num_stages": 3}
+    fit = [c for c in candidates if any(getattr(c, k) != v for k, v in spills.items())]
+    return fit or candidates
 
 
 def split_shrink(

@@ -52,7 +52,13 @@ SLICE = (
 
 
 def shipped(
-    arch: str, kernel: str, dtype: str, rank: int, rows: str, members: int = 1
+    arch: str,
+    kernel: str,
+    dtype: str,
+    rank: int,
+    rows: str,
+    members: int = 1,
+    segments: bool = False,
 ) -> list[Config | None]:
     """Every config of ``kernel`` that could be selected for a call of this kind on ``arch``."""
     target, itemsize = limits.target(arch), DTYPES[dtype].itemsize
@@ -67,7 +73,8 @@ def shipped(
         case "single_pass":
             return select_config.single_pass_candidates(target, itemsize, rank, describable=aligned)
         case "shrink":
-            return select_config.shrink_candidates(target, itemsize, rank, describable=aligned)
+            found = select_config.shrink_candidates(target, itemsize, rank, describable=aligned)
+            return select_config.of_segments(found) if segments else found
         case "rank_grad":
             return select_config.rank_grad_candidates(target, itemsize, rank, describable=aligned)
         case "thin_pair":
@@ -94,7 +101,9 @@ def full(
         found = [
             (config, made)
             for made in PRODUCTS[kernel]
-            for config in shipped(*call, MEMBERS if (kernel, made) in OF_MEMBERS else 1)
+            for config in shipped(
+                *call, MEMBERS if (kernel, made) in OF_MEMBERS else 1, (kernel, made) in OF_SEGMENTS
+            )
         ]
         for config, made in found:
             if (kernel, made) in RANKLESS and rank != RANKLESS_AT:
@@ -104,7 +113,8 @@ def full(
             for masked in dropout:
                 if (kernel, made) in (MASKED if masked else NOT_ONLY_MASKED):
                     yield Case(arch, kernel, made, dtype, rank, rows, masked, config)
-                    if kernel in SPLIT and rows == "even" and made != "dA of segments":
+                    is_split = kernel in SPLIT and (kernel, made) not in OF_SEGMENTS
+                    if is_split and rows == "even":
                         split = replace(config, splits=2)
                         yield Case(arch, kernel, made, dtype, rank, rows, masked, split)
 
@@ -121,6 +131,8 @@ def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
         others = [p for p in PRODUCTS[kernel] if (kernel, p) in OF_MEMBERS | OF_SEGMENTS]
         for each in (made, *(others if rows == "even" else ())):
             members = MEMBERS if (kernel, each) in OF_MEMBERS else 1
-            for config in shipped(arch, kernel, dtype, rank, rows, members):
-                config = replace(config, splits=2) if kernel in SPLIT else config
+            in_segments = (kernel, each) in OF_SEGMENTS
+            for config in shipped(arch, kernel, dtype, rank, rows, members, in_segments):
+                is_split = kernel in SPLIT and (kernel, each) not in OF_SEGMENTS
+                config = replace(config, splits=2) if is_split else config
                 yield Case(arch, kernel, each, dtype, rank, rows, (kernel, each) in MASKED, config)
