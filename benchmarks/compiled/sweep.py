@@ -42,7 +42,7 @@ GATED = ("gated", "gated_backward")  # elementwise: in the slice, one kind of ca
 
 NOT_ONLY_MASKED = {(k, p) for k, made in PRODUCTS.items() for p in made} - OF_MEMBERS - OF_SEGMENTS
 
-SLICE_ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+SLICE_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SLICE = (
     ("bf16", "even", 64),
     ("bf16", "narrow", 256),
@@ -128,7 +128,8 @@ def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
             continue
         made = next((p for p in PRODUCTS[kernel] if (kernel, p) in MASKED), PRODUCTS[kernel][0])
         rank = min(rank, SINGLE_PASS_MAX_RANK) if kernel == "single_pass" else rank
-        others = [p for p in PRODUCTS[kernel] if (kernel, p) in OF_MEMBERS | OF_SEGMENTS]
+        joint = OF_MEMBERS | (OF_SEGMENTS if arch in ("sm_90", "gfx942") else set())
+        others = [p for p in PRODUCTS[kernel] if (kernel, p) in joint]
         for each in (made, *(others if rows == "even" else ())):
             members = MEMBERS if (kernel, each) in OF_MEMBERS else 1
             in_segments = (kernel, each) in OF_SEGMENTS
