@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 # Waiting threads sleep, so that CPU seconds count work. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -25,9 +24,10 @@ import torch
 from torch import Tensor
 
 from fused_lora import Segments, fused_lora_linear
-from harness import command, machine, timing
+from harness import command, timing
 from harness.timing import Quartiles
 from layer.problem import WrongResultError, relative_rms
+from report.limits import add_seconds, limit_of, measure_all, parsed, verdict
 from report.records import label
 
 RANK, SCALING, SEED = 16, 2.0, 0
@@ -46,9 +46,9 @@ class Case:
     dtype: str
 
     @property
-    def limit(self) -> float:
+    def limits(self) -> dict[str, float]:
         """The largest ratio that the project allows."""
-        return 0.7 if self.rows <= 16 else 1.0
+        return {"seconds": 0.7 if self.rows <= 16 else 1.0}
 
     def __str__(self) -> str:
         return f"{self.adapters} adapters, {self.rows} rows each, {self.width} {self.dtype}"
@@ -62,8 +62,9 @@ class Row:
     seconds: Quartiles
 
     @property
-    def is_missed(self) -> bool:
-        return self.seconds.median > self.case.limit
+    def missed(self) -> list[str]:
+        """The limits that are exceeded."""
+        return ["seconds"] if self.seconds.median > self.case.limits["seconds"] else []
 
 
 def steps(case: Case, device: str) -> dict[str, Callable[[], list[Tensor]]]:
@@ -125,11 +126,9 @@ def render(rows: list[Row], about: dict) -> str:
     """The table; a limit that is missed has an exclamation mark."""
     lines = [label(about), f"rank {RANK}, adapters in float32; CPU seconds as ratios to {ALONE}"]
     for row in rows:
-        t, limit = row.seconds, f"≤ {row.case.limit:.2f}{'!' if row.is_missed else ''}"
-        lines.append(f"{row.case!s:<46}{t.median:>8.3f} [{t.q1:.3f}, {t.q3:.3f}] {limit}")
-    missed = sum(row.is_missed for row in rows)
-    lines.append(f"{len(rows) - missed} of {len(rows)} limits are met")
-    return "\n".join(lines) + "\n"
+        t, limit = row.seconds, limit_of(row, "seconds").rstrip()
+        lines.append(f"{row.case!s:<46}{t.median:>8.3f} [{t.q1:.3f}, {t.q3:.3f}]{limit}")
+    return "\n".join([*lines, *verdict(rows)]) + "\n"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -137,28 +136,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.options(__doc__, "adapter-batch")
     add = parser.add_argument
     add("--dtypes", type=command.names(TOLERANCE), default=list(TOLERANCE), metavar="NAME,…")
-    add("--seconds", type=float, help=f"per case; default {SECONDS:g}, --quick {QUICK_SECONDS:g}")
-    args = parser.parse_args(argv)
-    if args.seconds is None:
-        args.seconds = QUICK_SECONDS if args.quick else SECONDS
-    return args
+    add_seconds(parser, SECONDS, QUICK_SECONDS)
+    return parsed(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 when everything was measured, 2 (after one line) on an error."""
     args = parse(argv)
-    try:
-        rows = []
-        for case in cases(args):
-            print(case, file=sys.stderr, flush=True)
-            rows.append(measure(case, args.device, args.seconds))
-        about = machine.describe(args.device)
-        data = {"machine": about, "rows": [asdict(row) for row in rows]}
-        command.write(args, data, render(rows, about))
-    except (OSError, WrongResultError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return measure_all(args, cases(args), measure, render)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 # Waiting threads sleep, so that CPU seconds count work. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from fused_lora import patch_peft
 from fused_lora.layers.experts import ExpertAdapter, experts_forward
-from harness import command, machine, timing
+from harness import command, timing
 from harness.timing import Quartiles
 from layer import memory
 from layer.problem import WrongResultError, relative_rms
+from report.limits import add_seconds, limit_of, measure_all, parsed, verdict
 from report.records import label
 
 with command.imports():
@@ -339,13 +340,7 @@ def render(rows: list[Row], about: dict) -> str:
     lines.append(head + f"{'peak over frozen':>18}{'':>7}{'of PEFT':>9}")
     for row in rows:
         case, t, ours = row.case, row.seconds[row.case.ours], row.case.ours
-
-        def limit(name: str, row=row) -> str:
-            if name not in row.case.limits:
-                return ""
-            return f" ≤ {row.case.limits[name]:.2f}{'!' if name in row.missed else ' '}"
-
-        frozen = row.peak.get(FROZEN)
+        limit, frozen = partial(limit_of, row), row.peak.get(FROZEN)
         time_of_frozen = row.milliseconds[ours] / row.milliseconds[FROZEN] if frozen else None
         peaks = [row.peak[ours] / b if b else None for b in (frozen, row.peak[case.base])]
         spread = f"[{t.q1:.3f}, {t.q3:.3f}]"
@@ -354,11 +349,7 @@ def render(rows: list[Row], about: dict) -> str:
         line = f"{case!s:<34}{row.milliseconds[ours]:>8.2f}{t.median:>9.3f}{spread:>16}"
         line += f"{limit('seconds'):<8}{shown[0]:>10}{shown[1]:>18}{limits[0]:<8}"
         lines.append(f"{line}{shown[2]:>8}{limits[1]}".rstrip())
-    total = sum(len(row.case.limits) for row in rows)
-    missed = [f"{row.case}: {name}" for row in rows for name in row.missed]
-    lines.append(f"{total - len(missed)} of {total} limits are met")
-    lines += [f"missed: {name}" for name in missed]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *verdict(rows)]) + "\n"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -367,28 +358,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--kinds", type=command.names(KINDS), default=list(KINDS), metavar="NAME,…")
     add("--dtypes", type=command.names(TOLERANCE), default=list(TOLERANCE), metavar="NAME,…")
-    add("--seconds", type=float, help=f"per case; default {SECONDS:g}, --quick {QUICK_SECONDS:g}")
-    args = parser.parse_args(argv)
-    if args.seconds is None:
-        args.seconds = QUICK_SECONDS if args.quick else SECONDS
-    return args
+    add_seconds(parser, SECONDS, QUICK_SECONDS)
+    return parsed(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 when everything was measured, 2 (after one line) on an error."""
     args = parse(argv)
-    try:
-        rows = []
-        for case in cases(args):
-            print(case, file=sys.stderr, flush=True)
-            rows.append(measure(case, args.device, args.seconds))
-        about = machine.describe(args.device)
-        data = {"machine": about, "rows": [asdict(row) for row in rows]}
-        command.write(args, data, render(rows, about))
-    except (OSError, WrongResultError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return measure_all(args, cases(args), measure, render)
 
 
 if __name__ == "__main__":

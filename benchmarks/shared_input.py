@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 
 # Waiting threads sleep, so that CPU seconds count work. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora import apply_lora, lora_layers
-from harness import command, machine, timing
+from harness import command, timing
 from harness.timing import Quartiles
 from layer import memory
 from layer.problem import WrongResultError, relative_rms
+from report.limits import add_seconds, limit_of, measure_all, parsed, verdict
 from report.records import label
 
 with command.imports():
@@ -221,13 +222,7 @@ def render(rows: list[Row], about: dict) -> str:
     head = f"{'':<42}{'CPU seconds':>26}{'peak':>14}{'kept':>14}{'of PEFT:':>12}{'seconds':>9}"
     lines.append(head + f"{'peak':>7}{'kept':>7}")
     for row in rows:
-        limits, missed = row.case.limits, row.missed
-
-        def limit(name: str, limits=limits, missed=missed) -> str:
-            if name not in limits:
-                return ""
-            return f" ≤ {limits[name]:.2f}{'!' if name in missed else ' '}"
-
+        limit = partial(limit_of, row)
         t = row.seconds[TOGETHER]
         seconds = f"{t.median:.3f} [{t.q1:.3f}, {t.q3:.3f}]"
         cells = f"{seconds:>20}{limit('seconds'):<8}{row.peak[TOGETHER]:>8.3f}{limit('peak'):<8}"
@@ -236,11 +231,7 @@ def render(rows: list[Row], about: dict) -> str:
         cells += f"{row.peak[TOGETHER] / row.peak[PEFT]:>7.3f}"
         cells += f"{row.kept[TOGETHER] / row.kept[PEFT]:>7.3f}"
         lines.append(f"{row.case!s:<42}{cells}")
-    total = sum(len(row.case.limits) for row in rows)
-    missed = [f"{row.case}: {name}" for row in rows for name in row.missed]
-    lines.append(f"{total - len(missed)} of {total} limits are met")
-    lines += [f"missed: {name}" for name in missed]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *verdict(rows)]) + "\n"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -249,28 +240,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--modules", type=command.names(MODULES), default=list(MODULES), metavar="NAME,…")
     add("--dtypes", type=command.names(TOLERANCE), default=list(TOLERANCE), metavar="NAME,…")
-    add("--seconds", type=float, help=f"per case; default {SECONDS:g}, --quick {QUICK_SECONDS:g}")
-    args = parser.parse_args(argv)
-    if args.seconds is None:
-        args.seconds = QUICK_SECONDS if args.quick else SECONDS
-    return args
+    add_seconds(parser, SECONDS, QUICK_SECONDS)
+    return parsed(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 when everything was measured, 2 (after one line) on an error."""
     args = parse(argv)
-    try:
-        rows = []
-        for case in cases(args):
-            print(case, file=sys.stderr, flush=True)
-            rows.append(measure(case, args.device, args.seconds))
-        about = machine.describe(args.device)
-        data = {"machine": about, "rows": [asdict(row) for row in rows]}
-        command.write(args, data, render(rows, about))
-    except (OSError, WrongResultError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return measure_all(args, cases(args), measure, render)
 
 
 if __name__ == "__main__":
