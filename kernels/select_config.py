@@ -130,9 +130,10 @@ def _valid(configs: Iterable, target: Target, itemsize: int, rank: int) -> list:
 def _low(configs: list, M: int, segments: int) -> list:
     """Those whose blocks of rows are no higher than one of ``segments`` with ``M`` rows together.
 
-    The average counts, up to a power of two. Always some: else those with the lowest blocks.
+    The average counts, up to a power of two. Always some: else those with the lowest blocks. All
+    without segments.
     """
-    if segments == 1:
+    if not segments:
         return configs
     most = max(MIN_BLOCK_ROWS, 1 << (cdiv(M, segments) - 1).bit_length())
     most = max(most, min(config.block_m for config in configs))
@@ -189,13 +190,14 @@ def add_config(
     rank: int,
     *,
     members: int = 1,
-    segments: int = 1,
+    segments: int = 0,
 ) -> AddConfig:
     """The tile of ``lora_add`` for an ``(M, N)`` output.
 
     Args:
         members: with masks of their own, whose products of ``rank`` are added in one launch.
-        segments: into which the rows are sorted; tiles are not higher than one is on average.
+        segments: into which the rows are sorted; tiles are not higher than one is on average. 0:
+            one adapter for all rows.
     """
     candidates = _low(add_candidates(target, itemsize, rank, members=members), M, segments)
     return _choose(candidates, target, M, N, rank)
@@ -225,15 +227,17 @@ def gated_config(
 
 
 def shrink_candidates(
-    target: Target, itemsize: int, rank: int, *, describable: bool
+    target: Target, itemsize: int, rank: int, *, describable: bool, segments: bool = False
 ) -> list[ShrinkConfig]:
     """The valid configurations, from which :func:`shrink_config` chooses."""
     bands = tile_tables.look_up(tile_tables.SHRINK, target.arch, itemsize, describable)
     described = describable and target.arch == "interpreter"
+    spilled = tile_tables.SHRINK_SPILLS.get((target.arch, itemsize)) if segments else None
     return _valid(
         [
             ShrinkConfig(warps, stages, described, rows, step, max_block_r=most)
             for warps, stages, rows, step, most in tile_tables.band(bands, rank)
+            if (rows, step) != spilled
         ],
         target, itemsize, rank,
     )  # fmt: skip
@@ -248,29 +252,25 @@ def shrink_config(
     *,
     describable: bool,
     members: int = 1,
-    segments: int = 1,
+    segments: int = 0,
 ) -> ShrinkConfig:
     """The tile and splits of ``shrink`` for ``P (M, L)`` with the least :func:`shrink_cost`.
 
     Args:
         describable: whether a tensor descriptor can address the rows of P (16-byte alignment).
         members: with masks of their own, whose products of ``rank`` are one launch.
-        segments: into which the rows are sorted; tiles are not higher than one is on average.
+        segments: into which the rows are sorted; tiles are not higher than one is on average. 0:
+            one adapter for all rows.
     """
-    candidates = shrink_candidates(target, itemsize, rank, describable=describable)
-    if segments > 1:
-        candidates = _low(of_segments(candidates), M, segments)
     size = target, itemsize, M, L, rank, members
-    if segments == 1:  # with segments a split tile spills on sm_90
+    candidates = shrink_candidates(
+        target, itemsize, rank, describable=describable, segments=segments > 0
+    )
+    if segments:  # not split: 16 rows would spill on sm_90
+        candidates = _low(candidates, M, segments)
+    else:
         candidates = [split_shrink(config, *size) for config in candidates]
     return min(candidates, key=lambda config: shrink_cost(config, *size))
-
-
-def of_segments(candidates: list[ShrinkConfig]) -> list[ShrinkConfig]:
-    """Without the tile that spills 8 bytes with segments in fp32 on sm_90, if others are left."""
-    spills = {"block_m": 32, "block_l": 64, "num_warps": 4, "num_stages": 3}
-    fit = [c for c in candidates if any(getattr(c, k) != v for k, v in spills.items())]
-    return fit or candidates
 
 
 def split_shrink(
@@ -324,7 +324,7 @@ def rank_grad_config(
     *,
     describable: bool,
     members: int = 1,
-    segments: int = 1,
+    segments: int = 0,
 ) -> RankGradConfig:
     """The tile and splits of ``rank_grad`` with the least :func:`rank_grad_cost`.
 
@@ -332,7 +332,7 @@ def rank_grad_config(
     """
     candidates = rank_grad_candidates(target, itemsize, rank, describable=describable)
     size = target, itemsize, M, L, rank, members
-    if segments > 1:
+    if segments:
         items = M // SEGMENT_ROWS + segments
         split = [replace(config, splits=items) for config in _low(candidates, M, segments)]
         return min(split, key=lambda config: rank_grad_cost(config, *size))

@@ -200,7 +200,7 @@ def run_shrink(
         R,
         describable=is_describable(p),
         members=members,
-        segments=1 if segments is None else segments.count,
+        segments=0 if segments is None else segments.count,
     )
     shrink(
         u, p, q.to(p.dtype), scale, config,
@@ -252,7 +252,7 @@ def run_add(
         *o.shape,
         u.shape[1] // members,
         members=members,
-        segments=1 if segments is None else segments.count,
+        segments=0 if segments is None else segments.count,
     )
     lora_add(
         o, u, v, scale, config,
@@ -306,7 +306,7 @@ def run_rank_grad(
         R,
         describable=is_describable(p),
         members=members,
-        segments=1 if segments is None else segments.count,
+        segments=0 if segments is None else segments.count,
     )
     rank_grad(
         o, u, p, scale, config,

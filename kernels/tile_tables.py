@@ -180,6 +180,8 @@ SHRINK: dict[str, dict[str, dict[int, Rows]]] = {
         "any": _SHRINK_FP32_NARROW,
     },
 }
+# Rows and step of a tile that spills 8 bytes with segments and a mask, by target and itemsize.
+SHRINK_SPILLS = {("sm_90", 4): (32, 64)}
 
 # By largest rank: warps, stages, step of the rows, columns, most result rows of a program
 _RANK_GRAD = {

@@ -73,8 +73,9 @@ def shipped(
         case "single_pass":
             return select_config.single_pass_candidates(target, itemsize, rank, describable=aligned)
         case "shrink":
-            found = select_config.shrink_candidates(target, itemsize, rank, describable=aligned)
-            return select_config.of_segments(found) if segments else found
+            return select_config.shrink_candidates(
+                target, itemsize, rank, describable=aligned, segments=segments
+            )
         case "rank_grad":
             return select_config.rank_grad_candidates(target, itemsize, rank, describable=aligned)
         case "thin_pair":
