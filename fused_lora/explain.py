@@ -16,7 +16,7 @@ from .layers.shared_input import MIN_ROWS
 from .models.arguments import check_without_peft, described
 from .ops import dropout
 from .ops.dispatch import Decision, decide, decide_segmented
-from .ops.segments import Segments
+from .ops.segments import Segments, ranks_of
 from .ops.validation import check_dropout, check_impl, check_segmented, check_tensors
 
 
@@ -116,19 +116,18 @@ def _explain_segments(x, weight, lora_A, dropout_p, impl: str, segments: Segment
     if not isinstance(lora_A, (Tensor, Sequence)):
         raise TypeError(f"expected lora_A (G, rank, in) or a sequence, got {described(lora_A)}")
     N = weight.shape[-2]
-    is_stack = isinstance(lora_A, Tensor)
-    halves = [None if A is None else A.new_empty((N, A.shape[0])) for A in lora_A]
-    lora_B = torch.stack(halves) if is_stack else halves
+    if isinstance(lora_A, Tensor):
+        lora_B = lora_A.new_empty((len(segments), N, lora_A.shape[1] if lora_A.dim() == 3 else 1))
+    else:
+        lora_B = [None if A is None else A.new_empty((N, A.shape[0])) for A in lora_A]
     args = x, weight.detach(), lora_A, lora_B, None, 1.0, dropout_p, impl, segments
     _, _, _, dropouts = check_segmented(*args)
     if impl == "reference":
         return Decision("reference", None, None, "requested: eager autograd")
-    each = zip(lora_A, dropouts, strict=True)
-    adapted = [(A.shape[0], dropout.keep_count(p)) for A, p in each if A is not None]
+    each = zip(ranks_of(lora_A), dropouts, strict=True)
+    adapted = [(rank, dropout.keep_count(p)) for rank, p in each if rank is not None]
     sizes = x.shape[:-1].numel(), x.shape[-1], N
-    sizes += (max(rank for rank, _ in adapted),) if adapted else ()
-    counts = frozenset(count for _, count in adapted)
-    return decide_segmented(impl, x.device, x.dtype, sizes, counts)
+    return decide_segmented(impl, x.device, x.dtype, sizes, frozenset(adapted))
 
 
 def _explain(impl: str, weight: Tensor, dtype, rows: int, rank: int, dropout_p: float) -> Decision:

@@ -407,7 +407,13 @@ def test_tiles_are_no_higher_than_a_segment(arch):
     for choose in (select_config.shrink_config, select_config.rank_grad_config):
         of_many = choose(target, 2, 4096, 2048, 16, describable=True, segments=256)
         assert of_many.block_m <= 32
-        of_one = choose(target, 2, 4096, 2048, 16, describable=True)
-        assert of_one == choose(target, 2, 4096, 2048, 16, describable=True, segments=1)
+        of_one = choose(target, 2, 4096, 2048, 16, describable=True, segments=1)
+        assert of_one.block_m > 32  # all rows are one segment's
+    for segments in (1, 256):
+        shrink = select_config.shrink_config(
+            target, 2, 64, 8192, 16, describable=True, segments=segments
+        )
+        assert shrink.splits == 1
+    assert select_config.shrink_config(target, 2, 64, 8192, 16, describable=True).splits > 1
     of_many = select_config.add_config(target, 2, 4096, 2048, 16, segments=256)
     assert of_many.block_m == min(c.block_m for c in select_config.add_candidates(target, 2, 16))

@@ -145,6 +145,27 @@ def test_kernels(dtypes, p, kind):
 
 
 @needs_triton
+@pytest.mark.parametrize("rank", [1, 100])
+@pytest.mark.parametrize("sizes", [SIZES, (sum(SIZES),)], ids=["six", "one"])
+def test_kernels_of_any_rank(sizes, rank):
+    G = len(sizes)
+    call = {
+        "x": torch.randn(sum(SIZES) + REST, K, requires_grad=True),
+        "weight": torch.randn(G, N, K) / K**0.5,
+        "lora_A": (torch.randn(G, rank, K) / K**0.5).requires_grad_(),
+        "lora_B": (torch.randn(G, N, rank) / rank**0.5).requires_grad_(),
+        "bias": None,
+        "scaling": 2.0,
+        "segments": segments(sizes),
+        "dropout_p": 0.3,
+    }
+    got = results(fused_lora_linear, call, impl="triton")
+    exact = results(fused_lora_linear, in_float64(call), impl="reference")
+    for name, value in got.items():
+        assert relative_rms(value, exact[name]) <= 1e-6, name
+
+
+@needs_triton
 @kinds
 def test_kernels_keep_nan_in_its_segment(kind):
     call = draw(FP32, weights=kind[0], adapters="stack")
@@ -570,6 +591,8 @@ def wrong():
     yield {"impl": "tritn"}, "expected impl to be one of"
     yield {"lora_A": good["lora_A"][:2]}, f"expected lora_A of {G} segments, got 2"
     yield {"lora_A": torch.randn(8, K)}, "expected lora_A of three dimensions"
+    stack = torch.randn(G, N, 8)
+    yield {"lora_B": stack}, "expected lora_A and lora_B both as stacks or both as sequences"
     yield {"lora_A": 3}, "expected lora_A to be a Tensor or a sequence of them, got int"
     yield (
         {"lora_B": [None, *good["lora_B"][1:]]},

@@ -190,8 +190,6 @@ class LoRABeside(LoRALayer):
     def segment_reason(self, names: Sequence[str]) -> str | None:
         """Why no segments of rows can have these adapters; None if they can."""
         base = self._modules[_BASE]
-        if self.impl.startswith("triton"):
-            return f"impl={self.impl!r}, which has no segments: 'auto' and 'torch' have"
         if "forward" in vars(self) or has_own_hook(base):
             return "a hook of accelerate"
         return super().segment_reason(names)

@@ -123,8 +123,8 @@ class _LinearForward(LoRALayer):
             return "a computed weight"
         if multiplies_itself(weight):
             return f"a weight of class {type(weight).__name__}: quantise before apply_lora"
-        if self.impl.startswith("triton"):
-            return f"impl={self.impl!r}, which has no segments: 'auto' and 'torch' have"
+        if self.impl.startswith("triton:") and self.impl != "triton:addmm":
+            return f"impl={self.impl!r}, which has no segments: 'triton:addmm' has"
         return "a replaced forward (such as accelerate's)" if "forward" in vars(self) else None
 
     def plain_base(self) -> tuple[Tensor, Tensor | None]:

@@ -88,30 +88,30 @@ def choose_backward(
 
 
 def choose_segmented(
-    x: Tensor, impl: str, N: int, ranks: Collection[int], keep_counts: Collection[int]
+    x: Tensor, impl: str, N: int, adapted: Collection[tuple[int, int]]
 ) -> TritonRunner | None:
     """What runs the kernels over segments of ``x (M,K)``; None: PyTorch's operators compute it.
 
-    ``ranks`` and ``keep_counts`` are those of the segments that have an adapter.
+    ``adapted``: rank and keep count of each segment that has an adapter.
     """
-    sizes = *x.shape, N, *((max(ranks),) if ranks else ())
-    decision = decide_segmented(impl, x.device, x.dtype, sizes, frozenset(keep_counts))
+    adapted = frozenset(adapted)
+    decision = decide_segmented(impl, x.device, x.dtype, (*x.shape, N), adapted)
     if decision.impl == "torch":
         return None
-    key = ("segments", x.device, x.dtype, *sizes[1:])
+    key = ("segments", x.device, x.dtype, x.shape[1], N, max(rank for rank, _ in adapted))
     return TritonRunner(decision, x.device, key if impl == "auto" else None)
 
 
 @lru_cache(maxsize=4096)
 def decide_segmented(
-    impl, device, dtype, sizes: tuple[int, ...], keep_counts: frozenset[int]
+    impl, device, dtype, sizes: tuple[int, int, int], adapted: frozenset[tuple[int, int]]
 ) -> Decision:
-    """As :func:`decide`, over segments: ``sizes`` are M, K, N and the largest rank, if any."""
+    """As :func:`decide`, over segments: ``sizes`` are M, K and N."""
     if impl == "torch":
         return Decision("torch", None, None, f"requested{_widened(device, dtype)}")
     problem = _not_worth_it(device) if impl == "auto" else None
     problem = problem or triton_problem(device) or _dtype_problem(dtype)
-    if problem is None and len(keep_counts) > 1:
+    if problem is None and len({count for _, count in adapted}) > 1:
         problem = "the kernels drop entries of all segments with one probability, got several"
     if problem is not None and impl != "auto":
         raise ValueError(f"impl={impl!r} cannot run here: {problem}")
@@ -119,7 +119,7 @@ def decide_segmented(
         return Decision("torch", None, None, f"{problem}{_widened(device, dtype)}")
     if 0 in sizes:
         return Decision("torch", None, None, "an empty dimension: there is nothing to launch")
-    if len(sizes) == 3:  # without a rank
+    if not adapted:
         return Decision("torch", None, None, "no segment has an adapter: the base product alone")
     reason = "segments: their base product is the vendor's, to which the kernels add"
     return Decision("triton", "addmm", "addmm", reason)

@@ -19,7 +19,7 @@ from .modes import (
     without_autocast,
 )
 from .operands import Operands, pack
-from .segments import Segments
+from .segments import Segments, ranks_of
 from .shared_input import flatten
 from .validation import (
     IMPLEMENTATIONS,
@@ -104,9 +104,8 @@ def _segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, segmen
         x = x.to(torch.get_autocast_dtype(x.device.type))
     else:
         check_same_dtype(x, weight)
-    counts = [
-        KEEP_ALL if A is None else keep_count(p) for A, p in zip(lora_A, dropouts, strict=True)
-    ]
+    each = zip(ranks_of(lora_A), dropouts, strict=True)
+    counts = [KEEP_ALL if rank is None else keep_count(p) for rank, p in each]
     seed = draw_seed(x.device) if min(counts) < KEEP_ALL else None
     if x.is_meta:
         return x.new_empty((*x.shape[:-1], weight.shape[-2]))

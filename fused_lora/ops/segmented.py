@@ -3,7 +3,8 @@
     y_g = x_g W_gᵀ + bias_g + s_g·D(x_g) A_gᵀ B_gᵀ
 
 Saved for backward are ``x``, each ``S_g``, the keep bits and the parameters, as by
-:mod:`.autograd`; never a matrix of an expert's size.
+:mod:`.autograd`; ``x`` also if only its own gradient is needed, for second derivatives. Never a
+matrix of an expert's size.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import dispatch, reference, segmented_torch, segmented_triton
 from .modes import without_autocast
-from .segments import Segments
+from .segments import Segments, ranks_of
 from .shared_input import needs_new_tensors
 
 
@@ -64,7 +65,9 @@ class _SegmentedLinear(torch.autograd.Function):
     def forward(ctx, call, stacked, x, weight, bias, *adapters):
         A, B = _halves(adapters, stacked)
         runner = _runner(x, weight, A, call)
-        operands = x, weight, A, B, bias, *call[5:9]
+        operands = (
+            x, weight, A, B, bias, call.scaling, call.segments, call.seed, call.keep_counts,
+        )  # fmt: skip
         if runner is None:
             y, S, keep_bits = segmented_torch.forward(*operands)
         else:
@@ -167,10 +170,9 @@ def _runner(x: Tensor, weight: Tensor, lora_A, call: SegmentedOperands):
     """What runs the kernels; None: PyTorch's operators."""
     if call.impl == "auto" and not x.is_cuda:
         return None
-    adapted = [g for g, A in enumerate(lora_A) if A is not None]
-    ranks = [lora_A[g].shape[0] for g in adapted]
-    counts = [call.keep_counts[g] for g in adapted]
-    return dispatch.choose_segmented(x, call.impl, weight.shape[-2], ranks, counts)
+    each = zip(ranks_of(lora_A), call.keep_counts, strict=True)
+    adapted = [(rank, count) for rank, count in each if rank is not None]
+    return dispatch.choose_segmented(x, call.impl, weight.shape[-2], adapted)
 
 
 def _halves(adapters: Sequence, stacked: bool) -> tuple:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import dropout
 from .cpu_gemm import is_widened, thin_products, wide_product
-from .segments import Bounds, Segments, keep_bits_of
+from .segments import Bounds, Segments, keep_bits_of, ranks_of
 from .shared_input import needs_new_tensors
 from .torch_impl import add_product, as_dtype, scaled_mm, times
 
@@ -31,17 +31,13 @@ class Adapters:
 
     def __init__(self, A: Tensor | Sequence[Tensor | None], B: Tensor | Sequence[Tensor | None]):
         self.given = A, B
+        self.ranks = ranks_of(A)
         self._cast: dict[tuple[int, torch.dtype], Sequence[Tensor]] = {}
 
-    def has(self, g: int) -> bool:
-        """Whether a segment has an adapter."""
-        return self.given[0][g] is not None
-
-    def rank(self, g: int) -> int:
-        return self.given[0][g].shape[0]
-
     def dtype(self, which: int, g: int) -> torch.dtype:
-        return self.given[which][g].dtype
+        """The dtype that ``A_g`` (0) or ``B_g`` (1) is given in."""
+        given = self.given[which]
+        return (given if isinstance(given, Tensor) else given[g]).dtype
 
     def matrix(self, which: int, g: int, dtype: torch.dtype) -> Tensor:
         """``A_g`` (0) or ``B_g`` (1) in ``dtype``."""
@@ -85,8 +81,8 @@ def forward(
         if a == b:
             continue
         xs, ys, Bt = x[a:b], y[a:b], None
-        if adapters.has(g):
-            dtype, turned = thin_products(xs, adapters.rank(g), adapters.dtype(0, g), varies)
+        if (rank := adapters.ranks[g]) is not None:
+            dtype, turned = thin_products(xs, rank, adapters.dtype(0, g), varies)
             At = adapters.matrix(0, g, dtype).t()
             if keep_counts[g] == dropout.KEEP_ALL:
                 S[g] = times(1.0, as_dtype(xs, dtype), At, turned)
@@ -131,8 +127,7 @@ def backward(
     need_x, need_A, need_B = needs
     adapters, bounds = Adapters(lora_A, lora_B), segments.bounds
     if isinstance(S, Tensor):
-        ranks = [adapters.rank(g) if adapters.has(g) else 0 for g in range(len(bounds))]
-        S = [S[a:b, :rank] for (a, b), rank in zip(bounds, ranks, strict=True)]
+        S = [S[a:b, :rank] for (a, b), rank in zip(bounds, adapters.ranks, strict=True)]
     dA, dB = (_zeros(t, n) for t, n in ((lora_A, need_A), (lora_B, need_B)))
     dx, at_once, varies = None, False, weight is not None and weight.dim() == 3
     if need_x:
@@ -147,8 +142,8 @@ def backward(
         if a == b:
             continue
         ds, G, A, mask, inv_keep = dy[a:b], None, None, None, dropout.KEEP_ALL / keep_counts[g]
-        if adapters.has(g) and (need_x or need_A[g] or need_B[g]):
-            dtype, turned = thin_products(ds, adapters.rank(g), adapters.dtype(0, g), varies)
+        if (rank := adapters.ranks[g]) is not None and (need_x or need_A[g] or need_B[g]):
+            dtype, turned = thin_products(ds, rank, adapters.dtype(0, g), varies)
             wide = as_dtype(ds, dtype)
             if need_B[g]:
                 product = wide.t(), as_dtype(S[g], dtype)

@@ -163,10 +163,11 @@ def _scales(scaling: Sequence[float | Tensor], device: torch.device) -> Tensor:
     if any(isinstance(s, Tensor) for s in scaling):
         each = [s if isinstance(s, Tensor) else torch.full((), s, device=device) for s in scaling]
         return torch.stack([s.float() for s in each])
-    return constant(_filled, tuple(scaling), device)
+    if len(set(scaling)) == 1:
+        return constant(_filled, scaling[0], len(scaling), device)
+    return torch.tensor(scaling, dtype=torch.float32, device=device)  # not cached: any combination
 
 
-def _filled(scaling: tuple[float, ...], device: torch.device) -> Tensor:
-    if len(set(scaling)) == 1:  # filled on the device: CUDA graphs cannot capture a copy
-        return torch.full((len(scaling),), scaling[0], dtype=torch.float32, device=device)
-    return torch.tensor(scaling, dtype=torch.float32, device=device)
+def _filled(value: float, count: int, device: torch.device) -> Tensor:
+    """Filled on the device: CUDA graphs cannot capture a copy from the host."""
+    return torch.full((count,), value, dtype=torch.float32, device=device)

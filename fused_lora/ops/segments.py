@@ -109,6 +109,13 @@ class Segments:
         return f"Segments({len(self)} on {self.offsets.device})"
 
 
+def ranks_of(lora_A: Tensor | Sequence[Tensor | None]) -> list[int | None]:
+    """The rank of each segment's adapter, None where it has none, of a stack or a sequence."""
+    if isinstance(lora_A, Tensor):
+        return [lora_A.shape[1]] * lora_A.shape[0]
+    return [None if A is None else A.shape[0] for A in lora_A]
+
+
 def _owners(offsets: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(offsets, torch.arange(rows, device=offsets.device), right=True)
 

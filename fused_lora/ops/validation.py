@@ -201,6 +201,12 @@ def check_segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, s
         raise ValueError(f"impl={impl!r} cannot run here: expected triton:addmm for segments")
     G = len(segments)
     halves = [_one_each(name, t, G) for name, t in (("lora_A", lora_A), ("lora_B", lora_B))]
+    is_stack = isinstance(lora_A, Tensor)
+    if is_stack is not isinstance(lora_B, Tensor):
+        raise TypeError(
+            "expected lora_A and lora_B both as stacks or both as sequences, got"
+            f" {type(lora_A).__name__} and {type(lora_B).__name__}"
+        )
     scales = _of_segments("scaling", scaling, G)
     dropouts = _of_segments("dropout_p", dropout_p, G)
     for p in dropouts:
@@ -217,12 +223,20 @@ def check_segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, s
         raise ValueError(f"expected bias of shape ({N},) or ({G}, {N}), got {_shape(bias)}")
     _check_frozen(weight)
     one = (weight[0] if weight.dim() == 3 else weight).detach()
-    for g, (A, B, s) in enumerate(zip(*halves, scales, strict=True)):
+    checked: set[tuple[int, int, int]] = set()
+    for g, scale in enumerate(scales):
+        # The matrices of a stack are alike, and one adapter or scale may serve many segments.
+        key = id(scale), *(0 if is_stack else id(half[g]) for half in halves)
+        if key in checked:
+            continue
+        checked.add(key)
+        A, B = (half[g] for half in halves)
         try:
-            check_projection(x, one, A, B, None, s)
+            check_projection(x, one, A, B, None, scale)
         except (TypeError, ValueError) as error:
             raise type(error)(f"segment {g}: {error}") from error
-    if not all(map(is_plain, (x, weight, bias, *halves[0], *halves[1]))):
+    adapters = halves if is_stack else (*halves[0], *halves[1])
+    if not all(map(is_plain, (x, weight, bias, *adapters))):
         raise TypeError("expected plain tensors, got a subclass, or a sparse or nested tensor")
     M = x.shape[:-1].numel()
     if segments.offsets.device != x.device:
