@@ -98,6 +98,21 @@ def ran(monkeypatch) -> Counter:
 
 
 @pytest.fixture
+def expert_calls(monkeypatch) -> list:
+    """Gets the names of the adapted Parameters of each fused call of experts."""
+    from fused_lora.peft import experts as peft_experts
+
+    found, run = [], peft_experts.fused
+
+    def fused(parts, *args):
+        found.append(sorted(parts.adapters))
+        return run(parts, *args)
+
+    monkeypatch.setattr(peft_experts, "fused", fused)
+    return found
+
+
+@pytest.fixture
 def unpatched():
     """Unpatch PEFT before and after the test, and check that its forward is restored."""
     from peft.tuners.lora import Linear
