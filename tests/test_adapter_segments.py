@@ -21,6 +21,8 @@ from fused_lora import (
 peft = pytest.importorskip("peft")
 from mixed_batches import NAMES, K, N, apart, assert_equal, net, noisy, peft_net, samples, together  # noqa: E402
 
+from support import needs_triton, relative_rms  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("unpatched")
 
 SORTED = ["b", "b", "c", "default", "default"]
@@ -68,6 +70,23 @@ def test_whole_models_of_peft():
     run = lambda model, ids: model(input_ids=ids).logits  # noqa: E731
     got, expected = together(model, ids, NAMES, run), apart(model, ids, NAMES, run)
     assert_equal(got, expected, 1e-12)
+
+
+@needs_triton
+@pytest.mark.parametrize("impl", ["triton", "triton:addmm"])
+def test_layers_run_on_the_kernels(impl):
+    model = net(dtype=torch.float32, impl=impl)
+    x = samples(dtype=torch.float32)
+    found = []
+    for name in (impl, "torch"):
+        for layer in (model[0], model[2]):
+            layer.impl = name
+        with adapter_segments(model, NAMES):
+            y = model(x)
+            wanted = [t for own in adapter_parameters(model, ["b", "c"]).values() for t in own]
+            found.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted)])
+    for value, expected in zip(*found, strict=True):
+        assert relative_rms(value, expected.double()) <= 1e-6
 
 
 def test_layers_run_one_by_one_inside_and_together_outside(ran):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -45,10 +44,6 @@ def second(model: nn.Module) -> None:
     model.add_adapter("other", peft.LoraConfig(**config))
     noisy(model)
     model.base_model.set_adapter(["default", "other"])
-
-
-def change(**attributes):
-    return lambda model: vars(experts_in(model)).update(attributes)
 
 
 def implementation(name: str, function=None):
@@ -213,9 +208,6 @@ def test_modules_that_only_look_like_experts(expert_calls):
         "linear": {"a parameter of a Linear"},
     }
     assert not expert_calls
-    experts_in(
-        adapted(Holder(copy.deepcopy(clamped)))
-    ).config._experts_implementation = "batched_mm"
 
 
 def test_calls_that_run_pefts_own_forward(expert_calls):

@@ -4,8 +4,8 @@
 STEPS = {
     "preflight": 30,
     "probe": 102,
-    "numerics": 68,
-    "repeatability": 85,
+    "numerics": 74,
+    "repeatability": 82,
     "graphs": 20,
     "tuning": 60,
     "benchmark": 100,

@@ -166,7 +166,9 @@ def backward(
 
 
 def _zeros(adapters, needs: Sequence[bool]) -> Tensor | list[None]:
-    """Where to write gradients: a stack, unless vmap must not find one."""
+    """Where to write gradients: zeros for a stack; a list for a sequence, and in double backward
+    and ``vmap``, which must not find tensors that are written in place.
+    """
     if isinstance(adapters, Tensor) and any(needs) and not needs_new_tensors():
         return torch.zeros_like(adapters, memory_format=torch.contiguous_format)
     return [None] * len(adapters)
@@ -215,7 +217,7 @@ def _expand(y, x, weight, bias, S, Bt, scaling) -> None:
 def _add_rounded(y: Tensor, U: Tensor, V: Tensor, scaling: float | Tensor) -> None:
     """Add ``scaling · U V`` to ``y`` in place; a product in a wider dtype is rounded first.
 
-    As eager rounds it. Operators of two dtypes convert ``y`` forth and back.
+    Eager rounds it too. An operator on two dtypes would convert all of ``y`` twice.
     """
     if U.dtype == y.dtype or isinstance(scaling, Tensor) or scaling == 0:
         add_product(y, U, V, scaling)
