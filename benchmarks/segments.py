@@ -168,9 +168,9 @@ class WithDropout(nn.Module):
         )
 
     def forward(self, x: Tensor, index: Tensor, shares: Tensor) -> Tensor:
-        adapters = {n: ExpertAdapter(*pair, ALPHA / RANK) for n, pair in self.adapters.items()}
         p = 0.1 if self.training else 0.0
-        return experts_forward(self.experts, x, index, shares, adapters, p)
+        adapters = {n: ExpertAdapter(*pair, ALPHA / RANK, p) for n, pair in self.adapters.items()}
+        return experts_forward(self.experts, x, index, shares, adapters)
 
 
 def draw_adapters(case: Case) -> dict[str, tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ from .explain import explain
 from .layers.conv import LoRAConv2d
 from .layers.embedding import LoRAEmbedding
 from .layers.linear import FusedLoRAConv1D, FusedLoRALinear
+from .layers.parameter import LoRAParameter
 from .many_adapters import (
     adapter_losses,
     adapter_parameters,
@@ -57,6 +58,7 @@ __all__ = [
     "FusionReport",
     "LoRAConv2d",
     "LoRAEmbedding",
+    "LoRAParameter",
     "ParameterSummary",
     "PatchReport",
     "Projection",

@@ -73,12 +73,12 @@ def test_double_backward():
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
-def draw(experts: nn.Module, scale=0.3) -> dict[str, ExpertAdapter]:
+def draw(experts: nn.Module, scale=0.3, dropout_p=0.0) -> dict[str, ExpertAdapter]:
     found = {}
     for name in ("gate_up_proj", "down_proj"):
         _, N, K = layer_experts.weight_of(experts, name).shape
         A, B = (torch.randn(shape, dtype=FP64) * scale for shape in ((E, 3, K), (E, N, 3)))
-        found[name] = ExpertAdapter(A, B, 0.7)
+        found[name] = ExpertAdapter(A, B, 0.7, dropout_p)
     return found
 
 
@@ -93,7 +93,7 @@ def test_sentinels_of_expert_parallelism_add_nothing(kind):
         shares[index == E] = 0
     adapters = draw(experts)
     folded = copy.deepcopy(experts)
-    for name, (A, B, s) in adapters.items():
+    for name, (A, B, s, _) in adapters.items():
         delta = s * (B @ A)
         folded._parameters[name] += delta.mT if experts.is_transposed else delta
 
@@ -112,7 +112,7 @@ def test_masks_belong_to_tokens_not_to_experts():
     """With equal experts the route does not matter, nor does dropout's mask depend on it."""
     experts = experts_of()
     adapters = {
-        name: ExpertAdapter(*(t[:1].expand_as(t) for t in adapter[:2]), adapter.scaling)
+        name: ExpertAdapter(*(t[:1].expand_as(t) for t in adapter[:2]), adapter.scaling, 0.4)
         for name, adapter in draw(experts).items()
     }
     for p in experts.parameters():
@@ -121,8 +121,9 @@ def test_masks_belong_to_tokens_not_to_experts():
     found = []
     for route in (index, (index + 1) % E, index.flip(0)):
         torch.manual_seed(4)
-        found.append(experts_forward(experts, x, route, shares, adapters, dropout_p=0.4))
-    whole = experts_forward(experts, x, index, shares, adapters)
+        found.append(experts_forward(experts, x, route, shares, adapters))
+    without = {name: adapter._replace(dropout_p=0.0) for name, adapter in adapters.items()}
+    whole = experts_forward(experts, x, index, shares, without)
     assert relative_rms(found[0], whole) > 0.05
     for y in found[1:]:
         assert relative_rms(y, found[0]) <= 1e-12
@@ -130,11 +131,11 @@ def test_masks_belong_to_tokens_not_to_experts():
 
 def test_checkpoints_repeat_the_mask():
     experts = experts_of()
-    adapters = draw(experts)
+    adapters = draw(experts, dropout_p=0.3)
     x, index, shares = routed()
     found = []
     for through in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
         torch.manual_seed(4)
-        y = through(lambda x: experts_forward(experts, x, index, shares, adapters, 0.3), x)
+        y = through(lambda x: experts_forward(experts, x, index, shares, adapters), x)
         found.append(torch.autograd.grad(y.square().sum(), x)[0])
     assert torch.equal(*found)

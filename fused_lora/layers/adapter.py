@@ -7,6 +7,7 @@ Parameters; the others are in ``inactive_adapters``, outside ``state_dict``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -61,6 +62,16 @@ class AdapterLayer(InactiveAdapters):
         if config.use_dora:
             shapes["lora_magnitude_vector"] = (out_features,)
         return shapes
+
+    def stacked(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """An adapter's factors as ``(E, rank, in)`` and ``(E, out, rank)``; ``E`` is 1 here."""
+        return tensors["lora_A"].flatten(1)[None], tensors["lora_B"].flatten(1)[None]
+
+    def unstacked(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """The tensors of an adapter with these factors; the inverse of :meth:`stacked`."""
+        config = AdapterConfig(A.shape[1])
+        shapes = self.adapter_shapes(self.weight_like(self), config)
+        return {"lora_A": A.view(shapes["lora_A"]), "lora_B": B.view(shapes["lora_B"])}
 
     @classmethod
     def check_config(cls, weight: Tensor, config: AdapterConfig) -> None:

@@ -17,7 +17,7 @@ from .offload import give_hook, has_own_hook, onloaded, with_values
 from .replacing import check_own_forward, class_name, copy_module
 
 # Attributes that an adapted layer has in addition to those of its plain layer.
-_ADDED = {
+ADDED = {
     *ADAPTER_NAMES,
     *(field.name for field in fields(AdapterConfig)),
     *("impl", "enabled", "merged", "adapter_name", "inactive_adapters"),
@@ -79,6 +79,11 @@ class LoRALayer(MergeableLayer):
         check_dtype("the weight's dtype", base.weight.dtype)
         sharding.check_whole_weight(base.weight, "adapt")
 
+    @property
+    def weight_owner(self) -> nn.Module:
+        """The module that holds ``weight``."""
+        return self
+
     def plain(self) -> nn.Module:
         """The plain layer again, with the same Parameters (still frozen), hooks and attributes.
 
@@ -94,8 +99,8 @@ class LoRALayer(MergeableLayer):
             self.check_base()
         cls = self.plain_class()
         base = cls.__new__(cls)
-        copy_module(self, base, _ADDED)
-        give_hook(self, base, _ADDED)
+        copy_module(self, base, ADDED)
+        give_hook(self, base, ADDED)
         if self.merged:
             self.disown_weight()
         elif self.base_weight is not self.weight:

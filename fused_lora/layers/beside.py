@@ -20,23 +20,11 @@ from torch.fx import Proxy
 from ..distributed import sharding
 from ..ops.functional import fused_lora_add
 from ..ops.validation import check_passes_gradient, multiplies_itself
-from .adapter import ADAPTER_NAMES
-from .base import LoRALayer, leaf_call
+from .base import leaf_call
 from .config import AdapterConfig
-from .offload import has_own_hook, onloaded
+from .offload import has_own_hook
 from .replacing import is_own_forward
-
-_BASE = "base_layer"
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+from .wrapping import BASE, WrappingLayer
 
 
 def shape_of(module: nn.Module) -> tuple[int, int] | None:
@@ -76,13 +64,6 @@ def _device(base: nn.Module) -> torch.device:
     return device
 
 
-def _follow_base(layer: LoRABeside, incompatible_keys) -> None:
-    """Initialise an adapter on meta once ``load_state_dict`` has loaded its base, a child."""
-    with onloaded(layer):
-        layer._leave_meta()
-    layer._write_scale(layer.scaling)
-
-
 def _recomputes(hook) -> str | None:
     """The class of a hook of ``torch.nn.utils`` that computes a weight before each call."""
     kinds = type(hook).__mro__
@@ -91,12 +72,11 @@ def _recomputes(hook) -> str | None:
     return None
 
 
-class LoRABeside(LoRALayer):
+class LoRABeside(WrappingLayer):
     """A frozen linear layer that runs its own forward, plus a trainable low-rank adapter.
 
-    Created by :meth:`from_plain`. The layer itself is the child ``base_layer``, unchanged; its
-    public attributes can also be read and assigned here (``layer.weight``). Its forward and
-    backward hooks move here while it is adapted, so they see the sum.
+    Created by :meth:`from_plain`. The layer itself is the child ``base_layer``, unchanged; see
+    :class:`.wrapping.WrappingLayer`.
 
     Attributes are those of :class:`fused_lora.FusedLoRALinear`. It cannot be merged, and has no
     DoRA and no PiSSA: these need the weight's values.
@@ -123,12 +103,7 @@ class LoRABeside(LoRALayer):
             TypeError, ValueError: a layer or an argument that does not fit.
         """
         cls.check_plain(base)
-        layer = cls()
-        layer.training = base.training
-        layer._modules[_BASE] = base
-        with torch.inference_mode(False):  # inference tensors could not be trained
-            layer._add_adapter(config, impl, adapter_dtype)
-        layer.register_load_state_dict_post_hook(_follow_base)
+        layer = cls.wrap(base, config, impl, adapter_dtype)
         base.requires_grad_(False)
         layer._exchange_hooks()
         return layer
@@ -161,7 +136,7 @@ class LoRABeside(LoRALayer):
 
     @classmethod
     def weight_like(cls, module: nn.Module) -> Tensor:
-        base = module._modules.get(_BASE, module)
+        base = module._modules.get(BASE, module)
         dtypes = {tensor.dtype for tensor in chain(base.parameters(), base.buffers())}
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         return torch.empty((), dtype=wide, device=_device(base)).expand(shape_of(base))
@@ -179,7 +154,7 @@ class LoRABeside(LoRALayer):
         x = args[0] if args else next(iter(kwargs.values()))
         if isinstance(x, Proxy):
             return leaf_call(self, *args, **kwargs)
-        base, y = self._modules[_BASE], None
+        base, y = self._modules[BASE], None
         if self.segment_route is not None:
             y = self.segment_route.output(self, x, len(args) + len(kwargs) > 1)
         if y is None:
@@ -189,7 +164,7 @@ class LoRABeside(LoRALayer):
 
     def segment_reason(self, names: Sequence[str]) -> str | None:
         """Why no segments of rows can have these adapters; None if they can."""
-        base = self._modules[_BASE]
+        base = self._modules[BASE]
         if "forward" in vars(self) or has_own_hook(base):
             return "a hook of accelerate"
         return super().segment_reason(names)
@@ -199,7 +174,7 @@ class LoRABeside(LoRALayer):
 
     def base_output(self, x: Tensor) -> Tensor:
         """The base layer's output."""
-        base = self._modules[_BASE]
+        base = self._modules[BASE]
         return self._checked(base, x, base(x), shape_of(base)[0])
 
     def _sum(self, base: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -236,51 +211,17 @@ class LoRABeside(LoRALayer):
         check_passes_gradient(x, y, type(base).__name__)
         return y
 
-    def __getattr__(self, name: str):
-        """Attributes of the base layer: other code reads ``layer.weight`` and ``in_features``.
-
-        Private ones stay its own: they are the state of tools such as accelerate.
-        """
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get(_BASE)
-            if base is None or name.startswith("_"):
-                raise
-        return getattr(base, name)
-
-    def __setattr__(self, name: str, value) -> None:
-        base = self.__dict__.get("_modules", {}).get(_BASE)
-        # As in __getattr__: what tools set on this layer, such as a hook's forward, is its own.
-        own = name.startswith("_") or name == "forward" or name in self.__dict__
-        of_base = base is not None and not own
-        if of_base and (name in base._parameters or name in vars(base)):
-            setattr(base, name, value)  # tying weights, for example
-        else:
-            super().__setattr__(name, value)
-
-    def _exchange_hooks(self) -> None:
-        """Exchange the hooks with the base layer's; existing handles can still remove them."""
-        own, base = vars(self), vars(self._modules[_BASE])
-        for name in _HOOKS:
-            own[name], base[name] = base[name], own[name]
-
-    def plain(self) -> nn.Module:
-        """The base layer itself, still frozen, with its hooks."""
-        self._exchange_hooks()
-        return self._modules[_BASE]
-
     @property
     def base_weight(self) -> Tensor | None:
         """The base layer's weight, in its own format; None if it has another name."""
-        return getattr(self._modules[_BASE], "weight", None)
+        return getattr(self._modules[BASE], "weight", None)
 
     def check_base(self) -> None:
         """The base layer always exists."""
 
     def check_mergeable(self) -> None:
         """Raise the TypeError that ``merge`` does."""
-        base = self._modules[_BASE]
+        base = self._modules[BASE]
         kind = type(base).__name__
         if has_own_hook(base):
             kind += " with a hook of accelerate"
@@ -304,25 +245,7 @@ class LoRABeside(LoRALayer):
 
     def reset_parameters(self) -> None:
         """Initialise the base layer, if it can, and the adapter."""
-        if reset := getattr(self._modules[_BASE], "reset_parameters", None):
+        if reset := getattr(self._modules[BASE], "reset_parameters", None):
             reset()
         self._write_scale(self.scaling)
         self.reset_adapter()
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        """Accept the base layer's keys without ``base_layer.``: an unadapted model's state."""
-        adapter = [f"{prefix}{name}" for name in ADAPTER_NAMES]
-        inner = f"{prefix}{_BASE}."
-        keys = [key for key in state_dict if key.startswith(prefix) and key not in adapter]
-        plain = keys and not any(key.startswith(inner) for key in keys)
-        if plain:
-            for key in keys:
-                state_dict[inner + key.removeprefix(prefix)] = state_dict.pop(key)
-        first_missing = len(missing_keys)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if plain and not any(key in state_dict for key in adapter):  # the adapter keeps its values
-            missing_keys[first_missing:] = []

@@ -34,11 +34,36 @@ class ExpertAdapter(NamedTuple):
         lora_A: ``(E, rank, in)``.
         lora_B: ``(E, out, rank)``.
         scaling: a float or a 0-d tensor.
+        dropout_p: probability that an entry of the adapters' input is dropped.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float | Tensor
+    dropout_p: float = 0.0
+
+    @classmethod
+    def of(
+        cls, lora_A: Tensor, lora_B: Tensor, experts: int, scaling, dropout_p: float = 0.0
+    ) -> ExpertAdapter:
+        """Of matrices in PEFT's layout; see :func:`stacks`."""
+        return cls(*stacks(lora_A, lora_B, experts), scaling, dropout_p)
+
+
+def stacks(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """``(E, rank, in)`` and ``(E, out, rank)``: views of matrices in PEFT's layout.
+
+    Args:
+        lora_A: ``(E·rank, in)``, the expert slowest.
+        lora_B: ``(out, rank·E)``, the expert fastest.
+    """
+    A = lora_A.reshape(experts, -1, lora_A.shape[1])
+    return A, lora_B.reshape(len(lora_B), -1, experts).permute(2, 0, 1)
+
+
+def matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`stacks`, contiguous."""
+    return A.flatten(0, 1).contiguous(), B.permute(1, 2, 0).flatten(1).contiguous()
 
 
 def experts_forward(
@@ -47,7 +72,7 @@ def experts_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     adapters: Mapping[str, ExpertAdapter],
-    dropout_p: float = 0.0,
+    impl: str = "auto",
 ) -> Tensor:
     """The forward of transformers' experts with adapters.
 
@@ -62,7 +87,7 @@ def experts_forward(
             under expert parallelism, add nothing.
         top_k_weights: ``(T, k)``, their shares.
         adapters: by the name of a Parameter, such as ``gate_up_proj``; any may be missing.
-        dropout_p: of the adapters' inputs.
+        impl: as for :func:`fused_lora.fused_lora_linear`.
 
     Returns:
         ``(T, out)`` in the dtype of ``hidden_states``.
@@ -71,15 +96,25 @@ def experts_forward(
     each = torch.arange(experts.num_experts, dtype=order.ids.dtype, device=order.ids.device)
     offsets = torch.searchsorted(order.ids, each, right=True)  # waits for no GPU, unlike bincount
     whole = not getattr(experts, "_is_expert_parallel", False)
-    segments = Segments(offsets, order.permutation if dropout_p else None, whole=whole)
-    product = functools.partial(_product, experts, segments, adapters, dropout_p)
-    gated = getattr(experts, "has_gate", True)
-    h = product(_SortTokens.apply(hidden_states, order), "gate_up_proj" if gated else "up_proj")
-    h = experts._apply_gate(h) if gated else experts.act_fn(h)
+    drops = any(adapter.dropout_p for adapter in adapters.values())
+    segments = Segments(offsets, order.permutation if drops else None, whole=whole)
+    product = functools.partial(_product, experts, segments, adapters, impl)
+    h = product(_SortTokens.apply(hidden_states, order), first_matrix(experts))
+    h = experts._apply_gate(h) if is_gated(experts) else experts.act_fn(h)
     h = product(h, "down_proj")  # rows of no segment are zeros, so they need no mask
     if getattr(experts, "has_post_expert_norm", False):
         h = experts.post_expert_norm(h)
     return _WeighTokens.apply(h, top_k_weights, order).to(hidden_states.dtype)
+
+
+def is_gated(experts: nn.Module) -> bool:
+    """Whether the first product computes a gate too."""
+    return getattr(experts, "has_gate", True)
+
+
+def first_matrix(experts: nn.Module) -> str:
+    """The name of the Parameter of the first product."""
+    return "gate_up_proj" if is_gated(experts) else "up_proj"
 
 
 def weight_of(experts: nn.Module, name: str) -> Tensor:
@@ -93,14 +128,14 @@ def follows_autocast(experts: nn.Module) -> bool:
     return experts.config._experts_implementation != "grouped_mm"
 
 
-def _product(experts, segments, adapters, dropout_p, x: Tensor, name: str) -> Tensor:
+def _product(experts, segments, adapters, impl, x: Tensor, name: str) -> Tensor:
     weight = weight_of(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    none, p = [None] * len(segments), dropout_p if name in adapters else 0.0
-    lora_A, lora_B, scaling = adapters.get(name, (none, none, 1.0))
+    none = [None] * len(segments)
+    lora_A, lora_B, scaling, p = adapters.get(name, (none, none, 1.0, 0.0))
     call = functools.partial(
         fused_lora_linear, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, scaling=scaling,
-        dropout_p=p, segments=segments,
+        dropout_p=p, segments=segments, impl=impl,
     )  # fmt: skip
     if follows_autocast(experts):
         return call(x)

@@ -10,14 +10,16 @@ from torch.nn.parameter import is_lazy
 
 from ..distributed.sharding import check_replaceable
 from ..layers.base import LoRALayer
-from ..layers.beside import LoRABeside
 from ..layers.config import AdapterConfig, check_flag
+from ..layers.parameter import ParameterTarget
+from ..layers.wrapping import WrappingLayer
 from ..ops.validation import check_dtype, check_impl, listed
 from .arguments import check_model, check_without_peft, module_names
 from .check import watch_first_backward
 from .fusion import fuse_new_layers
 from .heads import fresh_heads, warn_of_heads
 from .modules_to_save import find_modules, with_tied
+from .parameter_targets import all_experts, check_outside, doubled, find_parameters
 from .record import remember
 from .targets import (
     ALL_LINEAR,
@@ -38,6 +40,7 @@ def apply_lora(
     dropout: float = 0.0,
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
+    target_parameters: Iterable[str] | None = None,
     modules_to_save: Iterable[str] | None = None,
     ensure_weight_tying: bool = False,
     include_head: bool = False,
@@ -71,6 +74,13 @@ def apply_lora(
             "score" of a classifier), a list of module names or of their last dotted parts
             ("q_proj", "self_attn.q_proj"), or a regular expression that must match a whole name.
         exclude_modules: modules to leave out: a list or a regular expression as above.
+        target_parameters: Parameters that belong to no layer, by the ends of their names, as in
+            PEFT: the matrices of experts ("experts.gate_up_proj", "experts.down_proj") or of a
+            router ("gate.weight"). By default "all-linear" includes the experts that transformers
+            holds as one Parameter, with twice the rank and alpha for ``gate_up_proj``, as in PEFT,
+            and a list of modules includes none. ``target_modules=[]`` adapts Parameters alone.
+            Such a layer is called by the name of the Parameter's module; see
+            :class:`fused_lora.LoRAParameter`.
         modules_to_save: modules to train whole and to save with the adapter, such as a new head, by
             the ends of their names, as in PEFT. They get no adapter: a copy of their Parameters and
             buffers trains in their place. The originals are kept for :func:`disable_lora` and
@@ -102,7 +112,8 @@ def apply_lora(
     check_flag("include_head", include_head)
     check_flag("fuse_projections", fuse_projections)
     check_flag("fuse_mlp", fuse_mlp)
-    target_modules = module_names("target_modules", target_modules)
+    if target_parameters is None or target_modules != []:
+        target_modules = module_names("target_modules", target_modules)
     if exclude_modules is not None:
         exclude_modules = module_names("exclude_modules", exclude_modules)
     check_flag("ensure_weight_tying", ensure_weight_tying)
@@ -116,10 +127,22 @@ def apply_lora(
     trained = {part for module in saved.values() for part in module.modules()}
     heads = fresh_heads(model)
     parts = {part for head in heads.values() for part in head.modules()}
-    found = find_targets(model, target_modules, exclude_modules, include_head, trained, parts)
+    excluded = excluder(exclude_modules)
+    if target_parameters is not None:
+        parameters = find_parameters(model, target_parameters, excluded, trained)
+        twice = set()
+    else:
+        every = target_modules == ALL_LINEAR
+        parameters = all_experts(model, excluded, trained) if every else {}
+        twice = doubled(parameters)
+    found = find_targets(
+        model, target_modules, exclude_modules, include_head, trained, parts, bool(parameters)
+    )
+    check_outside(parameters, found.values())
+    found |= parameters
     config = AdapterConfig(rank, alpha, dropout, use_rslora, use_dora, init)
-    configs = adapter_configs(found, config, rank_pattern, alpha_pattern)
-    warn_of_heads(model, heads, found.values(), trained, excluder(exclude_modules))
+    configs = adapter_configs(found, config, rank_pattern, alpha_pattern, twice)
+    warn_of_heads(model, heads, found.values(), trained, excluded)
     copies = copy_tensors(model, saved, ensure_weight_tying)
     adapt(model, found, configs, impl, adapter_dtype)
     train_copies(saved, copies)
@@ -132,7 +155,7 @@ def apply_lora(
 
 def adapt(
     model: nn.Module,
-    found: Mapping[str, nn.Module],
+    found: Mapping[str, nn.Module | ParameterTarget],
     configs: Mapping[str, AdapterConfig],
     impl: str = "auto",
     adapter_dtype: torch.dtype | None = None,
@@ -150,7 +173,7 @@ def adapt(
     # torch.compile(layer) is a wrapper: the layer is its child ``_orig_mod``.
     compiled = {id(getattr(module, "_orig_mod", None)) for module in model.modules()}
     for name, module in found.items():
-        if id(module) in compiled:
+        if id(getattr(module, "holder", module)) in compiled:
             raise ValueError(
                 f"expected layers that are not compiled themselves, got {name}, whose compiled"
                 " forward would not see the adapter: adapt it first, then compile it"
@@ -160,15 +183,19 @@ def adapt(
     # from_plain freezes weights as it goes: on an error the flags are restored.
     try:
         for name, module in found.items():
-            replaced[module] = layer_class(module).from_plain(
+            cls = layer_class(module)
+            if isinstance(module, ParameterTarget):  # around the layers of those before
+                holder, name_in_it = module.holder, module.name
+                module = ParameterTarget(replaced.get(holder, holder), name_in_it)
+            replaced[getattr(module, "holder", module)] = cls.from_plain(
                 module, configs[name], impl, adapter_dtype
             )
     except BaseException as error:
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
         for layer in replaced.values():
-            if isinstance(layer, LoRABeside):
-                layer.plain()  # the base gets its hooks back
+            while isinstance(layer, WrappingLayer):
+                layer = layer.plain()  # the base gets its hooks back
         if type(error) in (TypeError, ValueError):
             raise type(error)(f"{name}: {error}") from error
         raise
@@ -211,8 +238,11 @@ def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -
     """Register each replacement in every place of the module that it replaces."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() skips repeats
-            if child in replaced:
-                setattr(parent, name, replaced[child])
+            new = child
+            while new in replaced:  # a module within nested layers
+                new = replaced[new]
+            if new is not child:
+                setattr(parent, name, new)
 
 
 def _no_fast_path(module: nn.Module, args) -> None:

@@ -271,34 +271,28 @@ def _weighted_sum(
     first = terms[0][1]
     like = first.tensors["lora_A"]
     wide = {"device": "cpu", "dtype": torch.float64}  # on the CPU: MPS has no float64
-    A = torch.cat([a.tensors["lora_A"].flatten(1).to(**wide) for _, a in terms])
-    B = torch.cat([a.tensors["lora_B"].flatten(1).to(**wide) * w for w, a in terms], dim=1)
+    factors = [(w, *(t.to(**wide) for t in layer.stacked(a.tensors))) for w, a in terms]
+    A = torch.cat([A for _, A, _ in factors], dim=1)
+    B = torch.cat([w * B for w, _, B in factors], dim=2)
     if combination == "svd":
         A, B = _truncated(A, B, rank or max(a.config.rank for _, a in terms))
     # The factors contain weights and scales: alpha = rank makes the scale 1.
-    config = AdapterConfig(len(A), len(A), first.config.dropout)
-    tensors: dict[str, Tensor] = {"lora_A": A, "lora_B": B}
-    return Adapter(
-        config,
-        config.scaling,
-        {
-            n: tensors[n].to(like).view(s)
-            for n, s in layer.adapter_shapes(layer.weight_like(layer), config).items()
-        },
-    )
+    config = AdapterConfig(A.shape[1], A.shape[1], first.config.dropout)
+    tensors = {name: tensor.to(like) for name, tensor in layer.unstacked(A, B).items()}
+    return Adapter(config, config.scaling, tensors)
 
 
 def _truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-``rank`` factors of ``B A``: an SVD of the small product of two QR triangles."""
     qb, rb = torch.linalg.qr(B)
-    qa, ra = torch.linalg.qr(A.t())
-    U, sigma, Vh = torch.linalg.svd(rb @ ra.t())
-    kept = min(rank, len(sigma))
-    root = sigma[:kept].sqrt()  # shared evenly between the factors
+    qa, ra = torch.linalg.qr(A.mT)
+    U, sigma, Vh = torch.linalg.svd(rb @ ra.mT)
+    kept = min(rank, sigma.shape[1])
+    root = sigma[:, :kept].sqrt()  # shared evenly between the factors
     # Zeros fill up to the requested rank where B A has fewer singular values.
-    new_A, new_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(B.shape[0], rank)
-    new_A[:kept] = root.unsqueeze(1) * (Vh[:kept] @ qa.t())
-    new_B[:, :kept] = (qb @ U[:, :kept]) * root
+    new_A, new_B = A.new_zeros(len(A), rank, A.shape[2]), B.new_zeros(*B.shape[:2], rank)
+    new_A[:, :kept] = root.unsqueeze(2) * (Vh[:, :kept] @ qa.mT)
+    new_B[:, :, :kept] = (qb @ U[:, :, :kept]) * root.unsqueeze(1)
     return new_A, new_B
 
 

@@ -16,6 +16,8 @@ from ..layers.config import AdapterConfig
 from ..layers.conv import LoRAConv2d
 from ..layers.embedding import LoRAEmbedding
 from ..layers.linear import FusedLoRAConv1D, FusedLoRALinear
+from ..layers.parameter import LoRAParameter, ParameterTarget
+from ..layers.wrapping import BASE
 from ..ops.validation import listed
 from .arguments import described
 from .bypass import Bypass, bypassed, warn_of_readers
@@ -27,8 +29,10 @@ _SMALLEST_SCALE = 2.0**-150  # half of float32's smallest number, which the laye
 _CLASSES = {nn.Linear: FusedLoRALinear, nn.Embedding: LoRAEmbedding, nn.Conv2d: LoRAConv2d}
 
 
-def layer_class(module: nn.Module) -> type[LoRALayer] | None:
+def layer_class(module: nn.Module | ParameterTarget) -> type[LoRALayer] | None:
     """The class that adapts ``module``, or None."""
+    if isinstance(module, ParameterTarget):
+        return LoRAParameter
     cls = FusedLoRAConv1D if is_conv1d(module) else _CLASSES.get(type(module))
     if cls in (FusedLoRALinear, FusedLoRAConv1D):
         return LoRABeside if computes_itself(module) else cls
@@ -58,12 +62,14 @@ def find_targets(
     include_head: bool,
     trained: Collection[nn.Module] = (),
     heads: Collection[nn.Module] = (),
+    missing_ok: bool = False,
 ) -> dict[str, nn.Module]:
     """The modules to adapt, by their first name; see :func:`fused_lora.apply_lora`.
 
     Args:
         trained: the modules in ``modules_to_save`` and their parts, which get no adapter.
         heads: heads without a base in any file and their parts, which "all-linear" leaves out.
+        missing_ok: whether there may be none, since Parameters are adapted.
 
     Raises:
         TypeError: a target of a class that cannot be adapted.
@@ -73,8 +79,10 @@ def find_targets(
     _warn_of_unmatched(model, "exclude_modules", exclude_modules)
     readers = bypassed(model)
     if target_modules == ALL_LINEAR:
-        return _all_linear(model, excluded, include_head, readers, {*trained, *heads})
-    wanted = _matcher(target_modules)
+        return _all_linear(model, excluded, include_head, readers, {*trained, *heads}, missing_ok)
+    if not target_modules and missing_ok:
+        return {}
+    wanted = matcher(target_modules)
     _warn_of_unmatched(model, "target_modules", target_modules)
     found = {n: m for n, m in model.named_modules() if n and wanted(n) and not excluded(n)}
     if found and all(module in trained for module in found.values()):
@@ -113,6 +121,7 @@ def _all_linear(
     include_head: bool,
     readers: Mapping[int, Bypass],
     silent: set[nn.Module],
+    missing_ok: bool,
 ) -> dict[str, nn.Module]:
     head = None
     if not include_head and hasattr(model, "get_output_embeddings"):
@@ -130,7 +139,7 @@ def _all_linear(
     if left_out:
         parts = ", ".join(f"{listed(names)} ({reason})" for reason, names in left_out.items())
         warn(f"no adapter for {parts}; name them in exclude_modules to silence this warning")
-    if not found:
+    if not found and not missing_ok:
         raise ValueError(_no_linear(model))
     warn_of_readers(found, readers)
     return found
@@ -149,10 +158,10 @@ def _no_linear(model: nn.Module) -> str:
 
 def excluder(exclude_modules: str | Iterable[str] | None):
     """A predicate on names: whether ``exclude_modules`` has them."""
-    return (lambda name: False) if exclude_modules is None else _matcher(exclude_modules)
+    return (lambda name: False) if exclude_modules is None else matcher(exclude_modules)
 
 
-def _matcher(target: str | Iterable[str]):
+def matcher(target: str | Iterable[str]):
     """A predicate on names: a regex that matches all, or a list of names and of their suffixes.
 
     A suffix starts after a dot: "proj" matches "attn.proj", not "q_proj".
@@ -178,7 +187,7 @@ def _warn_of_unmatched(model: nn.Module, argument: str, target: str | Iterable[s
     idle = [
         part
         for part in parts
-        if not any(map(_matcher(part if isinstance(target, str) else [part]), names))
+        if not any(map(matcher(part if isinstance(target, str) else [part]), names))
     ]
     if idle and (argument != "target_modules" or len(idle) < len(parts)):
         near = difflib.get_close_matches(idle[0], {n.rpartition(".")[2] for n in names})
@@ -207,27 +216,42 @@ def _no_match(model: nn.Module, target: str | Iterable[str]) -> str:
     return f"{message}; {'similar names' if near else 'available names'}: {', '.join(shown)}"
 
 
+def pattern_name(place: str, module: nn.Module | ParameterTarget) -> str:
+    """The name that ``rank_pattern`` matches: a layer's, or that of a Parameter, as in PEFT."""
+    if not isinstance(module, ParameterTarget | LoRAParameter):
+        return place
+    while place.endswith(f".{BASE}"):
+        place = place.removesuffix(f".{BASE}")
+    return f"{place}.{module.parameter_name}"
+
+
 def adapter_configs(
-    names: Collection[str],
+    found: Mapping[str, nn.Module | ParameterTarget],
     config: AdapterConfig,
     rank_pattern: Mapping[str, int] | None,
     alpha_pattern: Mapping[str, float] | None,
+    doubled: Collection[str] = (),
 ) -> dict[str, AdapterConfig]:
     """The configuration per layer name: ``config``, with rank and alpha from the patterns.
+
+    Args:
+        doubled: the names of layers whose rank and alpha are twice those of ``config``.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, a key that is not a
             regular expression, or one that matches no name.
     """
-    _check_pattern("rank_pattern", rank_pattern, names)
-    _check_pattern("alpha_pattern", alpha_pattern, names)
+    names = {place: pattern_name(place, module) for place, module in found.items()}
+    _check_pattern("rank_pattern", rank_pattern, names.values())
+    _check_pattern("alpha_pattern", alpha_pattern, names.values())
+    factors = {place: 2 if place in doubled else 1 for place in found}
     return {
-        name: replace(
+        place: replace(
             config,
-            rank=pattern_value(rank_pattern, [name], config.rank),
-            alpha=pattern_value(alpha_pattern, [name], config.alpha),
+            rank=pattern_value(rank_pattern, [name], factors[place] * config.rank),
+            alpha=pattern_value(alpha_pattern, [name], factors[place] * config.alpha),
         )
-        for name in names
+        for place, name in names.items()
     }
 
 

@@ -26,6 +26,7 @@ from ..distributed.sharding import (
 )
 from ..layers.base import LoRALayer
 from ..layers.config import Adapter
+from ..layers.parameter import LoRAParameter, ParameterTarget
 from ..models.adapt import adapt, check_contains_layers
 from ..models.arguments import check_model, check_without_peft, described
 from ..models.bypass import bypassed, warn_of_readers
@@ -41,6 +42,7 @@ from ..models.named_adapters import (
 )
 from ..models.parameters import lora_layers
 from ..models.record import remember
+from ..models.targets import pattern_name
 from ..models.trained_modules import (
     add_copies,
     check_copies,
@@ -58,6 +60,7 @@ from . import format as peft_format
 from .base_model import describe
 from .differences import warn_of_convolutions, warn_of_renamed, warn_of_tied
 from .files import CONFIG, WEIGHTS, AdapterTensors, layer_config, read_config, write_adapter
+from .parameters import resolve, swaps_roles, target_parameters, with_roles
 from .saved_modules import (
     check_shared,
     check_untied,
@@ -66,6 +69,7 @@ from .saved_modules import (
     saved_keys,
     warn_of_unsaved,
 )
+from .separate_experts import joined
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
@@ -133,7 +137,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     check_untied(model)
     tied = share_parameters(trained)
     base_model = describe(model, modules, saved)
-    config = peft_format.make_config(layers, adapters, names, base_model, entries, tied)
+    parameters = target_parameters(layers, modules)
+    config = peft_format.make_config(layers, adapters, names, base_model, entries, tied, parameters)
     warn_of_unsaved(model)
     warn_of_tied(config, trained)
     parts = {
@@ -231,23 +236,31 @@ def load_adapter(
     config = read_config(folder)
     modules = _modules(model)
     saved = find_saved(model, modules, config, folder)
+    try:
+        parameters = resolve(config, modules)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     with AdapterTensors(folder / WEIGHTS) as file:
         file.check_digest(config)
+        if (dropout := file.dropout()) is not None:
+            config["lora_dropout"] = dropout
         keys = saved_keys(file, saved)
         states = read_states(file, saved, keys)
+        separate, joined_keys = joined(
+            file, modules, lambda place: layer_config(folder, config, place, place), keys
+        )
         tied = bool(config.get("ensure_weight_tying"))
         adapted = any(isinstance(module, LoRALayer) for module in modules.values())
         check_shared(saved, states, tied or adapted, folder / WEIGHTS)
-        places = file.places(modules, keys)
-        plan = {
-            place: (layer_config(folder, config, place, file.saved_as[place]), parameters)
-            for place, parameters in places.items()
-        }
-        for place, (its_config, parameters) in plan.items():
-            file.check_shapes(place, modules[place], its_config, parameters)
-        loaded = {
-            place: Adapter(its_config, its_config.scaling, file.tensors(parameters))
-            for place, (its_config, parameters) in plan.items()
+        places = file.places(modules, {*keys, *joined_keys})
+        if absent := sorted(parameters - places.keys()):
+            raise ValueError(
+                f"{folder / WEIGHTS}: expected an adapter of each Parameter of target_parameters,"
+                f" got none for {listed(absent)}"
+            )
+        loaded = separate | {
+            place: _read(file, folder, config, place, modules[place], keys, place in parameters)
+            for place, keys in places.items()
         }
     if not file.ours:
         _warn_of_places(modules, loaded)
@@ -271,6 +284,37 @@ def load_adapter(
             layer.activate_adapter(loaded[place])
             layer.adapter_name = name
     return list(loaded)
+
+
+def _read(
+    file: AdapterTensors,
+    folder: Path,
+    config: Mapping,
+    place: str,
+    module: nn.Module | ParameterTarget,
+    keys: Mapping[str, str],
+    is_parameter: bool,
+) -> Adapter:
+    """The adapter of one layer, checked.
+
+    Args:
+        keys: by parameter name.
+        is_parameter: whether ``target_parameters`` names it.
+    """
+    name = pattern_name(place, module) if is_parameter else None
+    its_config = layer_config(folder, config, place, file.saved_as[place], name)
+    swapped = False
+    if is_parameter and keys.keys() >= {"lora_A", "lora_B"}:
+        shapes = {parameter: file.shape(key) for parameter, key in keys.items()}
+        try:
+            swapped = swaps_roles(config, file.ours, module, shapes)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: {place}: {error}") from error
+    file.check_shapes(place, module, its_config, keys, swapped)
+    tensors = file.tensors(keys)
+    if swapped:
+        tensors = with_roles(tensors, len(LoRAParameter.weight_like(module)))
+    return Adapter(its_config, its_config.scaling, tensors)
 
 
 def _into_adapted(

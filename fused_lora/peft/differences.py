@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from ..layers.parameter import LoRAParameter
 from ..models.warn import warn
+from ..models.wrappers import plain_names
 from ..ops.validation import listed
 from . import format as peft_format
 
@@ -100,11 +102,13 @@ def _lost(model: nn.Module, config: Mapping, tensors: Mapping[str, Tensor]) -> l
             model, converted, dict(tensors)
         )
     targets = {"target_modules": converted.target_modules}
+    on_parameters = {p for p, x in plain_names(model) if isinstance(x, LoRAParameter)}
     moved = {peft_format.split_key(key)[0] for key in tensors.keys() - kept.keys()}
     return [
         place
         for place in _places(tensors)
-        if place in moved or not peft_format.names_target(targets, place)
+        if place in moved
+        or not (place in on_parameters or peft_format.names_target(targets, place))
     ]
 
 

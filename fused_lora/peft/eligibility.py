@@ -15,8 +15,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from ..distributed.sharding import is_shard
-from ..layers.hooks import changed, on_every_module
+from ..layers.hooks import mode_reason, unusual
 from ..models.targets import is_conv1d
 from ..ops import cpu_gemm
 from ..ops.modes import autocasts
@@ -140,22 +139,6 @@ def fits(adapter: torch.dtype, compute: torch.dtype) -> bool:
     return adapter == compute or (compute in _HALVES and adapter == torch.float32)
 
 
-def unusual(module: nn.Module) -> str | None:
-    """Why a module of a plain class does not compute just its formula; None if it does."""
-    if reason := changed(module):
-        return reason
-    for name, parameter in module._parameters.items():
-        if parameter is not None and type(parameter) is not nn.Parameter:
-            if is_shard(parameter):
-                return "sharded, unless FSDP2 gathers it for the call"
-            return f"a {name} of class {type(parameter).__name__}"
-        if parameter is not None and hasattr(parameter, "ds_id"):
-            return "partitioned by DeepSpeed's ZeRO-3"
-    if type(module) is nn.Linear and "weight" not in module._parameters:
-        return "a computed weight"
-    return None
-
-
 def input_reason(layer: nn.Module, x: Tensor, parts: Parts) -> str | None:
     """Why a call with ``x`` runs PEFT's own forward; None if it runs fused."""
     lora_A, lora_B, scaling = parts.lora_A, parts.lora_B, parts.scaling
@@ -202,12 +185,3 @@ def scale_reason(scaling, device: torch.device) -> str | None:
     if isinstance(scaling, Real) and (torch.compiler.is_compiling() or math.isfinite(scaling)):
         return None
     return "a scale that is not a finite number"
-
-
-def mode_reason() -> str | None:
-    """Why a transform or a hook on every module lets no layer run fused."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    return "a hook on every module" if on_every_module() else None

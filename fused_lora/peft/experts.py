@@ -13,21 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers.experts import (
-    ExpertAdapter,
-    experts_forward,
-    follows_autocast,
-    unsupported,
-    weight_of,
-)
+from ..layers import expert_calls
+from ..layers.expert_calls import experts_reason
+from ..layers.experts import ExpertAdapter, experts_forward, unsupported, weight_of
 from ..layers.hooks import changed
 from ..ops import cpu_gemm
-from ..ops.modes import autocasts, is_exporting, is_recorded
-from ..ops.validation import FLOATS
-from .eligibility import NONE_ACTIVE, adapter_of, fits, mode_reason, scale_reason, unusual
+from .eligibility import NONE_ACTIVE, adapter_of, fits, scale_reason
 
-_HALVES = (torch.float16, torch.bfloat16)
-_INDICES = (torch.int32, torch.int64)
 _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -66,7 +58,7 @@ def parts_of(layer: nn.Module) -> ExpertParts | str:
     wrappers = chain_of(layer)
     experts = wrappers[-1]._modules["base_layer"]
     reason = next((why for w in wrappers[1:] if (why := changed(w))), None)
-    reason = reason or unsupported(experts) or _experts_reason(experts)
+    reason = reason or unsupported(experts) or experts_reason(experts)
     if reason:
         return reason
     adapters = {}
@@ -83,33 +75,6 @@ def parts_of(layer: nn.Module) -> ExpertParts | str:
             return f"two adapters on {name}"
         adapters[name] = adapter
     return ExpertParts(experts, adapters) if adapters else NONE_ACTIVE
-
-
-def _experts_reason(experts: nn.Module) -> str | None:
-    """Why the Parameters of the experts cannot be used, or something runs beside their forward."""
-    if reason := unusual(experts):
-        return reason
-    if any(changed(module) for module in experts.modules()):
-        return "a hook in the experts"
-    names = ["gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"]
-    for name in names:
-        weight = experts._parameters.get(name)
-        if weight is None:
-            return f"a computed {name}"
-        if weight.dim() != 3 or len(weight) != experts.num_experts:
-            return f"a {name} of another shape"
-        if weight.dtype not in FLOATS:
-            return f"a {name} in {weight.dtype}"
-        if weight.requires_grad:
-            return "a trainable base weight"
-        bias = experts._parameters.get(f"{name}_bias")
-        shape = weight_of(experts, name).shape[:2]
-        if experts.has_bias and (bias is None or bias.shape != shape):
-            return f"a computed {name}_bias"
-    up, down = (experts._parameters[name] for name in names)
-    if up.dtype != down.dtype or up.device != down.device:
-        return "experts in two dtypes or on two devices"
-    return None
 
 
 def _adapter_of(wrapper, experts, adapter, A: Tensor, B: Tensor, dropout) -> ExpertAdapter | str:
@@ -133,38 +98,12 @@ def _adapter_of(wrapper, experts, adapter, A: Tensor, B: Tensor, dropout) -> Exp
     scaling = wrapper.scaling[adapter]
     if reason := scale_reason(scaling, weight.device):
         return reason
-    stacks = A.reshape(E, rank, K), B.reshape(N, rank, E).permute(2, 0, 1)
-    return ExpertAdapter(*stacks, scaling)
+    return ExpertAdapter.of(A, B, E, scaling)
 
 
 def call_reason(parts: ExpertParts, x, index, shares) -> str | None:
     """Why a call runs PEFT's own forward; None if it runs fused."""
-    weight = parts.experts._parameters["down_proj"]
-    tensors = x, index, shares
-    if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors):
-        return "an input that is not a plain tensor"
-    if any(t.is_nested or t.layout != torch.strided or t.dim() != 2 for t in tensors):
-        return "an input that is not a dense matrix"
-    if any(t.device != weight.device for t in tensors) or x.is_meta:
-        return "an input on another device"
-    if not {x.dtype, shares.dtype} <= set(FLOATS) or index.dtype not in _INDICES:
-        return "an input in another dtype"
-    if index.shape != shares.shape or len(index) != len(x) or not index.shape[1]:
-        return "inputs of different sizes"
-    up = "gate_up_proj" if getattr(parts.experts, "has_gate", True) else "up_proj"
-    if x.shape[1] != weight_of(parts.experts, up).shape[2]:
-        return "an input of another size"
-    if follows_autocast(parts.experts):
-        if not autocasts(x):
-            if x.dtype != weight.dtype:
-                return "an input in another dtype than the experts"
-        elif torch.float64 in (x.dtype, weight.dtype):
-            return "float64 under autocast"
-        elif x.dtype in _HALVES and x.dtype != torch.get_autocast_dtype(x.device.type):
-            return "an input in a half precision other than autocast's"
-    if is_exporting() or is_recorded():
-        return "an exporter or a compiler"
-    return mode_reason()
+    return expert_calls.call_reason(parts.experts, x, index, shares)
 
 
 def fused(parts: ExpertParts, x: Tensor, index: Tensor, shares: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import secrets
 from collections.abc import Collection, Container, Mapping
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.base import LoRALayer
-from ..layers.beside import LoRABeside
 from ..layers.config import AdapterConfig
 from ..layers.offload import has_values, onloaded
+from ..layers.parameter import ParameterTarget
+from ..layers.wrapping import BASE, WrappingLayer
 from ..models.targets import layer_class
+from ..models.warn import warn
 from ..models.wrappers import clean
 from ..ops.validation import FLOATS, listed, multiplies_itself
 from . import format as peft_format
@@ -29,12 +32,24 @@ from . import format as peft_format
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _DIGEST = "fused_lora_config_sha256"  # in the safetensors metadata
+_RENAMED = {"block_sparse_moe": "mlp"}  # modules of transformers 4, and their names in 5
+_DROPOUT = "fused_lora_dropout"  # in that metadata, where PEFT's configuration cannot hold it
 _DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
-    """Write both files; the tensors' metadata holds a digest of the configuration."""
+    """Write both files; the tensors' metadata holds a digest of the configuration.
+
+    It also holds a dropout of adapters on Parameters: PEFT refuses a configuration with one.
+    """
     metadata = {"format": "pt", _DIGEST: peft_format.digest(config)}
+    if config["target_parameters"] and config["lora_dropout"]:
+        metadata[_DROPOUT] = repr(config["lora_dropout"])
+        config = {**config, "lora_dropout": 0.0}
+        warn(
+            "adapter_config.json says lora_dropout 0, since PEFT refuses dropout with"
+            " target_parameters; load_adapter restores it"
+        )
     files = {
         WEIGHTS: safetensors.torch.save(tensors, metadata),
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
@@ -84,15 +99,20 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{path}: {error}") from error
 
 
-def layer_config(folder: Path, config: Mapping, place: str, saved_as: str) -> AdapterConfig:
+def layer_config(
+    folder: Path, config: Mapping, place: str, saved_as: str, parameter: str | None = None
+) -> AdapterConfig:
     """The configuration of the layer ``place``, which must be among the targets.
 
     Args:
         saved_as: its name in the file. What wrappers add to it is in the configuration's names
             too if the model was wrapped before PEFT adapted it, and not if it was afterwards.
+        parameter: the full name of the Parameter that ``target_parameters`` names, if one.
     """
     names = list(dict.fromkeys((place, clean(saved_as), saved_as)))
-    if not any(peft_format.names_target(config, name) for name in names):
+    if parameter is not None:
+        names = [parameter]
+    elif not any(peft_format.names_target(config, name) for name in names):
         raise ValueError(
             f"{folder / WEIGHTS}: expected adapters for {CONFIG}'s target_modules only, got one for"
             f" {place}: the two files do not belong together"
@@ -160,13 +180,32 @@ class AdapterTensors:
                 " interrupted between the two files, or one was edited or copied; save again"
             )
 
+    def dropout(self) -> float | None:
+        """The dropout that this library saved beside the configuration, if it did.
+
+        Raises:
+            ValueError: not a probability below 1.
+        """
+        saved = (self._file.metadata() or {}).get(_DROPOUT)
+        if saved is None:
+            return None
+        try:
+            value = float(saved)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < 1:
+            raise ValueError(
+                f"{self.path}: expected {_DROPOUT} in [0, 1) in its metadata, got {saved!r}"
+            )
+        return value
+
     def places(
         self, modules: Mapping[str, nn.Module], saved: Collection[str] = ()
     ) -> dict[str, dict[str, str]]:
         """Layer name to parameter name to key.
 
         Args:
-            saved: the keys of ``modules_to_save``, which belong to no adapter of a layer.
+            saved: keys that are read otherwise, such as those of ``modules_to_save``.
 
         Raises:
             ValueError: a key that belongs to no adapter, or a layer that cannot have this adapter.
@@ -198,7 +237,7 @@ class AdapterTensors:
             raise ValueError(
                 f"{self.path}: expected tensors of adapters only, got {listed(unknown)}"
             )
-        if not places:
+        if not places and not saved:
             raise ValueError(f"{self.path}: expected tensors of adapters, got none")
         seen: dict[nn.Module, str] = {}
         absent = [place for place in places if place not in modules]
@@ -243,8 +282,8 @@ class AdapterTensors:
         place, _, last = (peft_format.without_prefix(key) or "").rpartition(".")
         name = in_model(clean(place).removesuffix(".base_layer"), modules)
         module = modules.get(f"{name}.base_layer", modules.get(name))
-        if isinstance(module, LoRABeside):
-            module = module._modules["base_layer"]
+        while isinstance(module, WrappingLayer):
+            module = module._modules[BASE]
         if module is None or last not in {**module._parameters, **module._buffers}:
             return False
         with onloaded(module):
@@ -268,12 +307,21 @@ class AdapterTensors:
         return True
 
     def check_shapes(
-        self, place: str, module: nn.Module, config: AdapterConfig, parameters: Mapping[str, str]
+        self,
+        place: str,
+        module: nn.Module | ParameterTarget,
+        config: AdapterConfig,
+        parameters: Mapping[str, str],
+        swapped: bool = False,
     ) -> None:
-        """Check that the layer ``place`` can have the adapter, and the shapes of its tensors."""
+        """Check that the layer ``place`` can have the adapter, and the shapes of its tensors.
+
+        Args:
+            swapped: whether the tensors have each other's roles, see :mod:`.parameters`.
+        """
         cls = type(module) if isinstance(module, LoRALayer) else layer_class(module)
-        without = cls.weight_like(module).is_meta if cls.runs_base else False
-        if without or not has_values(module, "weight"):
+        wraps = issubclass(cls, WrappingLayer)
+        if cls.weight_like(module).is_meta if wraps else not has_values(module, "weight"):
             raise ValueError(
                 f"{self.path}: expected a model with values, got {place} on the meta device:"
                 " load its weights first"
@@ -285,7 +333,7 @@ class AdapterTensors:
             cls.check_config(weight, config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.path}: {place}: {error}") from error
-        expected = cls.adapter_shapes(weight, config)
+        expected = cls.adapter_shapes(weight.mT if swapped else weight, config)
         for parameter in {**expected, **parameters}:
             key = parameters.get(parameter)
             if key is None:
@@ -315,8 +363,15 @@ class AdapterTensors:
 
 
 def in_model(place: str, modules: Container[str]) -> str:
-    """A layer's name in the model, without what wrappers added to it when it was saved."""
+    """A layer's name in the model, without what wrappers added to it when it was saved.
+
+    Also if the model's modules had other names in transformers 4.
+    """
     place = clean(place)
     while place.startswith("module.") and place not in modules:
         place = place.removeprefix("module.")
+    parts = place.split(".")
+    for old, new in _RENAMED.items():
+        if old in parts and ".".join(parts[: parts.index(old) + 1]) not in modules:
+            place = ".".join(new if part == old else part for part in parts)
     return place

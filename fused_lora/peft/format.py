@@ -26,7 +26,8 @@ from ..layers.base import LoRALayer
 from ..layers.config import Adapter, AdapterConfig
 from ..layers.embedding import LoRAEmbedding
 from ..layers.linear import FusedLoRAConv1D
-from ..models.targets import compile_pattern, pattern_value
+from ..layers.parameter import LoRAParameter
+from ..models.targets import compile_pattern, pattern_name, pattern_value
 from ..models.warn import warn
 from ..models.wrappers import WRAPPED
 
@@ -76,6 +77,7 @@ _READ = {
     "r",
     "rank_pattern",
     "target_modules",
+    "target_parameters",
     "use_dora",
     "use_rslora",
 }
@@ -92,7 +94,6 @@ _CHANGING = {
     "layer_replication": "the model has more layers than its base",
     "lora_bias": "lora_B has a bias",
     "monteclora_config": "the adapter's weights are sampled (MonteCLoRA)",
-    "target_parameters": "adapters on Parameters that belong to no layer",
     "trainable_token_indices": "rows of the embedding are trained",
     "use_bdlora": "the factors are block-diagonal (BD-LoRA)",
     "use_qalora": "the adapter's input is pooled (QALoRA)",
@@ -151,6 +152,7 @@ def make_config(
     base_model: Mapping,
     modules_to_save: list[str] | None = None,
     tied: bool = False,
+    parameters: list[str] | None = None,
 ) -> dict:
     """The contents of ``adapter_config.json`` for the ``adapters`` of ``layers``.
 
@@ -159,6 +161,7 @@ def make_config(
         base_model: the keys that describe the base model, from :func:`.base_model.describe`.
         modules_to_save: as :func:`.modules_to_save.shortest_entries` returns it.
         tied: whether those modules share Parameters.
+        parameters: as :func:`.parameters.target_parameters` returns it.
 
     Raises:
         ValueError: PEFT's format cannot express the adapters' differences.
@@ -171,8 +174,9 @@ def make_config(
             )
     first = next(iter(configs.values()))
     use_rslora = all(config.use_rslora for config in configs.values())
-    ranks = {name: config.rank for name, config in configs.items()}
-    alphas = {name: _alpha(adapter, use_rslora) for name, adapter in adapters.items()}
+    names = {name: pattern_name(name, layers[name]) for name in adapters}
+    ranks = {names[name]: config.rank for name, config in configs.items()}
+    alphas = {names[name]: _alpha(adapter, use_rslora) for name, adapter in adapters.items()}
     rank, rank_pattern = _common(ranks)
     alpha, alpha_pattern = _common(alphas)
     dropout, _ = _common({name: config.dropout for name, config in configs.items()})
@@ -190,7 +194,10 @@ def make_config(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
-        "target_modules": _target_modules(list(layers), module_names),
+        "target_modules": _target_modules(
+            [n for n, x in layers.items() if not isinstance(x, LoRAParameter)], module_names
+        ),
+        "target_parameters": parameters or None,
         "use_dora": first.use_dora,
         "use_rslora": use_rslora,
     }
@@ -251,8 +258,9 @@ def digest(config: Mapping) -> str:
         "use_dora": config.get("use_dora", False),
         "use_rslora": config.get("use_rslora", False),
     }
-    if saved := config.get("modules_to_save"):
-        meaning["modules_to_save"] = sorted(saved)
+    for key in ("modules_to_save", "target_parameters"):
+        if names := config.get(key):
+            meaning[key] = sorted(names)
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
@@ -282,6 +290,11 @@ def parse_config(text: str) -> dict:
             " path_initial_model_for_weight_conversion, which converts it to a plain LoRA"
         )
     _check_numbers(config)
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(n, str) and n for n in parameters):
+        raise ValueError(f"expected target_parameters as a list of names, got {parameters!r}")
+    if parameters and config.get("target_modules") is None:
+        config["target_modules"] = []
     targets = config.get("target_modules")
     if not isinstance(targets, str) and not (
         isinstance(targets, list) and all(isinstance(target, str) for target in targets)

@@ -1,0 +1,163 @@
+"""Which Parameters get an adapter: those that no layer holds, such as the experts of a mixture."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+from torch import nn
+
+from ..layers.experts import first_matrix, is_gated
+from ..layers.parameter import ParameterTarget, unfused_reason
+from ..layers.wrapping import BASE
+from ..ops.validation import listed
+from .arguments import described
+from .warn import warn
+
+_NEAR_NAMES = 6  # suggested when nothing matched
+
+
+def find_parameters(
+    model: nn.Module,
+    target_parameters: Iterable[str],
+    excluded: Callable[[str], object],
+    trained: Collection[nn.Module] = (),
+) -> dict[str, ParameterTarget]:
+    """The Parameters to adapt, by the names of their layers; see :func:`fused_lora.apply_lora`.
+
+    Of several Parameters of one module the last one is outermost and has the module's name; each
+    further one inward has ``.base_layer`` added. The innermost comes first.
+
+    Args:
+        excluded: whether a module or a Parameter of this name gets no adapter.
+        trained: modules that train whole.
+
+    Raises:
+        TypeError: not names in a list, or a Parameter that cannot be adapted.
+        ValueError: no match, or a Parameter of the model itself.
+    """
+    if isinstance(target_parameters, str) or not isinstance(target_parameters, Iterable):
+        raise TypeError(
+            "expected target_parameters to be a list of names such as 'experts.gate_up_proj', got"
+            f" {described(target_parameters)}"
+        )
+    wanted = list(target_parameters)
+    if not all(isinstance(name, str) and name for name in wanted):
+        raise TypeError(f"expected target_parameters to be names, got {wanted!r}")
+    found: dict[str, ParameterTarget] = {}
+    unmatched, every = set(wanted), []
+    for place, module in model.named_modules():
+        names = []
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{place}.{name}" if place else name
+            every.append(full)
+            matched = {want for want in wanted if full == want or full.endswith(f".{want}")}
+            unmatched -= matched
+            if matched and module not in trained and not excluded(place) and not excluded(full):
+                names.append(name)
+        if names and not place:
+            raise ValueError(
+                f"expected Parameters of a module in the model, got its own {names[0]}"
+            )
+        found |= nested(place, module, names)
+    if wanted and not found:
+        raise ValueError(_no_match(wanted, unmatched, every))
+    if unmatched:
+        warn(f"target_parameters has {listed(sorted(unmatched))}, which names no Parameter")
+    return found
+
+
+def nested(place: str, module: nn.Module, names: list[str]) -> dict[str, ParameterTarget]:
+    """The targets of one module, by the names of their layers, the innermost first."""
+    depths = reversed(range(len(names)))
+    return {
+        place + f".{BASE}" * depth: ParameterTarget(module, name)
+        for depth, name in zip(depths, names, strict=True)
+    }
+
+
+def all_experts(
+    model: nn.Module, excluded: Callable[[str], object], trained: Collection[nn.Module]
+) -> dict[str, ParameterTarget]:
+    """Both matrices of all experts that run fused; warns of the routers, which "all-linear" omits.
+
+    As in PEFT, ``gate_up_proj``, of two linear layers, gets twice the rank and alpha:
+    :func:`doubled`.
+    """
+    found: dict[str, ParameterTarget] = {}
+    routers: list[nn.Parameter] = []
+    names: list[str] = []
+    for place, module in model.named_modules():
+        if not place or unfused_reason(module, frozen=False) is not None:
+            continue
+        if excluded(place) or module in trained:
+            continue
+        matrices = (first_matrix(module), "down_proj")
+        order = [name for name, _ in module.named_parameters(recurse=False) if name in matrices]
+        found |= nested(place, module, [n for n in order if not excluded(f"{place}.{n}")])
+        for name, weight in _routers(model, place):
+            if not excluded(name.rpartition(".")[0]) and not excluded(name):
+                names.append(name)
+                routers.append(weight)
+    if routers:
+        total = max(1, sum(p.numel() for p in model.parameters()))
+        share = 100 * sum(p.numel() for p in routers) / total
+        own = {target.name for target in found.values()}
+        ends = sorted(own | {".".join(name.split(".")[-2:]) for name in names})
+        warn(
+            f'"all-linear" has no adapter for the routers {listed(names)} ({share:.2g} % of the'
+            f" weights), which target_parameters={ends!r} includes; exclude_modules silences this"
+            " warning"
+        )
+    return found
+
+
+def _routers(model: nn.Module, place: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The matrices that modules beside the experts, other than layers, hold themselves."""
+    parent = place.rpartition(".")[0]
+    for name, module in model.get_submodule(parent).named_children():
+        known = isinstance(module, nn.Linear | nn.Embedding) or place == f"{parent}.{name}"
+        for key, parameter in () if known else module.named_parameters(recurse=False):
+            if parameter.dim() == 2:
+                yield ".".join(part for part in (parent, name, key) if part), parameter
+
+
+def doubled(found: dict[str, ParameterTarget]) -> set[str]:
+    """The layers of Parameters that are two linear layers in one."""
+    return {
+        place
+        for place, target in found.items()
+        if is_gated(target.holder) and target.name == first_matrix(target.holder)
+    }
+
+
+def _no_match(wanted: list[str], unmatched: set[str], every: list[str]) -> str:
+    if not unmatched:
+        return (
+            f"expected a Parameter to adapt, got target_parameters {wanted!r}, all of which"
+            " exclude_modules or modules_to_save leave out"
+        )
+    endings = {name.rpartition(".")[2] for name in every}
+    near = [
+        match
+        for want in wanted
+        for match in difflib.get_close_matches(want.rpartition(".")[2], endings, n=_NEAR_NAMES)
+    ]
+    hint = f"; similar: {', '.join(dict.fromkeys(near))}" if near else ""
+    return f"expected target_parameters to match a Parameter, got {wanted!r}{hint}"
+
+
+def check_outside(parameters: dict[str, ParameterTarget], layers: Iterable[nn.Module]) -> None:
+    """Check that no module of these Parameters contains a layer that is adapted too.
+
+    Raises:
+        ValueError: one does: PEFT's files would name that layer by another place.
+    """
+    adapted = set(layers)
+    for place, target in parameters.items():
+        if inside := adapted.intersection(target.holder.modules()):
+            kind = type(next(iter(inside))).__name__
+            raise ValueError(
+                f"expected Parameters of modules without adapted layers, got {place}, which"
+                f" contains an adapted {kind}: adapt one of them"
+            )
