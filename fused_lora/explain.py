@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .distributed.sharding import is_shard
 from .layers import gated_block
 from .layers.base import LoRALayer
+from .layers.parameter import LoRAParameter, unfused_reason
 from .layers.shared_input import MIN_ROWS
 from .models.arguments import check_without_peft, described
 from .ops import dropout
@@ -38,7 +39,7 @@ def explain(
         target: an adapted layer, or ``x (..., in)`` with ``weight`` and
             ``lora_A`` as for :func:`fused_lora.fused_lora_linear`. A gated MLP that is one block
             is explained by its gate.
-        tokens: number of rows to assume for a layer.
+        tokens: number of rows to assume for a layer; of experts, a row for each expert of a token.
         dropout_p: the call's dropout probability. Default: the layer's (0 in eval mode), or 0 for
             tensors.
         impl: the call's ``impl``. Default: the layer's, or "auto" for tensors.
@@ -66,6 +67,8 @@ def explain(
         if layer.merged or not layer.enabled:
             state = "merged" if layer.merged else "disabled"
             return Decision("torch", None, None, f"the adapter is {state}: the base layer alone")
+        if isinstance(layer, LoRAParameter):
+            return _explain_parameter(layer, tokens, dropout_p, impl)
         if layer.no_kernel is not None:
             return Decision("torch", None, None, f"{layer.no_kernel}, in plain PyTorch")
         weight, lora_A = layer.to_matrix(layer.weight_like(layer)), layer.lora_A
@@ -108,6 +111,23 @@ def explain(
         shared = f"its x may be shared with {' and '.join(others)}"
         decision = replace(decision, reason=f"{decision.reason}; {shared}")
     return decision
+
+
+def _explain_parameter(layer: LoRAParameter, tokens: int, dropout_p, impl) -> Decision:
+    """Of experts, the products over the segments of their tokens."""
+    if reason := unfused_reason(layer.holder):
+        return Decision("torch", None, None, f"W + s·B A at every call ({reason})")
+    if dropout_p is None:
+        dropout_p = layer.dropout if layer.training else 0.0
+    impl = layer.impl if impl is None else impl
+    check_impl(impl)
+    check_dropout(dropout_p)
+    if impl == "reference":
+        return Decision("reference", None, None, "requested: eager autograd")
+    weight = layer.weight_like(layer)
+    sizes = tokens, weight.shape[2], weight.shape[1]
+    adapted = frozenset([(layer.rank, dropout.keep_count(dropout_p))])
+    return decide_segmented(impl, weight.device, weight.dtype, sizes, adapted)
 
 
 def _explain_segments(x, weight, lora_A, dropout_p, impl: str, segments: Segments) -> Decision:

@@ -25,6 +25,7 @@ from .distributed.sharding import is_shard
 from .kernels.config import is_aligned
 from .kernels.operands import BackwardOperands, ForwardOperands
 from .layers.base import LoRALayer
+from .layers.parameter import LoRAParameter
 from .ops import dispatch, dropout, torch_impl
 from .ops.triton_impl import is_sticky, run_backward, run_forward
 from .ops.validation import check_dropout
@@ -128,7 +129,8 @@ def _adapted(model: nn.Module) -> Iterator[tuple]:
     """``(weight, K, N, R, dtype, p)`` of each linear layer with an adapter."""
     for module in model.modules():
         if isinstance(module, LoRALayer):
-            if module.no_kernel is None and not module.use_dora:
+            tuned = module.no_kernel is None and not isinstance(module, LoRAParameter)
+            if tuned and not module.use_dora:
                 weight = module.weight_like(module)
                 weight = weight.to_local() if is_shard(weight) else weight
                 N, K = module.to_matrix(weight).shape

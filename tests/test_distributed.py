@@ -64,6 +64,7 @@ SOME_CHECKS = [
     "saving.load_state",
     "shared_inputs.check_ddp",
     "shared_inputs.check_fsdp2_per_decoder_layer",
+    "experts.check_fsdp2",
     "tensor_products.check_own_styles",
     "tensor_products.check_collectives",
     "tensor_models.check_life_cycle",

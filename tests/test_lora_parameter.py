@@ -21,6 +21,7 @@ from fused_lora import (
     check_adapters,
     delete_adapter,
     disable_lora,
+    explain,
     lora_layers,
     merge_lora,
     parameter_summary,
@@ -487,3 +488,49 @@ def test_the_router_trains():
     assert relative_rms(logits, plain(x)[0]) < 1e-5
     logits.sum().backward()
     assert layer.lora_A.grad.norm() > 0
+
+
+def test_compiled_models_run_experts_between_their_graphs(nothing_compiled):
+    model, inputs = own(), [t.detach() for t in routed()]
+    expected = model(*inputs)
+    merge_lora(model)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    merged = torch.compile(model, backend=backend)(*inputs)
+    unmerge_lora(model)
+    got = torch.compile(model, backend=backend)(*inputs)
+    assert torch.equal(got, expected)
+    assert relative_rms(merged, expected) <= 1e-12
+    assert lora_layers(model)["experts"].has_run
+
+
+def test_the_kernels_run_on_request():
+    model, inputs = own(dtype=FP32, impl="triton"), [t.detach() for t in routed()]
+    inputs = [t if t.dtype == torch.int64 else t.float() for t in inputs]
+    exact = own()(*routed())
+    assert relative_rms(model(*inputs), exact) < 1e-6
+    assert explain(model.experts).implementation == "triton"
+
+
+def test_explain():
+    layer = own(dropout=0.1).experts
+    assert explain(layer, tokens=64).reason == "the tensors are on a cpu device"
+    assert explain(layer, impl="reference").implementation == "reference"
+    assert explain(layer, impl="triton").reason.startswith("segments: ")
+    router = nn.Sequential(experts_router())
+    apply_lora(router, target_modules=[], target_parameters=["weight"])
+    assert "W + s·B A at every call" in explain(router[0]).reason
+    with pytest.raises(ValueError, match="expected impl"):
+        explain(layer, impl="cuda")
+
+
+def test_exporting_computes_the_sum():
+    model, inputs = own(implementation="batched_mm").eval(), [t.detach() for t in routed()]
+    expected = model(*inputs)
+    with pytest.warns(UserWarning, match=r"compute W \+ s·B A at every call"):
+        program = torch.export.export(model, tuple(inputs), strict=False)
+    assert relative_rms(program.module()(*inputs), expected) <= 1e-12
