@@ -513,13 +513,13 @@ def test_the_kernels_run_on_request():
     inputs = [t if t.dtype == torch.int64 else t.float() for t in inputs]
     exact = own()(*routed())
     assert relative_rms(model(*inputs), exact) < 1e-6
-    assert explain(model.experts).implementation == "triton"
+    assert explain(model.experts).impl == "triton"
 
 
 def test_explain():
     layer = own(dropout=0.1).experts
     assert explain(layer, tokens=64).reason == "the tensors are on a cpu device"
-    assert explain(layer, impl="reference").implementation == "reference"
+    assert explain(layer, impl="reference").impl == "reference"
     assert explain(layer, impl="triton").reason.startswith("segments: ")
     router = nn.Sequential(experts_router())
     apply_lora(router, target_modules=[], target_parameters=["weight"])
