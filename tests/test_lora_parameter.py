@@ -517,7 +517,7 @@ def test_the_kernels_run_on_request():
 
 
 def test_explain():
-    layer = own(dropout=0.1).experts
+    layer = own(dtype=FP32, dropout=0.1).experts
     assert explain(layer, tokens=64).reason == "the tensors are on a cpu device"
     assert explain(layer, impl="reference").impl == "reference"
     assert explain(layer, impl="triton").reason.startswith("segments: ")
