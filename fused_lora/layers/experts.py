@@ -245,7 +245,9 @@ def unsupported(experts: nn.Module) -> str | None:
     Its class must run one of transformers' functions for experts, of which it has settings and
     Parameters. Hooks, and what the Parameters are, are not checked here.
     """
-    forward, known = type(experts).forward, _interface_code(sys.modules.get(_MOE))
+    # A scripted module's class computes its forward when it is read.
+    forward = inspect.getattr_static(type(experts), "forward", None)
+    known = _interface_code(sys.modules.get(_MOE))
     settings = vars(experts).keys() >= {"num_experts", "has_bias", "is_transposed"}
     if known is None or getattr(forward, "__code__", None) is not known or not settings:
         return f"a parameter of a {type(experts).__name__}"

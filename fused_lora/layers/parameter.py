@@ -208,8 +208,6 @@ class LoRAParameter(WrappingLayer):
             layer.note_call()
         return y
 
-    # Merging
-
     @property
     def base_weight(self) -> Tensor | None:
         """The Parameter without the adapter; None if it is lost."""
@@ -246,10 +244,11 @@ class LoRAParameter(WrappingLayer):
             "expected weights from a checkpoint: experts cannot initialise themselves"
         )
 
-    # ``state_dict``: the Parameter is saved and loaded by the module, after this layer.
-
     def _state_key(self) -> str:
-        """The Parameter's key in ``state_dict``, from this layer on."""
+        """The Parameter's key in ``state_dict``, from this layer on.
+
+        The module saves and loads it, after this layer.
+        """
         return f"{BASE}." * len(self.chain()) + self.parameter_name
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
