@@ -139,3 +139,17 @@ def test_checkpoints_repeat_the_mask():
         y = through(lambda x: experts_forward(experts, x, index, shares, adapters), x)
         found.append(torch.autograd.grad(y.square().sum(), x)[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [FP64, torch.float32], ids=str)
+def test_a_router_that_does_not_train(dtype):
+    """The gradient of the tokens is the same; the shares may have another dtype."""
+    experts = experts_of()
+    adapters = draw(experts)
+    x, index, shares = routed()
+    found = []
+    for used in (shares, shares.detach().to(dtype)):
+        y = experts_forward(experts, x, index, used, adapters)
+        found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for value, expected in zip(*found, strict=True):
+        assert relative_rms(value, expected) <= (1e-12 if dtype == FP64 else 1e-6)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.functional import fused_lora_linear
@@ -150,13 +151,15 @@ class _Order(NamedTuple):
     ids: Tensor  # of the experts, sorted
     permutation: Tensor  # the place that each sorted row had before
     places: Tensor  # its inverse
+    tokens: Tensor  # of the sorted rows
 
     @classmethod
     def of(cls, top_k_index: Tensor) -> _Order:
         ids, permutation = top_k_index.reshape(-1).sort(stable=True)
         places = torch.empty_like(permutation)
         places[permutation] = torch.arange(len(permutation), device=permutation.device)
-        return cls(tuple(top_k_index.shape), ids, permutation, places)
+        tokens = permutation // top_k_index.shape[1]
+        return cls(tuple(top_k_index.shape), ids, permutation, places, tokens)
 
 
 class _SortTokens(torch.autograd.Function):
@@ -168,7 +171,7 @@ class _SortTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, order: _Order) -> Tensor:
         ctx.order = order
-        return x[order.permutation // order.shape[1]]
+        return x.index_select(0, order.tokens)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -181,7 +184,7 @@ class _SumTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, order: _Order) -> Tensor:
         ctx.order = order
-        return y[order.places].view(*order.shape, y.shape[1]).sum(1)
+        return _sums(y, order.places.view(order.shape))
 
     @staticmethod
     def backward(ctx, dx: Tensor):
@@ -199,21 +202,37 @@ class _WeighTokens(torch.autograd.Function):
         ctx.order = order
         need_h, need_shares = ctx.needs_input_grad[:2]
         ctx.save_for_backward(h if need_shares else None, shares if need_h else None)
-        return _times(h[order.places].view(*order.shape, h.shape[1]), shares.unsqueeze(-1)).sum(1)
+        return _sums(h, order.places.view(order.shape), shares)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         (h, shares), order, d_shares = ctx.saved_tensors, ctx.order, None
+        if shares is not None:
+            factors = shares.reshape(-1)[order.permutation].unsqueeze(-1)
+        if h is None and not torch.is_grad_enabled():
+            return _sums(dy, order.tokens.unsqueeze(-1), factors), None, None
         d_rows = _SortTokens.apply(dy, order)
         if h is not None:
             d_shares = (d_rows * h).sum(-1)
             d_shares = d_shares[order.places].view(order.shape)
         if shares is None:
             return None, d_shares, None
-        factors = shares.reshape(-1)[order.permutation].unsqueeze(-1)
         if torch.is_grad_enabled():  # create_graph
             return d_rows * factors, d_shares, None
         return _times(d_rows, factors), d_shares, None
+
+
+def _sums(rows: Tensor, places: Tensor, shares: Tensor | None = None) -> Tensor:
+    """``(n, H)``: the sums of the rows at ``places (n, k)``, times their ``shares (n, k)``.
+
+    On a CPU ``embedding_bag`` takes a tenth of the time of other operators, and no memory.
+    """
+    if rows.is_cpu and (shares is None or shares.dtype == rows.dtype):
+        return F.embedding_bag(places, rows, mode="sum", per_sample_weights=shares)
+    rows = rows[places]
+    if shares is not None:
+        rows = _times(rows, shares.unsqueeze(-1))
+    return rows.squeeze(1) if places.shape[1] == 1 else rows.sum(1)
 
 
 def _times(rows: Tensor, factors: Tensor) -> Tensor:
