@@ -1,7 +1,8 @@
 """The layer over rows sorted into segments, in PyTorch: the parts of :mod:`.segmented`.
 
 The formulas are those of :mod:`.torch_impl` for each segment, so are the results from four rows on.
-Nothing passes from one segment to another: not even a NaN.
+Nothing passes from one segment to another: not even a NaN. Experts' calls that are faster
+with wide products run in :mod:`.segmented_wide`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dropout
+from . import dropout, segmented_wide
 from .cpu_gemm import is_widened, thin_products, wide_product
 from .segments import Bounds, Segments, keep_bits_of, ranks_of
 from .shared_input import needs_new_tensors
@@ -64,6 +65,9 @@ def forward(
 
     See :class:`.segmented.SegmentedOperands`.
     """
+    if segmented_wide.is_wide(x, weight, lora_A, scaling, keep_counts):
+        operands = x, weight, lora_A, lora_B, bias, scaling[0], segments
+        return *segmented_wide.forward(*operands), None
     adapters, bounds, keep_bits = Adapters(lora_A, lora_B), segments.bounds, None
     if seed is not None:
         keep_bits = keep_bits_of(seed, segments, *x.shape, keep_counts)
@@ -125,6 +129,9 @@ def backward(
         needs: whether ``dx`` is needed, and of which segments ``dA`` and ``dB``.
     """
     need_x, need_A, need_B = needs
+    if segmented_wide.is_wide(dy, weight, lora_A, scaling, keep_counts):
+        operands = dy, x, weight, lora_A, lora_B, S, scaling[0], segments
+        return segmented_wide.backward(*operands, (need_x, any(need_A), any(need_B)))
     adapters, bounds = Adapters(lora_A, lora_B), segments.bounds
     if isinstance(S, Tensor):
         S = [S[a:b, :rank] for (a, b), rank in zip(bounds, adapters.ranks, strict=True)]
