@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .distributed.sharding import is_shard
 from .layers import gated_block
 from .layers.base import LoRALayer
-from .layers.parameter import LoRAParameter, unfused_reason
+from .layers.parameter import LoRAParameter
+from .layers.parameter_forward import unfused_reason
 from .layers.shared_input import MIN_ROWS
 from .models.arguments import check_without_peft, described
 from .ops import dropout

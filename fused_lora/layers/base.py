@@ -80,9 +80,9 @@ class LoRALayer(MergeableLayer):
         sharding.check_whole_weight(base.weight, "adapt")
 
     @property
-    def weight_owner(self) -> nn.Module:
-        """The module that holds ``weight``."""
-        return self
+    def weight_owner(self) -> tuple[nn.Module, str]:
+        """The module that holds ``weight``, and its name there."""
+        return self, "weight"
 
     def plain(self) -> nn.Module:
         """The plain layer again, with the same Parameters (still frozen), hooks and attributes.

@@ -264,12 +264,9 @@ def unsupported(experts: nn.Module) -> str | None:
     Its class must run one of transformers' functions for experts, of which it has settings and
     Parameters. Hooks, and what the Parameters are, are not checked here.
     """
-    # A scripted module's class computes its forward when it is read.
-    forward = inspect.getattr_static(type(experts), "forward", None)
-    known = _interface_code(sys.modules.get(_MOE))
-    settings = vars(experts).keys() >= {"num_experts", "has_bias", "is_transposed"}
-    if known is None or getattr(forward, "__code__", None) is not known or not settings:
+    if not is_experts(experts):
         return f"a parameter of a {type(experts).__name__}"
+    forward = type(experts).forward
     cells = (cell.cell_contents for cell in forward.__closure__)
     outer = dict(zip(forward.__code__.co_freevars, cells, strict=True))
     name = getattr(getattr(experts, "config", None), "_experts_implementation", None)
@@ -277,6 +274,15 @@ def unsupported(experts: nn.Module) -> str | None:
         return _loop_reason(outer["original_forward"])
     function = outer["experts_interface"].get(name)
     return _function_reason(name, function)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' experts, with any implementation."""
+    known = _interface_code(sys.modules.get(_MOE))
+    # A scripted module's class computes its forward when it is read.
+    forward = inspect.getattr_static(type(module), "forward", None)
+    settings = vars(module).keys() >= {"num_experts", "has_bias", "is_transposed"}
+    return known is not None and getattr(forward, "__code__", None) is known and settings
 
 
 @functools.cache

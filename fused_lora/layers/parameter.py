@@ -13,29 +13,30 @@ Parameter outermost, so that names and files are PEFT's.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.fx import Proxy
 
 from ..distributed import sharding
-from ..ops.modes import outside_graphs, without_autocast
+from ..ops.modes import without_autocast
 from ..ops.validation import check_dtype, multiplies_itself
+from .adapter import ADAPTER_NAMES
 from .base import leaf_call
 from .config import AdapterConfig
-from .expert_calls import call_reason, experts_reason
-from .experts import ExpertAdapter, experts_forward, matrices, stacks, unsupported
+from .experts import matrices, stacks
 from .merging import MergeableLayer
+from .offload import offload_hook
+from .parameter_forward import check_active, of_experts, summed
 from .replacing import check_own_forward
 from .wrapping import BASE, WrappingLayer
 
-# Their weights belong to layers that are adapted themselves.
-_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+# Their weights belong to layers that are adapted themselves, or are read by another module's code.
+_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+_OPERATORS = ("__getitem__", "__len__", "__iter__")  # which Python looks up in the class
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,8 @@ class LoRAParameter(WrappingLayer):
 
     Attributes are those of :class:`fused_lora.FusedLoRALinear`, and ``parameter_name``, with, for
     ``E`` matrices (1 for a Parameter of two dimensions), ``lora_A (E·rank, in)``, the expert
-    slowest, and ``lora_B (out, rank·E)``, the expert fastest. ``weight`` is the Parameter.
+    slowest, and ``lora_B (out, rank·E)``, the expert fastest. ``weight`` is the Parameter. Other
+    attributes are the module's; where both have one, such as ``alpha``, this layer's is read.
     """
 
     inits: ClassVar[tuple[str, ...]] = ("default", "gaussian")
@@ -109,12 +111,25 @@ class LoRAParameter(WrappingLayer):
 
         Raises:
             TypeError: a linear layer's weight, a tensor that is no float Parameter, or a module
-                with a replaced forward.
+                that has no forward of its own, is indexed, or has names that the layer needs.
             ValueError: another number of dimensions, an empty one, or a sharded one.
         """
         kind, weight = type(base.holder).__name__, base.weight
         if isinstance(base.holder, _LAYERS):
             raise TypeError(f"expected a Parameter of no layer, got a {kind}'s: name the layer")
+        indexed = [name for name in _OPERATORS if hasattr(type(base.holder), name)]
+        if indexed or type(base.holder).forward is nn.Module.forward:
+            what = f"whose {indexed[0]}" if indexed else "without a forward: what reads it"
+            raise TypeError(
+                f"expected a module that is only called, got a {kind}, {what} would not see the"
+                " adapter"
+            )
+        names = set(ADAPTER_NAMES) if base.name == "weight" else {*ADAPTER_NAMES, "weight"}
+        if taken := sorted(name for name in names if hasattr(base.holder, name)):
+            raise TypeError(
+                f"expected a module without attributes of an adapted layer, got a {kind} with"
+                f" {', '.join(taken)} beside {base.name}"
+            )
         if weight is None or multiplies_itself(weight):
             raise TypeError(f"expected {base.name} to be a plain Parameter, got one that is not")
         sharding.check_whole_weight(weight, "adapt")
@@ -168,8 +183,8 @@ class LoRAParameter(WrappingLayer):
         return getattr(self.holder, self.parameter_name)
 
     @property
-    def weight_owner(self) -> nn.Module:
-        return self.holder
+    def weight_owner(self) -> tuple[nn.Module, str]:
+        return self.holder, self.parameter_name
 
     def chain(self) -> list[LoRAParameter]:
         """The layers of the module's Parameters from this one inward."""
@@ -203,10 +218,39 @@ class LoRAParameter(WrappingLayer):
         base = layers[-1]._modules[BASE]
         active = [layer for layer in layers if layer.enabled and not layer.merged]
         kept = [layer for layer in layers if layer.merged and not layer.enabled]
-        y = _adapted(base, active, kept, args, kwargs) if active or kept else base(*args, **kwargs)
+        if not active and not kept:
+            y = base(*args, **kwargs)
+        elif any(layer.weight.dim() == 3 for layer in layers):
+            y = of_experts(base, active, kept, args, kwargs)
+        else:
+            check_active(active)
+            y = summed(base, active, kept, "no experts", args, kwargs)
         for layer in layers:
             layer.note_call()
         return y
+
+    def segment_reason(self, names: Sequence[str]) -> str | None:
+        """Why no segments of rows can have these adapters."""
+        return "an adapter on a Parameter"
+
+    def check_values(self) -> None:
+        """Check that the Parameter and the active adapter have values.
+
+        Raises:
+            ValueError: they are on the meta device, or accelerate offloads the module.
+        """
+        if self.weight.is_meta and offload_hook(self.holder) is not None:
+            raise ValueError(
+                f"expected {self.parameter_name} with values, got one that accelerate offloads:"
+                " an adapted Parameter cannot be offloaded, remove the hooks"
+                " (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            )
+        if self.weight.is_meta or self.lora_A.is_meta:
+            raise ValueError(f"expected tensors with values, got {self._without_values()}")
+
+    def check_forward(self) -> None:
+        """Raise the TypeError that ``plain`` would."""
+        check_own_forward(self)
 
     @property
     def base_weight(self) -> Tensor | None:
@@ -264,26 +308,42 @@ class LoRAParameter(WrappingLayer):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        adapter = [
-            key for name in self.adapter_parameters() if (key := prefix + name) in state_dict
-        ]
+        keys = {name: prefix + name for name in self.adapter_parameters()}
         plain = (prefix + self._state_key()[cut:] for cut in self._prefixes())
-        weight = any(key in state_dict for key in plain)
-        if self.merged and (adapter or weight):
-            if self._base_weight is not None:
-                self.unmerge()
-                self.__dict__["_merges_again"] = True
-            elif adapter and weight:
-                self._forget_merge()  # the state replaces weight and adapter
-            else:
-                error_msgs.append(
-                    f"expected the whole state of {prefix[:-1] or 'the layer'}, merged with"
-                    " keep_base=False, got it only in part"
-                )
+        keys["weight"] = next((key for key in plain if key in state_dict), "")
+        state = {name: state_dict[key].shape for name, key in keys.items() if key in state_dict}
+        if self.merged and state:
+            assigns = local_metadata.get("assign_to_params_buffers", False)
+            problem = self._leave_merge(state, assigns, prefix[:-1] or "the layer", error_msgs)
+            if problem is not None:
+                error_msgs.append(problem)
+                state_dict.pop(keys["weight"], None)  # which the module would load
                 return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _leave_merge(
+        self, state: dict[str, torch.Size], assigns: bool, where: str, errors: list[str]
+    ) -> str | None:
+        """Unmerge to load a state of these shapes; returns why it cannot be loaded, or None."""
+        if self._base_weight is None:
+            own = {
+                name: getattr(self, name).shape for name in ("weight", *self.adapter_parameters())
+            }
+            if state != own:
+                return (
+                    f"expected the whole state of {where}, merged with keep_base=False, got it only"
+                    " in part or in other shapes"
+                )
+            self._forget_merge()  # the state replaces weight and adapter
+            return None
+        try:
+            self.unmerge()
+        except (RuntimeError, TypeError) as error:
+            return f"{where}: {error}"
+        self.__dict__["_merges_again"] = where, assigns, errors
+        return None
 
     def _prefixes(self) -> range:
         """How much of :meth:`_state_key` an unadapted model's state lacks, at each depth."""
@@ -291,8 +351,15 @@ class LoRAParameter(WrappingLayer):
         return range(0, step * len(self.chain()) + 1, step)
 
     def _after_loading(self, incompatible_keys) -> None:
-        if self.__dict__.pop("_merges_again", False):
+        where, assigns, errors = self.__dict__.pop("_merges_again", (None, False, None))
+        if errors is None:
+            return
+        if assigns:  # the Parameter is now the caller's tensor, which merging must not change
+            self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        try:
             self.merge()
+        except ValueError as error:  # the loaded values overflow
+            errors.append(f"{where}, now unmerged: {error}")
 
     def extra_repr(self) -> str:
         return f"{self.parameter_name!r}, {super().extra_repr()}"
@@ -301,78 +368,3 @@ class LoRAParameter(WrappingLayer):
 def _is_turned(holder: nn.Module, weight: Tensor) -> bool:
     """Whether a stack is ``(E, in, out)``: GPT-OSS's, which says so as transformers do."""
     return weight.dim() == 3 and bool(getattr(holder, "is_transposed", False))
-
-
-def unfused_reason(module: nn.Module, frozen: bool = True) -> str | None:
-    """Why a module with adapters runs its own forward; None if it is experts that run fused.
-
-    Args:
-        frozen: whether its Parameters must be frozen already.
-    """
-    return unsupported(module) or experts_reason(module, frozen)
-
-
-@outside_graphs  # the number of an expert's tokens is data
-def _adapted(
-    base: nn.Module,
-    active: list[LoRAParameter],
-    kept: list[LoRAParameter],
-    args: tuple,
-    kwargs: dict,
-):
-    """The forward of ``base`` with the adapters of some layers.
-
-    Args:
-        active: these layers.
-        kept: layers whose base weight is kept aside, and computes.
-    """
-    for layer in active:
-        if sharding.is_shard(layer.weight, layer.lora_A, layer.lora_B):
-            raise ValueError(
-                "expected whole tensors, got sharded ones: call fully_shard on the outermost layer"
-                " around the experts or on a module that contains it, not on a part of it"
-            )
-        if layer.lora_A.is_meta and not layer.weight.is_meta:
-            layer.check_values()
-    reason = "a Parameter that is merged and disabled" if kept else unfused_reason(base)
-    if reason is None:
-        reason = "other arguments" if len(args) != 3 or kwargs else call_reason(base, *args)
-    if reason is None:
-        return experts_forward(
-            base, *args, {x.parameter_name: _adapter(x) for x in active}, impl=active[0].impl
-        )
-    if dropping := [x.parameter_name for x in active if x.dropout and x.training]:
-        raise RuntimeError(
-            f"expected dropout=0, got dropout of the adapters of {' and '.join(dropping)}, which"
-            f" compute W + s·B A as one matrix ({reason}): set layer.dropout = 0"
-        )
-    weights = {layer.parameter_name: layer.plain_weight() for layer in kept}
-    weights |= {layer.parameter_name: _sum(layer) for layer in active}
-    if not kept:
-        _tell_once(active[0], base, reason)
-    return functional_call(base, weights, args, kwargs)
-
-
-def _adapter(layer: LoRAParameter) -> ExpertAdapter:
-    p = layer.dropout if layer.training else 0.0
-    return ExpertAdapter.of(layer.lora_A, layer.lora_B, layer.num_matrices, layer._scale(), p)
-
-
-def _sum(layer: LoRAParameter) -> Tensor:
-    """``W + s·B A`` in the Parameter's shape and dtype, differentiable in the adapter."""
-    weight = layer.weight_like(layer)
-    A, B = layer.stacked({"lora_A": layer.lora_A, "lora_B": layer.lora_B})
-    with without_autocast(weight):
-        delta = torch.bmm(B.to(weight.dtype), A.to(weight.dtype)) * layer._scale()
-    return layer.from_matrix(weight + delta.to(weight.dtype).view(weight.shape))
-
-
-def _tell_once(layer: LoRAParameter, base: nn.Module, reason: str) -> None:
-    """Warn that experts do not run fused, once per layer; of other modules that is expected."""
-    if layer.weight.dim() == 3 and not layer.__dict__.get("_told"):
-        layer.__dict__["_told"] = True
-        warnings.warn(
-            f"fused_lora: the adapters of a {type(base).__name__} compute W + s·B A at every call"
-            f" ({reason})",
-            stacklevel=2,
-        )

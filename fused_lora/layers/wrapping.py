@@ -32,6 +32,12 @@ def _follow_base(layer: WrappingLayer, incompatible_keys) -> None:
     layer._write_scale(layer.scaling)
 
 
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether an assignment to ``name`` changes what ``module`` has."""
+    registered = module._parameters, module._buffers, module._modules, vars(module)
+    return any(name in known for known in registered)
+
+
 class WrappingLayer(LoRALayer):
     """An adapted layer whose child ``base_layer`` is the plain one, unchanged.
 
@@ -69,10 +75,11 @@ class WrappingLayer(LoRALayer):
 
     def __setattr__(self, name: str, value) -> None:
         base = self.__dict__.get("_modules", {}).get(BASE)
+        while isinstance(base, WrappingLayer):
+            base = base._modules[BASE]
         # As in __getattr__: what tools set on this layer, such as a hook's forward, is its own.
-        own = name.startswith("_") or name == "forward" or name in self.__dict__ or name in ADDED
-        of_base = base is not None and not own
-        if of_base and (name in base._parameters or name in vars(base)):
+        own = name.startswith("_") or name in self.__dict__ or name in {"forward", BASE, *ADDED}
+        if base is not None and not own and _has(base, name):
             setattr(base, name, value)  # tying weights, for example
         else:
             super().__setattr__(name, value)
@@ -84,9 +91,13 @@ class WrappingLayer(LoRALayer):
             own[name], base[name] = base[name], own[name]
 
     def plain(self) -> nn.Module:
-        """The base itself, still frozen, with its hooks."""
+        """The base itself, still frozen, with its hooks and those that it got since."""
+        base = self._modules[BASE]
+        since = {name: dict(getattr(base, name) or {}) for name in _HOOKS[:-1]}
         self._exchange_hooks()
-        return self._modules[BASE]
+        for name, hooks in since.items():
+            getattr(base, name).update(hooks)
+        return base
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

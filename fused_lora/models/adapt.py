@@ -15,11 +15,18 @@ from ..layers.parameter import ParameterTarget
 from ..layers.wrapping import WrappingLayer
 from ..ops.validation import check_dtype, check_impl, listed
 from .arguments import check_model, check_without_peft, module_names
+from .bypass import warn_of_readers
 from .check import watch_first_backward
 from .fusion import fuse_new_layers
 from .heads import fresh_heads, warn_of_heads
 from .modules_to_save import find_modules, with_tied
-from .parameter_targets import all_experts, check_outside, doubled, find_parameters
+from .parameter_targets import (
+    all_experts,
+    check_outside,
+    doubled,
+    find_parameters,
+    read_elsewhere,
+)
 from .record import remember
 from .targets import (
     ALL_LINEAR,
@@ -139,6 +146,7 @@ def apply_lora(
         model, target_modules, exclude_modules, include_head, trained, parts, bool(parameters)
     )
     check_outside(parameters, found.values())
+    warn_of_readers(parameters, read_elsewhere(model, parameters))
     found |= parameters
     config = AdapterConfig(rank, alpha, dropout, use_rslora, use_dora, init)
     configs = adapter_configs(found, config, rank_pattern, alpha_pattern, twice)

@@ -71,15 +71,18 @@ class Bypass:
         return f"{self.reader} reads its weight, in some cases without calling it"
 
 
-def bypassed(model: nn.Module) -> dict[int, Bypass]:
+def bypassed(model: nn.Module, weight: str = "weight") -> dict[int, Bypass]:
     """The layers of ``model`` whose weight a module reads, by ``id``.
+
+    Args:
+        weight: the name of the Parameter.
 
     ``nn.TransformerEncoder`` does not count: adapting makes it leave the path that reads.
     """
     readers: dict[int, tuple[str, str]] = {}
     called: set[int] = set()
     for module in model.modules():
-        reads, uses = _paths(type(module))
+        reads, uses = _paths(type(module), weight)
         called |= {id(part) for path in uses for part in _used(module, path)}
         for path in reads:
             for part in _parts(module, path):
@@ -127,7 +130,7 @@ def _parts(module: nn.Module, path: Path) -> list[nn.Module]:
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _paths(cls: type[nn.Module]) -> tuple[set[Path], set[Path]]:
+def _paths(cls: type[nn.Module], weight: str) -> tuple[set[Path], set[Path]]:
     """Attribute paths from ``self``: to modules whose weight is read, to what is used otherwise."""
     reads: set[Path] = set()
     uses: set[Path] = set()
@@ -141,14 +144,14 @@ def _paths(cls: type[nn.Module]) -> tuple[set[Path], set[Path]]:
         seen.add(name)
         for function in _definitions(cls, name):
             wrapper = hasattr(function, "__wrapped__")
-            for path in _loads(function):
+            for path in _loads(function, weight):
                 if wrapper and _ANY in path:  # a decorator inspects children, and calls none
                     continue
                 waiting.append(path[0])  # a method or property of the class, or a module
-                if "weight" not in path[1:]:
+                if weight not in path[1:]:
                     uses.add(path)
                     continue
-                at = path.index("weight", 1)
+                at = path.index(weight, 1)
                 then = [name for name in path[at + 1 :] if name not in _SAME_METADATA]
                 if not _METADATA & set(then[:1]):
                     reads.add(path[:at])
@@ -185,14 +188,14 @@ def _functions(value, depth: int = 4) -> Iterator[FunctionType]:
             yield from _functions(inner, depth - 1)
 
 
-def _loads(function: FunctionType) -> Iterator[Path]:
+def _loads(function: FunctionType, weight: str) -> Iterator[Path]:
     """The attribute paths that a method loads from its first argument."""
     code = function.__code__
     if code.co_argcount:
-        yield from _loads_of(code, {code.co_varnames[0]: ()})
+        yield from _loads_of(code, {code.co_varnames[0]: ()}, weight)
 
 
-def _loads_of(code: CodeType, aliases: dict[str, Path]) -> Iterator[Path]:
+def _loads_of(code: CodeType, aliases: dict[str, Path], weight: str) -> Iterator[Path]:
     """As :func:`_loads`; ``aliases`` are the local variables that hold a path.
 
     One pass over the instructions, in order: what a branch or a loop does to a variable is ignored.
@@ -228,7 +231,7 @@ def _loads_of(code: CodeType, aliases: dict[str, Path]) -> Iterator[Path]:
             if path[-1:] == ("detach",) and operation.startswith("CALL"):
                 continue
             ended, path = path, None
-            is_module = "weight" not in ended
+            is_module = weight not in ended
             # ``weight is None`` reads no values.
             compared = "NONE" in operation or (operation == "LOAD_CONST" and value is None)
             is_inspected = inspector in _INSPECTORS or (
@@ -267,7 +270,7 @@ def _loads_of(code: CodeType, aliases: dict[str, Path]) -> Iterator[Path]:
     for constant in code.co_consts:  # lambdas, inner functions and comprehensions
         if isinstance(constant, CodeType):
             iterator = {".0": iterators[constant]} if constant in iterators else {}
-            yield from _loads_of(constant, aliases | iterator)
+            yield from _loads_of(constant, aliases | iterator, weight)
 
 
 def _is_whole(operation: str, after: dis.Instruction | None) -> bool:

@@ -159,14 +159,15 @@ def _check_each(layers: Mapping[str, LoRALayer], check: Callable[[LoRALayer], No
 def _check_unshared(model: nn.Module, layers: Mapping[str, LoRALayer], originals: bool) -> None:
     """Check that no other module has a tensor in the memory that merging writes."""
     # By memory, not identity: tied weights can be different tensors on one storage.
-    users: dict[int, list[tuple[str, nn.Module, tuple[int, int, int]]]] = {}
+    users: dict[int, list[tuple[str, tuple[nn.Module, str], tuple[int, int, int]]]] = {}
     for name, module in model.named_modules():
-        parameters = (stored(module, parameter) for parameter in module._parameters)
-        aside = original_tensors(module) if originals else []
-        for tensor in (*parameters, *module._buffers.values(), *aside):
+        tensors = [(key, stored(module, key)) for key in module._parameters]
+        tensors += module._buffers.items()
+        tensors += [("", tensor) for tensor in (original_tensors(module) if originals else [])]
+        for key, tensor in tensors:
             if tensor is not None and tensor.layout == torch.strided:  # no other can be a view
                 place = memory(tensor)
-                users.setdefault(place[0], []).append((name, module, place))
+                users.setdefault(place[0], []).append((name, (module, key), place))
     for name, layer in layers.items():
         own = memory(stored(layer, "weight"))
         if is_tied(layer, "weight"):
@@ -176,8 +177,8 @@ def _check_unshared(model: nn.Module, layers: Mapping[str, LoRALayer], originals
             )
         others = [
             user or "the model itself"
-            for user, module, place in users[own[0]]
-            if module is not layer.weight_owner and overlap(place, own)
+            for user, owner, place in users[own[0]]
+            if owner != layer.weight_owner and overlap(place, own)
         ]
         if others:
             raise ValueError(

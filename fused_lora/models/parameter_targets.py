@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from torch import nn
 
-from ..layers.experts import first_matrix, is_gated
-from ..layers.parameter import ParameterTarget, unfused_reason
+from ..layers.experts import first_matrix, is_experts, is_gated
+from ..layers.parameter import ParameterTarget
+from ..layers.parameter_forward import unfused_reason
 from ..layers.wrapping import BASE
 from ..ops.validation import listed
 from .arguments import described
+from .bypass import Bypass, bypassed
 from .warn import warn
 
 _NEAR_NAMES = 6  # suggested when nothing matched
@@ -59,7 +61,13 @@ def find_parameters(
             raise ValueError(
                 f"expected Parameters of a module in the model, got its own {names[0]}"
             )
-        found |= nested(place, module, names)
+        new = nested(place, module, names)
+        if taken := new.keys() & found.keys():
+            raise ValueError(
+                f"expected modules whose adapters have names of their own, got two for"
+                f" {sorted(taken)[0]}: one of them is called base_layer"
+            )
+        found |= new
     if wanted and not found:
         raise ValueError(_no_match(wanted, unmatched, every))
     if unmatched:
@@ -87,10 +95,12 @@ def all_experts(
     found: dict[str, ParameterTarget] = {}
     routers: list[nn.Parameter] = []
     names: list[str] = []
+    left_out: dict[str, list[str]] = {}
     for place, module in model.named_modules():
-        if not place or unfused_reason(module, frozen=False) is not None:
+        if not place or not is_experts(module) or excluded(place) or module in trained:
             continue
-        if excluded(place) or module in trained:
+        if reason := unfused_reason(module, frozen=False):
+            left_out.setdefault(reason, []).append(place)
             continue
         matrices = (first_matrix(module), "down_proj")
         order = [name for name, _ in module.named_parameters(recurse=False) if name in matrices]
@@ -99,6 +109,12 @@ def all_experts(
             if not excluded(name.rpartition(".")[0]) and not excluded(name):
                 names.append(name)
                 routers.append(weight)
+    for reason, places in left_out.items():
+        warn(
+            f'"all-linear" has no adapter for the experts {listed(places)} ({reason}), where it'
+            " would compute W + s·B A at every call: target_parameters includes them,"
+            " exclude_modules silences this warning"
+        )
     if routers:
         total = max(1, sum(p.numel() for p in model.parameters()))
         share = 100 * sum(p.numel() for p in routers) / total
@@ -148,16 +164,53 @@ def _no_match(wanted: list[str], unmatched: set[str], every: list[str]) -> str:
 
 
 def check_outside(parameters: dict[str, ParameterTarget], layers: Iterable[nn.Module]) -> None:
-    """Check that no module of these Parameters contains a layer that is adapted too.
+    """Check that no module of these Parameters contains another that is adapted too.
 
     Raises:
-        ValueError: one does: PEFT's files would name that layer by another place.
+        ValueError: one does: PEFT's files would name that one by another place.
     """
-    adapted = set(layers)
+    adapted = {*layers, *(target.holder for target in parameters.values())}
     for place, target in parameters.items():
-        if inside := adapted.intersection(target.holder.modules()):
+        if inside := adapted.intersection(target.holder.modules()) - {target.holder}:
             kind = type(next(iter(inside))).__name__
             raise ValueError(
                 f"expected Parameters of modules without adapted layers, got {place}, which"
                 f" contains an adapted {kind}: adapt one of them"
             )
+
+
+def read_elsewhere(model: nn.Module, parameters: dict[str, ParameterTarget]) -> dict[int, Bypass]:
+    """The targets whose Parameter a module other than its own reads, by ``id``.
+
+    Raises:
+        ValueError: no module calls the one that holds it, so that an adapter has no effect.
+    """
+    found = {}
+    readers = {name: bypassed(model, name) for name in {t.name for t in parameters.values()}}
+    for place, target in parameters.items():
+        reader = readers[target.name].get(id(target.holder))
+        if reader is not None and reader.refused:
+            raise ValueError(
+                f"expected a module that is called, got {place}: {reader.reason}, so an adapter"
+                " there would have no effect: leave it out"
+            )
+        if reader is not None:
+            found[id(target)] = reader
+        methods = sorted(_readers_in(type(target.holder), target.name))
+        if methods:
+            warn(
+                f"{place}: {' and '.join(methods)} of a {type(target.holder).__name__} read"
+                f" {target.name}: called from outside, they compute without the adapter"
+            )
+    return found
+
+
+def _readers_in(cls: type[nn.Module], name: str) -> set[str]:
+    """The public methods of a module, other than forward, whose code reads a Parameter."""
+    found = set()
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for method, value in vars(base).items():
+            code = getattr(value, "__code__", None)
+            if not method.startswith("_") and method != "forward" and code is not None:
+                found |= {method} if name in code.co_names else set()
+    return found

@@ -184,6 +184,8 @@ def _warn_of_unmatched(model: nn.Module, argument: str, target: str | Iterable[s
     """
     parts = [target] if isinstance(target, str) else list(target or ())
     names = [name for name, _ in model.named_modules() if name]
+    if argument == "exclude_modules":  # which may name a Parameter too
+        names += [name for name, _ in model.named_parameters()]
     idle = [
         part
         for part in parts

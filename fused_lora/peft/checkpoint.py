@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from ..models.named_adapters import (
     check_sharing,
     check_unmerged,
 )
+from ..models.parameter_targets import read_elsewhere
 from ..models.parameters import lora_layers
 from ..models.record import remember
 from ..models.targets import pattern_name
@@ -246,9 +248,7 @@ def load_adapter(
             config["lora_dropout"] = dropout
         keys = saved_keys(file, saved)
         states = read_states(file, saved, keys)
-        separate, joined_keys = joined(
-            file, modules, lambda place: layer_config(folder, config, place, place), keys
-        )
+        separate, joined_keys = joined(file, modules, partial(layer_config, folder, config), keys)
         tied = bool(config.get("ensure_weight_tying"))
         adapted = any(isinstance(module, LoRALayer) for module in modules.values())
         check_shared(saved, states, tied or adapted, folder / WEIGHTS)
@@ -272,7 +272,8 @@ def load_adapter(
         configs = {place: adapter.config for place, adapter in loaded.items()}
         found = {place: modules[place] for place in loaded}
         copies = copy_tensors(model, saved, tied)
-        warn_of_readers(found, bypassed(model))
+        targets = {p: t for p, t in found.items() if isinstance(t, ParameterTarget)}
+        warn_of_readers(found, bypassed(model) | read_elsewhere(model, targets))
         adapt(model, found, configs, impl, adapter_dtype)
         train_copies(saved, copies)
         fuse_new_layers(model)

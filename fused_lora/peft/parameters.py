@@ -43,11 +43,10 @@ def target_parameters(
     if not chosen:
         return []
     others = {full for _, full, *_ in _parameters(modules)} - chosen
+    taken = {ending for name in others for ending in _endings(name)}
     found = set()
     for name in chosen:
-        parts = name.split(".")
-        endings = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-        ending = next((e for e in endings if not any(_ends(n, e) for n in others)), None)
+        ending = next((ending for ending in _endings(name) if ending not in taken), None)
         if ending is None:
             raise ValueError(
                 f"expected Parameters that PEFT's format can name, got {name}, the end of another's"
@@ -67,10 +66,10 @@ def resolve(config: Mapping, modules: Modules) -> set[str]:
     Raises:
         ValueError: an adapted model's layer of that name has another Parameter.
     """
-    wanted = config.get("target_parameters") or ()
+    wanted = set(config.get("target_parameters") or ())
     chosen: dict[str, tuple[nn.Module, list[str]]] = {}
     for place, full, holder, name in _parameters(modules):
-        if any(_ends(full, ending) for ending in wanted):
+        if not wanted.isdisjoint(_endings(full)):
             chosen.setdefault(place, (holder, []))[1].append(name)
     found: dict[str, ParameterTarget] = {}
     for place, (holder, names) in chosen.items():
@@ -87,13 +86,19 @@ def resolve(config: Mapping, modules: Modules) -> set[str]:
     return set(found)
 
 
-def _ends(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
+def _endings(name: str) -> list[str]:
+    """A name and its ends after a dot, the shortest first."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, nn.Module, str]]:
-    """Of every Parameter: its module's name, its full name, its module and its own name."""
+    """Of every Parameter: its module's first name, its full name, its module and its own name."""
+    seen = set()
     for place, module in modules.items():
+        if module in seen:
+            continue
+        seen.add(module)
         if isinstance(module, LoRAParameter):
             outer = place.removesuffix(f".{BASE}")
             if outer != place and isinstance(modules.get(outer), LoRAParameter):

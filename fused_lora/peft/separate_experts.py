@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..layers.base import LoRALayer
 from ..layers.config import Adapter, AdapterConfig
 from ..layers.experts import matrices, weight_of
-from ..layers.parameter import LoRAParameter, ParameterTarget, unfused_reason
+from ..layers.parameter import LoRAParameter, ParameterTarget
+from ..layers.parameter_forward import unfused_reason
 from ..models.parameter_targets import nested
 from ..models.targets import layer_class
 from ..ops.validation import listed
@@ -36,19 +37,19 @@ _PROJECTIONS = {
     "up_proj": ("gate_up_proj", 1), "w3": ("gate_up_proj", 1),
     "down_proj": ("down_proj", 0), "w2": ("down_proj", 0),
 }  # fmt: skip
-_EXPERT = re.compile(rf"(.+\.experts)\.(\d{{1,6}})\.({'|'.join(_PROJECTIONS)})")
+_EXPERT = re.compile(rf"(.+\.experts)\.(0|[1-9]\d{{0,5}})\.({'|'.join(_PROJECTIONS)})")
 
 
 def joined(
     file: AdapterTensors,
     modules: Modules,
-    config_of: Callable[[str], AdapterConfig],
+    config_of: Callable[[str, str], AdapterConfig],
     saved: Collection[str] = (),
 ) -> tuple[dict[str, Adapter], set[str]]:
     """The adapters of stacks that a file has for linear layers; their targets enter ``modules``.
 
     Args:
-        config_of: the configuration of a layer according to the file.
+        config_of: the configuration of a layer, by its names in the model and in the file.
         saved: keys of other tensors.
 
     Returns:
@@ -71,7 +72,7 @@ def joined(
             continue
         stack = in_model(match[1], modules)
         if place not in modules and _holder(stack, modules) is not None:
-            stacks[stack][match[3]][int(match[2])][split[1]] = key, split[0]
+            stacks[stack][match[3]][int(match[2])][split[1]] = key, place, split[0]
             keys.add(key)
     found = {}
     for stack, projections in stacks.items():
@@ -150,7 +151,7 @@ def _of_projection(
     file, each: Mapping, E: int, N: int, K: int, config_of
 ) -> tuple[AdapterConfig, Tensor, Tensor]:
     """Of a linear layer per expert: its configuration, ``(E, rank, in)``, ``(E, out, rank)``."""
-    configs = {config_of(next(iter(parts.values()))[1]) for parts in each.values()}
+    configs = {config_of(*next(iter(parts.values()))[1:]) for parts in each.values()}
     if len(configs) > 1:
         raise ValueError("expected one rank and scale of all experts, got several")
     (config,) = configs

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_lora import apply_lora, load_adapter, merge_lora, patch_peft, save_adapter, unpatch_peft
-from fused_lora.layers import parameter as lora_parameter
+from fused_lora.layers import parameter_forward
 from fused_lora.peft import experts as peft_experts
 
 TOKENS = (2, 5)
@@ -90,11 +90,11 @@ def compare(make: Callable, wrap: Callable, module, name: str) -> None:
 
 
 def check_ddp():
-    compare(own, DistributedDataParallel, lora_parameter, "experts_forward")
+    compare(own, DistributedDataParallel, parameter_forward, "experts_forward")
 
 
 def check_fsdp2():
-    compare(own, per_layer, lora_parameter, "experts_forward")
+    compare(own, per_layer, parameter_forward, "experts_forward")
 
 
 def check_fsdp2_around_the_experts():
@@ -102,7 +102,7 @@ def check_fsdp2_around_the_experts():
         fully_shard(model.model.layers[0].mlp.experts)
         return fully_shard(model)
 
-    compare(own, wrap, lora_parameter, "experts_forward")
+    compare(own, wrap, parameter_forward, "experts_forward")
 
 
 def check_fsdp2_of_a_part_is_refused():
