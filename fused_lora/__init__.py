@@ -40,6 +40,7 @@ from .models.parameters import (
     lora_parameters,
     parameter_summary,
 )
+from .models.untrained import untrained_adapters
 from .ops.dispatch import Decision
 from .ops.functional import fused_lora_add, fused_lora_linear
 from .ops.operands import Projection
@@ -94,4 +95,5 @@ __all__ = [
     "unload_lora",
     "unmerge_lora",
     "unpatch_peft",
+    "untrained_adapters",
 ]

@@ -151,7 +151,7 @@ ON_A_MODEL = {
     "unfuse_projections": lambda model, folder: unfuse_projections(model),
 }
 OF_BOTH = {  # these take PEFT's models too
-    *("patch_peft", "unpatch_peft"),
+    *("patch_peft", "unpatch_peft", "untrained_adapters"),
     *("adapter_parameters", "adapter_segments", "clip_adapter_grad_norm_"),
 }
 

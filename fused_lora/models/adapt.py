@@ -17,6 +17,7 @@ from ..ops.validation import check_dtype, check_impl, listed
 from .arguments import check_model, check_without_peft, module_names
 from .bypass import warn_of_readers
 from .check import watch_first_backward
+from .expert_stacks import warn_of_experts
 from .fusion import fuse_new_layers
 from .heads import fresh_heads, warn_of_heads
 from .modules_to_save import find_modules, with_tied
@@ -158,6 +159,8 @@ def apply_lora(
     remember(model)
     watch_first_backward(model)
     warn_of_zero_scales({name: configs[name].scaling for name in found})
+    if target_parameters is None:
+        warn_of_experts(model, target_modules, exclude_modules)
     return list(found)
 
 

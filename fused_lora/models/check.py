@@ -18,6 +18,7 @@ from .bypass import Bypass, bypassed, warn_of_readers
 from .parameters import OFFLOADED, adapted_layers
 from .record import gone_layers
 from .trained_modules import stopped_copies, trained_parameters
+from .untrained import watch_gradients
 from .warn import warn
 
 _NEVER_RUN = (
@@ -189,12 +190,13 @@ def _is_zero(layer: LoRALayer) -> bool:
 
 
 def watch_first_backward(model: nn.Module) -> None:
-    """Note the layers whose adapters get gradients; after the first backward pass, warn once.
+    """Note the adapters that get gradients; after the first backward pass, warn of idle layers.
 
     Call it after :func:`train_copies`: if no adapter runs, only ``modules_to_save`` get gradients.
     The hooks of a layer remove themselves at its first gradient. Parameters that are replaced
     before, as by FSDP, lose them; a copy of the model has none.
     """
+    watch_gradients(model)
     watched = weakref.ref(model)
     is_first = [True]
 

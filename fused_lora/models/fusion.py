@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from ..layers.shared_input import SharedInput
 from .arguments import check_model, check_without_peft
 from .probe import shared_inputs
 from .symbolic import NotGatedError, prove
+from .untrained import expert_notes
 from .warn import warn
 
 
@@ -32,11 +33,14 @@ class FusionReport:
         blocks: names of the gated MLPs, each with the reason why it runs layer by layer, or None if
             it is one block. Also of modules that have such layers but compute something else.
         alone: names of layers of a group that run alone, with the reason.
+        experts: of a mixture, what is known to be untrained: experts' Parameters without an
+            adapter, and by Parameter the experts that got no gradient yet.
     """
 
     groups: list[tuple[str, ...]] = field(default_factory=list)
     blocks: dict[str, str | None] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -52,6 +56,8 @@ class FusionReport:
         if self.alone:
             parts.append(f"{len(self.alone)} of the groups' layers run alone: ")
             parts[-1] += counted(self.alone.values())
+        if self.experts:
+            parts.append(noted(self.experts))
         return "; ".join(parts)
 
     def rows(self) -> Iterable[tuple[str, str]]:
@@ -62,6 +68,7 @@ class FusionReport:
             yield name, "one block" if why is None else f"layer by layer: {why}"
         for name, why in self.alone.items():
             yield name, f"alone: {why}"
+        yield from self.experts.items()
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *(f"  {name}: {what}" for name, what in self.rows())])
@@ -77,6 +84,13 @@ class FusionReport:
 def counted(reasons: Iterable[str]) -> str:
     """Each reason with its number, the most frequent one first."""
     return ", ".join(f"{reason} ({n})" for reason, n in Counter(reasons).most_common())
+
+
+def noted(experts: Mapping[str, str]) -> str:
+    """The notes on a mixture's experts as a part of one line."""
+    notes = [f"{name}: {note}" for name, note in experts.items()]
+    rest = f"; {len(notes) - 2} more Parameters of experts" if len(notes) > 2 else ""
+    return "; ".join(notes[:2]) + rest
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,8 @@ def fuse_projections(
     """
     check_model(model)
     check_without_peft(model)
-    return fuse(model, OWN, _checked(groups), projections=projections, mlp=mlp)
+    report = fuse(model, OWN, _checked(groups), projections=projections, mlp=mlp)
+    return replace(report, experts=expert_notes(model))
 
 
 def unfuse_projections(model: nn.Module) -> None:

@@ -32,6 +32,7 @@ from ..models.adapt import adapt, check_contains_layers
 from ..models.arguments import check_model, check_without_peft, described
 from ..models.bypass import bypassed, warn_of_readers
 from ..models.check import warn_of_idle, watch_first_backward
+from ..models.expert_stacks import stated, warn_of_experts
 from ..models.fusion import fuse_new_layers
 from ..models.modules_to_save import share_parameters, shortest_entries
 from ..models.named_adapters import (
@@ -284,6 +285,7 @@ def load_adapter(
         for place, layer in _by_alias(model, loaded).items():
             layer.activate_adapter(loaded[place])
             layer.adapter_name = name
+        warn_of_experts(model, *stated(config), resolved=True)
     return list(loaded)
 
 

@@ -7,7 +7,7 @@ expert as its slowest dimension, ``lora_B (out, rank·E)`` as its fastest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from ..layers import expert_calls
 from ..layers.expert_calls import experts_reason
 from ..layers.experts import ExpertAdapter, experts_forward, unsupported, weight_of
 from ..layers.hooks import changed
+from ..models.expert_stacks import warn_of_experts
+from ..models.untrained import watch_gradients
 from ..ops import cpu_gemm
 from .eligibility import NONE_ACTIVE, adapter_of, fits, scale_reason
 
@@ -43,6 +45,24 @@ def wrapper_class() -> type[nn.Module] | None:
     from peft.tuners.lora import layer
 
     return getattr(layer, "ParamWrapper", None)
+
+
+def attach(model: nn.Module, config=None, targets: str | Iterable[str] | None = None) -> None:
+    """Note the gradients of a model's adapters, and warn of experts without one.
+
+    Args:
+        config: of the adapter that PEFT has just added; by default the model's first, in which PEFT
+            has replaced "all-linear" by names.
+        targets: its ``target_modules`` as the user gave them.
+    """
+    watch_gradients(model)
+    resolved = config is None
+    if resolved:
+        found = (vars(m)["peft_config"] for m in model.modules() if "peft_config" in vars(m))
+        config = next(iter(next(found, {}).values()), None)
+        targets = getattr(config, "target_modules", None)
+    excluded = getattr(config, "exclude_modules", None)
+    warn_of_experts(model, targets, excluded, resolved=resolved, cure="LoraConfig")
 
 
 def chain_of(layer: nn.Module) -> list[nn.Module]:

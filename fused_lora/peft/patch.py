@@ -37,6 +37,7 @@ from ..layers.segment_route import check_closed
 from ..layers.shared_input import SharedInput
 from ..models.arguments import check_model
 from ..models.fusion import Kind, fuse, unfuse
+from ..models.untrained import expert_notes
 from ..ops.functional import fused_lora_add, fused_lora_linear
 from ..ops.modes import outside_graphs
 from ..ops.operands import Projection
@@ -123,12 +124,15 @@ def patch_peft(
         if not isinstance(plain, str) and plain.narrowed(parameter):
             narrowed.append(name)
     fusion = None if model is None else fuse(model, _KIND, projections=projections, mlp=mlp)
+    if model is not None:
+        experts.attach(model)
     return PatchReport(
         layers=reasons,
         beside={name: plain.beside for name, plain in parts.items() if plain.beside is not None},
         narrowed=narrowed,
         everywhere=model is None,
         fusion=fusion,
+        experts={} if model is None else expert_notes(model),
     )
 
 
@@ -182,7 +186,7 @@ def unpatch_peft(model: nn.Module | None = None) -> None:
 
 
 def _fuse_later_models(projections: bool, mlp: bool) -> None:
-    """Fuse projections and gated MLPs of every model that PEFT gives LoRA layers from now on."""
+    """Fuse and watch every model that PEFT gives LoRA layers from now on."""
     global _inject
     from peft.tuners.lora import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
@@ -191,10 +195,13 @@ def _fuse_later_models(projections: bool, mlp: bool) -> None:
     original = BaseTuner.inject_adapter
 
     @wraps(original)
-    def inject_adapter(self, model: nn.Module, *args, **kwargs):
-        result = original(self, model, *args, **kwargs)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs):
+        config = self.peft_config[adapter_name]
+        targets = getattr(config, "target_modules", None)  # PEFT replaces "all-linear" by names
+        result = original(self, model, adapter_name, *args, **kwargs)
         if isinstance(self, LoraModel):
             fuse(model, _KIND, projections=projections, mlp=mlp)
+            experts.attach(model, config, targets)
         return result
 
     _inject = original, inject_adapter

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..models.fusion import FusionReport, counted
+from ..models.fusion import FusionReport, counted, noted
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class PatchReport:
             input; their gradients are as accurate as that.
         everywhere: whether PEFT's layers are patched in all models.
         fusion: layers that share an input and gated MLPs, with their reasons; None without a model.
+        experts: as in :class:`fused_lora.FusionReport`.
     """
 
     layers: dict[str, str | None]
@@ -30,6 +31,7 @@ class PatchReport:
     narrowed: list[str]
     everywhere: bool = False
     fusion: FusionReport | None = None
+    experts: dict[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -51,6 +53,8 @@ class PatchReport:
             )
         if self.fusion is not None and (self.fusion.groups or self.fusion.blocks):
             line += f"; {self.fusion.summary}"
+        if self.experts:
+            line += f"; {noted(self.experts)}"
         return line
 
     def _rows(self):
@@ -61,6 +65,7 @@ class PatchReport:
                 yield name, "fused" if reason is None else f"PEFT's forward: {reason}"
         if self.fusion is not None:
             yield from self.fusion.rows()
+        yield from self.experts.items()
 
     def __str__(self) -> str:
         lines = [f"  {name}: {what}" for name, what in self._rows()]
