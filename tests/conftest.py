@@ -6,6 +6,7 @@ FUSED_LORA_TEST_DEVICE set.
 """
 
 import contextlib
+import importlib.util
 import os
 import tempfile
 from collections import Counter
@@ -25,6 +26,10 @@ _cache = tempfile.TemporaryDirectory()
 os.environ["FUSED_LORA_CACHE"] = _cache.name  # not the user's own tuning results
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already use every core
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from harness import fast_interpreter
+
+    fast_interpreter.install()
 
 
 _SWEPT = pytest.StashKey[dict[str, list[bool]]]()

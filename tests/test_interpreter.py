@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -76,3 +77,30 @@ def test_a_second_repair_changes_nothing():
     interpreter.repair()
     assert InterpreterBuilder.create_dot is dot
     assert "fused_lora" in dot.__module__
+
+
+def test_a_launch_replaces_the_language_once(monkeypatch):
+    """The tests' interpreter is fast: device functions that a kernel calls replace nothing again.
+
+    One more time for ``triton.language.core``, when the first function of it is called.
+    """
+    from triton.runtime import interpreter
+
+    from fused_lora import fused_lora_linear
+    from support import make_inputs
+
+    launches, replaced = [], []
+    run, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang_tensor
+
+    def counted(self, *args, **kwargs):
+        launches.append(0)
+        return run(self, *args, **kwargs)
+
+    def counted_patch(*args):
+        replaced.append(0)
+        patch(*args)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", counted_patch)
+    fused_lora_linear(**make_inputs(33, 70, 48, 8, torch.float32), impl="triton:split")
+    assert 2 <= len(launches) <= len(replaced) <= len(launches) + 1

@@ -14,7 +14,7 @@ from fused_lora.strategy import timing, tuning_cache
 from fused_lora.strategy.timing import Times
 from fused_lora.tune import Layer
 from gpu import probe
-from harness import machine
+from harness import fast_interpreter, machine
 from harness.shapes import GPU_TARGETS
 
 P = 0.1  # the probability of cases with dropout
@@ -86,6 +86,10 @@ class Rehearsal(Gpu):
         Layer(80, 32, 48, 4, torch.float32),
         Layer(80, 32, 48, 4, torch.float32, P),
     )
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        fast_interpreter.install()
 
     def environment(self) -> dict:
         return machine.describe(self.device) | {"rehearsal": "interpreted: times are not a GPU's"}
