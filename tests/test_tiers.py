@@ -17,11 +17,8 @@ SWEPT_WHOLE = {
         "ten kernels for four GPUs; test_a_report_continues_from_its_rows compiles those of one"
     ),
     "test_distributed.py::test_every_check": (
-        "two or four processes for each module; test_some_checks_of_each_module runs some of each,"
-        " and test_the_trainer_runs a Trainer"
-    ),
-    "test_distributed.py::test_resharding": (
-        "seven processes; test_some_checks_of_each_module loads the same state in as many processes"
+        "seven processes; test_some_checks_of_each_module runs some checks of each, and loads a"
+        " saved state in as many processes as saved it"
     ),
     "test_examples.py::test_adapters": (
         "trains four kinds of adapter; test_peft_one_liner trains the same pretrained model"
