@@ -37,7 +37,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", nargs="+", type=int, default=list(sweep.RANKS))
     parser.add_argument("--kernel", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
     parser.add_argument("--dropout", choices=("on", "off", "both"), default="both")
-    parser.add_argument("--slice", action="store_true", help="a representative subset")
+    parser.add_argument(
+        "--slice",
+        nargs="*",
+        choices=sweep.SLICE_PARTS,
+        help="a subset: for some calls, the first and the last candidate, or one of them",
+    )
     parser.add_argument("--search", action="store_true", help="all candidates, not the shipped")
     parser.add_argument("--rows", choices=SIZES, default="even", help="alignment, with --search")
     parser.add_argument("--json", type=Path, metavar="F", help="JSON lines, one per case")
@@ -61,8 +66,9 @@ def wanted(options: argparse.Namespace) -> list:
             for dtype in options.dtype
             for case in search.cases(arch, kernel, dtype, options.rows)
         ]
-    if options.slice:
-        return list(sweep.slice_of(options.arch or sweep.SLICE_ARCHS))
+    if options.slice is not None:
+        parts = options.slice or sweep.SLICE_PARTS
+        return list(sweep.slice_of(options.arch or sweep.SLICE_ARCHS, parts))
     dropout = {"on": (True,), "off": (False,), "both": (False, True)}[options.dropout]
     return list(
         sweep.full(

@@ -33,13 +33,14 @@ def script(*command) -> subprocess.CompletedProcess:
 
 @swept
 @pytest.mark.parametrize("arch", sweep.SLICE_ARCHS)
-def test_a_slice_of_the_shipped_tiles_compiles_clean(arch, tmp_path):
+@pytest.mark.parametrize("part", sweep.SLICE_PARTS)
+def test_a_slice_of_the_shipped_tiles_compiles_clean(arch, part, tmp_path):
     rows = tmp_path / "rows.jsonl"
     report = ROOT / "benchmarks" / "compile_report.py"
-    done = script(report, "--slice", "--arch", arch, "--jobs", 1, "--json", rows)
+    done = script(report, "--slice", part, "--arch", arch, "--jobs", 1, "--json", rows)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert len(found) == len(list(sweep.slice_of([arch])))
+    assert len(found) == len(list(sweep.slice_of([arch], [part])))
     for row in found:
         assert row["spill"] == 0, row
         assert row["shared"] <= row["shared_limit"], row
@@ -82,7 +83,7 @@ def test_an_edit_invalidates_the_rows_of_the_kernels_that_it_reaches(
 def test_a_report_continues_from_its_rows(tmp_path):
     """A second run adds no rows and prints the same, for a kernel with tiles and one without."""
     rows = tmp_path / "rows.jsonl"
-    kernels = ["dropout_mask", "rank_grad"]
+    kernels = ["dropout_mask", "thin_pair"]
     part = ("--arch", "sm_90", "--dtype", "bf16", "--rank", 8, "--dropout", "off", "--kernel")
     report = ROOT / "benchmarks" / "compile_report.py"
     command = (report, *part, *kernels, "--jobs", 1, "--json", rows)

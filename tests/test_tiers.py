@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Test functions with no case in the default run: why, and which default test covers for each.
 SWEPT_WHOLE = {
     "test_compile.py::test_a_slice_of_the_shipped_tiles_compiles_clean": (
-        "a minute per GPU; test_a_report_continues_from_its_rows compiles the tiles of one kernel"
+        "minutes; test_a_report_continues_from_its_rows compiles the tiles of one kernel"
     ),
     "test_compile.py::test_planted_faults_are_found": (
         "ten kernels for four GPUs; test_a_report_continues_from_its_rows compiles those of one"

@@ -43,6 +43,7 @@ GATED = ("gated", "gated_backward")  # elementwise: in the slice, one kind of ca
 NOT_ONLY_MASKED = {(k, p) for k, made in PRODUCTS.items() for p in made} - OF_MEMBERS - OF_SEGMENTS
 
 SLICE_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SLICE_PARTS = ("first", "last")  # of the candidates of a call
 SLICE = (
     ("bf16", "even", 64),
     ("bf16", "narrow", 256),
@@ -120,8 +121,13 @@ def full(
                         yield Case(arch, kernel, made, dtype, rank, rows, masked, split)
 
 
-def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
-    """Every shipped config for the calls in SLICE, as the variant that needs most registers."""
+def slice_of(
+    archs: Sequence[str] = SLICE_ARCHS, parts: Sequence[str] = SLICE_PARTS
+) -> Iterator[Case]:
+    """Two configs for each call in SLICE, as the variant that needs most registers.
+
+    The first candidate has the largest tile; the last one differs most from it.
+    """
     for arch, kernel, (dtype, rows, rank) in product(archs, PRODUCTS, SLICE):
         if dtype == "fp16" and arch != "sm_90":  # it rarely has a fault where bf16 has none
             continue
@@ -134,7 +140,9 @@ def slice_of(archs: Sequence[str] = SLICE_ARCHS) -> Iterator[Case]:
         for each in (made, *(others if rows == "even" else ())):
             members = MEMBERS if (kernel, each) in OF_MEMBERS else 1
             in_segments = (kernel, each) in OF_SEGMENTS
-            for config in shipped(arch, kernel, dtype, rank, rows, members, in_segments):
+            found = shipped(arch, kernel, dtype, rank, rows, members, in_segments)
+            ends = {"first": found[:1], "last": found[1:][-1:]}
+            for config in (config for part in parts for config in ends[part]):
                 is_split = kernel in SPLIT and (kernel, each) not in OF_SEGMENTS
                 config = replace(config, splits=2) if is_split else config
                 yield Case(arch, kernel, each, dtype, rank, rows, (kernel, each) in MASKED, config)
