@@ -46,6 +46,15 @@ def _own_cache(tmp_path, monkeypatch):
     dispatch.clear_decisions()
 
 
+@pytest.fixture
+def in_bfloat16(monkeypatch):
+    """The strategies' calls in one dtype: enough to find a planted fault."""
+    every = steps._every_call
+    monkeypatch.setattr(
+        steps, "_every_call", lambda shapes: [c for c in every(shapes) if c[2] is torch.bfloat16]
+    )
+
+
 def failures(rows) -> list[str]:
     return [text for row in summary.failed(list(rows)) for text in row["failures"]]
 
@@ -73,12 +82,12 @@ def test_a_preflight_with_wrong_numbers_fails(monkeypatch):
 
 
 def test_numerics_are_the_tests_of_the_kernels():
-    in_the_sweep = "test_sampled and 4d and addmm and torch.float16"
-    shrink = "test_shrink and not members and not segments"
+    in_the_sweep = "test_sampled and 4d and addmm and 123 and torch.float16"
+    shrink = "test_shrink and 63 and not members and not segments"
     select = f"{shrink} or test_repeats_bitwise[split-0.0] or ({in_the_sweep})"
     (row,) = steps.numerics(Cpu(), FOREVER, select)
     assert row["passed"]
-    assert row["tests"] == {"passed": 21, "failed": 0, "near": 0, "skipped": 0}
+    assert row["tests"] == {"passed": 7, "failed": 0, "near": 0, "skipped": 0}
 
 
 def test_numerics_that_select_nothing_fail():
@@ -169,7 +178,7 @@ def test_strategies_repeat_and_replay(run):
     assert all(row["passed"] for row in rows)
 
 
-def test_results_that_differ_from_run_to_run_are_found(monkeypatch):
+def test_results_that_differ_from_run_to_run_are_found(monkeypatch, in_bfloat16):
     forward, count = strategies.forward, []
 
     def noisy(*args):
@@ -178,18 +187,18 @@ def test_results_that_differ_from_run_to_run_are_found(monkeypatch):
         return y + 1e-2 * len(count), S
 
     monkeypatch.setattr(strategies, "forward", noisy)
-    assert len(failures(steps.repeatability(Cpu(), FOREVER))) == 19
+    assert len(failures(steps.repeatability(Cpu(), FOREVER))) == 7
     assert any("a replay and an eager" in f for f in failures(steps.graphs(Cpu(), FOREVER)))
 
 
-def test_a_mask_that_does_not_change_is_found(monkeypatch):
+def test_a_mask_that_does_not_change_is_found(monkeypatch, in_bfloat16):
     monkeypatch.setattr(dropout, "draw_seed", lambda device: torch.tensor(3))
     found = failures(steps.graphs(Cpu(), FOREVER))
-    assert len(found) == 8
+    assert len(found) == 3
     assert all("two replays drop the same entries" in line for line in found)
 
 
-def test_a_backward_with_another_mask_is_found(monkeypatch):
+def test_a_backward_with_another_mask_is_found(monkeypatch, in_bfloat16):
     backward = strategies.backward
 
     def other_mask(operands, strategy):
@@ -199,7 +208,7 @@ def test_a_backward_with_another_mask_is_found(monkeypatch):
 
     monkeypatch.setattr(strategies, "backward", other_mask)
     found = failures(steps.graphs(Cpu(), FOREVER))
-    assert len(found) == 8
+    assert len(found) == 3
     assert all("by the mask of dx, y: relative RMS" in line for line in found)
 
 
