@@ -183,7 +183,7 @@ def runner(monkeypatch):
 
 
 def test_run(runner, tmp_path, capsys):
-    options = ["--shapes", "24,32,40,4", "64,48,32,2", "--dtype", "bfloat16", "--seconds", "0.5"]
+    options = ["--shapes", "24,32,40,4", "64,48,32,2", "--dtype", "bfloat16", "--seconds", "0.1"]
     options += ["--providers", "eager,peft,fused,fused-split", "--out", str(tmp_path)]
     assert runner.main([*options, "--dropout", "0", "0.1"]) == 0
     out = capsys.readouterr().out
