@@ -156,9 +156,7 @@ def test_an_overflow_while_loading_is_told_with_the_name():
 def test_all_linear_names_experts_that_do_not_run_fused():
     model = causal("Qwen3Moe")
     model.model.layers[0].mlp.experts.register_forward_hook(lambda *args: None)
-    with pytest.warns(
-        UserWarning, match=r"for the experts model\.layers\.0\.mlp\.experts \(a hook"
-    ):
+    with pytest.warns(UserWarning, match="no adapter for the experts .* 49 % of the model's w"):
         names = apply_lora(model)
     assert not any("experts" in name for name in names)
 

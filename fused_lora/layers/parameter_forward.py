@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +10,9 @@ from torch.func import functional_call
 
 from ..distributed import sharding
 from ..ops.modes import outside_graphs, without_autocast
+from .base import LoRALayer
 from .expert_calls import call_reason, experts_reason
 from .experts import ExpertAdapter, experts_forward, unsupported
-
-if TYPE_CHECKING:
-    from .parameter import LoRAParameter
 
 
 def unfused_reason(module: nn.Module, frozen: bool = True) -> str | None:
@@ -30,8 +27,8 @@ def unfused_reason(module: nn.Module, frozen: bool = True) -> str | None:
 @outside_graphs  # the number of an expert's tokens is data
 def of_experts(
     base: nn.Module,
-    active: list[LoRAParameter],
-    kept: list[LoRAParameter],
+    active: list[LoRALayer],
+    kept: list[LoRALayer],
     args: tuple,
     kwargs: dict,
 ):
@@ -58,7 +55,7 @@ def of_experts(
     return summed(base, active, kept, reason, args, kwargs)
 
 
-def check_active(layers: list[LoRAParameter]) -> None:
+def check_active(layers: list[LoRALayer]) -> None:
     for layer in layers:
         if layer.parameter_name not in layer.holder._parameters:
             raise RuntimeError(
@@ -76,8 +73,8 @@ def check_active(layers: list[LoRAParameter]) -> None:
 
 def summed(
     base: nn.Module,
-    active: list[LoRAParameter],
-    kept: list[LoRAParameter],
+    active: list[LoRALayer],
+    kept: list[LoRALayer],
     reason: str,
     args: tuple,
     kwargs: dict,
@@ -99,12 +96,12 @@ def summed(
     return functional_call(base, weights, args, kwargs, tie_weights=False)
 
 
-def _adapter(layer: LoRAParameter) -> ExpertAdapter:
+def _adapter(layer: LoRALayer) -> ExpertAdapter:
     p = layer.dropout if layer.training else 0.0
     return ExpertAdapter.of(layer.lora_A, layer.lora_B, layer.num_matrices, layer._scale(), p)
 
 
-def _sum(layer: LoRAParameter) -> Tensor:
+def _sum(layer: LoRALayer) -> Tensor:
     """``W + s·B A`` in the Parameter's shape and dtype, differentiable in the adapter."""
     weight = layer.weight_like(layer)
     A, B = layer.stacked({"lora_A": layer.lora_A, "lora_B": layer.lora_B})

@@ -95,13 +95,11 @@ def all_experts(
     found: dict[str, ParameterTarget] = {}
     routers: list[nn.Parameter] = []
     names: list[str] = []
-    left_out: dict[str, list[str]] = {}
     for place, module in model.named_modules():
         if not place or not is_experts(module) or excluded(place) or module in trained:
             continue
-        if reason := unfused_reason(module, frozen=False):
-            left_out.setdefault(reason, []).append(place)
-            continue
+        if unfused_reason(module, frozen=False):
+            continue  # named with all experts that get no adapter
         matrices = (first_matrix(module), "down_proj")
         order = [name for name, _ in module.named_parameters(recurse=False) if name in matrices]
         found |= nested(place, module, [n for n in order if not excluded(f"{place}.{n}")])
@@ -109,12 +107,6 @@ def all_experts(
             if not excluded(name.rpartition(".")[0]) and not excluded(name):
                 names.append(name)
                 routers.append(weight)
-    for reason, places in left_out.items():
-        warn(
-            f'"all-linear" has no adapter for the experts {listed(places)} ({reason}), where it'
-            " would compute W + s·B A at every call: target_parameters includes them,"
-            " exclude_modules silences this warning"
-        )
     if routers:
         total = max(1, sum(p.numel() for p in model.parameters()))
         share = 100 * sum(p.numel() for p in routers) / total
