@@ -59,7 +59,7 @@ products; times are in µs, beyond those of the frozen products. A strategy is o
 apart; together it is forward's, and the products of backward are the vendor's."""
 EXPERTS_NOTE = """Every figure is modelled, none is measured. Compulsory bytes of one forward and
 backward of a layer's experts: those of the frozen products, and those that adapters of rank {} add,
-by PEFT and by the kernels over segments."""
+by PEFT and by the kernels over segments: added to the vendor's product, or with it in lora_gemm."""
 OVERHEAD_HEAD = (
     f"{'layer':<15}{'M':>6}   {'strategy':<22}{'passes':>8}{'launches':>10}"
     f"{'forward':>10}{'backward':>10}{'both':>8}"

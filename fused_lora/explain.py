@@ -17,7 +17,7 @@ from .layers.parameter_forward import unfused_reason
 from .layers.shared_input import MIN_ROWS
 from .models.arguments import check_without_peft, described
 from .ops import dropout
-from .ops.dispatch import Decision, decide, decide_segmented
+from .ops.dispatch import Decision, SegmentedCall, decide, decide_segmented
 from .ops.segments import Segments, ranks_of
 from .ops.validation import check_dropout, check_impl, check_segmented, check_tensors
 
@@ -147,8 +147,8 @@ def _explain_segments(x, weight, lora_A, dropout_p, impl: str, segments: Segment
         return Decision("reference", None, None, "requested: eager autograd")
     each = zip(ranks_of(lora_A), dropouts, strict=True)
     adapted = [(rank, dropout.keep_count(p)) for rank, p in each if rank is not None]
-    sizes = x.shape[:-1].numel(), x.shape[-1], N
-    return decide_segmented(impl, x.device, x.dtype, sizes, frozenset(adapted))
+    call = SegmentedCall.of(x, weight, segments, adapted)
+    return decide_segmented(impl, x.device, x.dtype, call)
 
 
 def _explain(impl: str, weight: Tensor, dtype, rows: int, rank: int, dropout_p: float) -> Decision:

@@ -100,6 +100,10 @@ class GemmConfig(Config):
 
     With ``overlap``, which needs descriptors, U V comes after the loop over L, in slices of
     columns, while the next tile's first copies are in flight.
+
+    Attributes:
+        asynchronous: whether a product still reads its buffer during the next step, as warp groups'
+            do; with descriptors it always does.
     """
 
     block_m: int = 64
@@ -108,6 +112,7 @@ class GemmConfig(Config):
     group_m: int = 8
     programs: int = 0
     overlap: bool = False
+    asynchronous: bool = False
 
     @property
     def slices(self) -> int:
@@ -127,8 +132,8 @@ class GemmConfig(Config):
     def shared_bytes(self, itemsize: int, rank: int) -> int:
         """Upper bound on the bytes of shared memory that a thread block's tiles take."""
         block_r, chunks = self.rank_blocks(rank)
-        # With descriptors the product is asynchronous: it still reads the previous step's buffer.
-        buffers = self.num_stages if self.descriptors else max(1, self.num_stages - 1)
+        is_read_late = self.descriptors or self.asynchronous
+        buffers = self.num_stages if is_read_late else max(1, self.num_stages - 1)
         loop = buffers * (self.block_m + self.block_n) * self.block_l * itemsize
         columns = self.block_n // self.slices
         output = self.block_m * columns * itemsize if self.descriptors else 0

@@ -5,6 +5,10 @@
 Forward: ``y`` from P = x, Q = Wᵀ, U = S, V = Bᵀ. Backward: ``dx`` from P = dY, Q = W, U = G, V = A
 and the keep bits, without s. Scale and mask act on U V only: it comes before the loop over L, or
 with ``GemmConfig.overlap`` after it, in :mod:`.lora_gemm_overlap`.
+
+For rows sorted into segments, each with its own matrices, scale and bias, or one of these for all:
+
+    O_g = P_g Q_g + s_g · D(U_g V_g) + bias_g        Q (G,L,N)   V (G,R,N)
 """
 
 import torch
@@ -12,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    BLOCK_ENTRY,
     TL_DTYPE,
     add_low_rank,
     advance,
@@ -20,7 +25,9 @@ from .common import (
     keep_entries,
     load_keep_words,
     multiple,
+    of_segments,
     operand,
+    segment_rows,
     vector_of,
     wait_for_previous,
 )
@@ -31,7 +38,8 @@ from .lora_gemm_overlap import gemm_tiles
 
 @triton.jit
 def _gemm_tile(
-    tile,
+    first_m,
+    tile_n,
     o_ptr,
     p_ptr,
     q_ptr,
@@ -66,13 +74,10 @@ def _gemm_tile(
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHUNKS: tl.constexpr,
-    GROUP_M: tl.constexpr,
     ALIGN_U: tl.constexpr,
     ALIGN_V: tl.constexpr,
     V_TRANSPOSED: tl.constexpr,
 ):
-    tile_m, tile_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    first_m = tile_m * BLOCK_M
     first_n = tile_n * BLOCK_N
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -142,6 +147,7 @@ def _lora_gemm(
     keep_bits_ptr,
     bias_ptr,
     scale_ptr,
+    segments_ptr,
     inv_keep,
     M,
     N,
@@ -149,13 +155,17 @@ def _lora_gemm(
     R,
     stride_om,
     stride_pm,
+    stride_qg,
     stride_ql,
     stride_qn,
     stride_um,
+    stride_vg,
     stride_vr,
     stride_vn,
     stride_keep_m,
+    stride_bias_g,
     DTYPE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -180,6 +190,10 @@ def _lora_gemm(
     SLICES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    tl.static_assert(
+        not SEGMENTS or not (USE_DESC or PERSISTENT),
+        "a descriptor's block would be stored beyond the end of a segment",
+    )
     wait_for_previous(PDL)
     # Multiples of 8 half-precision elements are 16 bytes: see :func:`.common.multiple`.
     if ALIGN_O:
@@ -207,19 +221,34 @@ def _lora_gemm(
         # A fixed number of programs (the tables have one per SM) walk the tiles a grid apart.
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+            tile_m, tile_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
             _gemm_tile(
-                tile, o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, keep_bits_ptr, bias_ptr, scale_ptr,
-                inv_keep, M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um,
-                stride_vr, stride_vn, stride_keep_m, DTYPE, HAS_BIAS, HAS_DROPOUT, HAS_SCALE,
-                EVEN_L, USE_DESC, Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R,
-                CHUNKS, GROUP_M, ALIGN_U, ALIGN_V, V_TRANSPOSED,
+                tile_m * BLOCK_M, tile_n, o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, keep_bits_ptr,
+                bias_ptr, scale_ptr, inv_keep, M, N, L, R, stride_om, stride_pm, stride_ql,
+                stride_qn, stride_um, stride_vr, stride_vn, stride_keep_m, DTYPE, HAS_BIAS,
+                HAS_DROPOUT, HAS_SCALE, EVEN_L, USE_DESC, Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M,
+                BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS, ALIGN_U, ALIGN_V, V_TRANSPOSED,
             )  # fmt: skip
     else:
+        tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        first_m = tile_m * BLOCK_M
+        if SEGMENTS:
+            segment, first_m, M = segment_rows(segments_ptr + tile_m * BLOCK_ENTRY)
+            if first_m >= M:  # the table may have more entries than there are blocks
+                return
+            if ALIGN_Q:
+                stride_qg = multiple(stride_qg, 8)
+            if ALIGN_V:
+                stride_vg = multiple(stride_vg, 8)
+            q_ptr += segment * stride_qg
+            v_ptr += segment * stride_vg
+            bias_ptr += segment * stride_bias_g
+            scale_ptr += segment
         _gemm_tile(
-            tl.program_id(0), o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, keep_bits_ptr, bias_ptr, scale_ptr,
+            first_m, tile_n, o_ptr, p_ptr, q_ptr, u_ptr, v_ptr, keep_bits_ptr, bias_ptr, scale_ptr,
             inv_keep, M, N, L, R, stride_om, stride_pm, stride_ql, stride_qn, stride_um, stride_vr,
             stride_vn, stride_keep_m, DTYPE, HAS_BIAS, HAS_DROPOUT, HAS_SCALE, EVEN_L, USE_DESC,
-            Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS, GROUP_M,
+            Q_TRANSPOSED, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_R, CHUNKS,
             ALIGN_U, ALIGN_V, V_TRANSPOSED,
         )  # fmt: skip
 
@@ -237,6 +266,7 @@ def lora_gemm(
     keep_bits: torch.Tensor | None = None,
     inv_keep: float = 1.0,
     input_precision: str = "ieee",
+    segments: torch.Tensor | None = None,
 ) -> None:
     """Write ``o = p q + scale · D(u v) + bias``.
 
@@ -251,14 +281,27 @@ def lora_gemm(
         keep_bits: packed mask of ``u v``, int32 ``(M, words)``, or None.
         inv_keep: factor of the kept entries of ``u v``.
         input_precision: of fp32 products, "ieee" or "tf32".
+        segments: the table of :meth:`.segments.Segments.blocks` for ``config.block_m``; then v is
+            ``(G, R, N)`` and the scale ``(G,)``, contiguous; q may be ``(G, L, N)`` and the bias
+            ``(G, N)``. Rows of no segment are not written. The config has no descriptors and no
+            ``programs``. None: all rows have one v.
     """
-    tensors = o, p, q, u, v, keep_bits, bias, scale
+    tensors = o, p, q, u, v, keep_bits, bias, scale, segments
     launch(_lora_gemm, _arguments, config, tensors, (float(inv_keep),), input_precision)
 
 
-def _arguments(config, o, p, q, u, v, keep_bits, bias, scale, input_precision: str) -> Arguments:
-    (M, L), N, R = p.shape, q.shape[1], u.shape[1]
-    transposed = q.stride(0) == 1 and q.stride(1) != 1
+def _arguments(
+    config, o, p, q, u, v, keep_bits, bias, scale, segments, input_precision: str
+) -> Arguments:
+    (M, L), N, R = p.shape, q.shape[-1], u.shape[1]
+    q_of_one, stride_qg = of_segments(q)
+    v_of_one, stride_vg = of_segments(v)
+    stride_bias_g = None
+    if segments is not None:
+        M = segments.shape[0] * config.block_m  # a block for each entry of the table
+        stride_qg = stride_qg or 0
+        stride_bias_g = 0 if bias is None or bias.dim() == 1 else bias.stride(0)
+    transposed = q_of_one.stride(0) == 1 and q_of_one.stride(1) != 1
     block_m, block_n, block_l = config.block_m, config.block_n, config.block_l
     block_q = (block_n, block_l) if transposed else (block_l, block_n)
     block_r, chunks = config.rank_blocks(R)
@@ -274,6 +317,7 @@ def _arguments(config, o, p, q, u, v, keep_bits, bias, scale, input_precision: s
             u if keep_bits is None else keep_bits,
             u if bias is None else bias,
             u if scale is None else scale,
+            segments,
         ),
         numbers=(
             M,
@@ -282,20 +326,24 @@ def _arguments(config, o, p, q, u, v, keep_bits, bias, scale, input_precision: s
             R,
             o.stride(0),
             p.stride(0),
-            *q.stride(),
+            stride_qg,
+            *q_of_one.stride(),
             u.stride(0),
-            *v.stride(),
+            stride_vg,
+            *v_of_one.stride(),
             0 if keep_bits is None else keep_bits.stride(0),
+            stride_bias_g,
         ),
         constants={
             "DTYPE": TL_DTYPE[p.dtype],
+            "SEGMENTS": segments is not None,
             "HAS_BIAS": bias is not None,
             "HAS_DROPOUT": keep_bits is not None,
             "HAS_SCALE": scale is not None,
             "EVEN_L": L % block_l == 0,
             "ALIGN_O": in_vectors(o),
             "ALIGN_P": in_vectors(p),
-            "ALIGN_Q": in_vectors(q),
+            "ALIGN_Q": in_vectors(q_of_one) and (stride_qg or 0) % 8 == 0,
             "USE_DESC": config.descriptors,
             "Q_TRANSPOSED": transposed,
             "INPUT_PRECISION": input_precision,
@@ -306,8 +354,8 @@ def _arguments(config, o, p, q, u, v, keep_bits, bias, scale, input_precision: s
             "CHUNKS": chunks,
             "GROUP_M": config.group_m,
             "ALIGN_U": vector_of(u),
-            "ALIGN_V": in_vectors(v),
-            "V_TRANSPOSED": v.stride(1) != 1,
+            "ALIGN_V": in_vectors(v_of_one) and (stride_vg or 0) % 8 == 0,
+            "V_TRANSPOSED": v_of_one.stride(1) != 1,
             "PERSISTENT": config.programs > 0,
             "OVERLAP": config.overlap,
             "SLICES": config.slices,

@@ -1,8 +1,11 @@
-"""Thin products over rows that are sorted into segments, each with its own adapter.
+"""Products over rows that are sorted into segments, each with its own adapter.
 
     forward    S_g  = D(x_g) A_gᵀ          y_g  = base_g + s_g·S_g B_gᵀ
     backward   G_g  = s_g·dy_g B_g         dB_g = s_g·dy_gᵀ S_g
                dA_g = G_gᵀ D(x_g)          dx_g = base_g + D(G_g A_g)
+
+The base is given, and added to in place (*addmm*); or ``gemm_segments`` computes it in the same
+launch, ``x_g W_gᵀ + bias_g`` and ``dy_g W_g``, from one weight or one per segment (*split*).
 
 The rows of segment g are those from offset g - 1 (0 for the first) to offset g. Each product is one
 launch for all segments. Its programs read their rows from a table, which is made on the device from
@@ -24,11 +27,19 @@ from torch import Tensor
 from . import select_config
 from .common import BLOCK_ENTRY, ITEM_ENTRY
 from .config import DIGITS, MASK_VECTOR, SEGMENT_ROWS, cdiv
-from .strategies import inner_contiguous, run_add, run_rank_grad, run_shrink
+from .strategies import (
+    inner_contiguous,
+    inner_dense,
+    run_add,
+    run_gemm,
+    run_rank_grad,
+    run_shrink,
+)
 
 __all__ = [
     "Segments",
     "add_segments",
+    "gemm_segments",
     "input_gradients_segments",
     "shrink_segments",
     "thin_gradients_segments",
@@ -125,7 +136,7 @@ def shrink_segments(
         bits = torch.empty((M, words), dtype=torch.int32, device=x.device)
         rows = None if rows is None else rows.contiguous()
         masking = {"keep_bits": bits, "seed": seed, "keep_count": keep_count, "rows": rows}
-    q = _inner_dense(lora_A).transpose(1, 2)
+    q = inner_dense(lora_A).transpose(1, 2)
     S = run_shrink(x, q, scale.contiguous(), target, scale_u=False, segments=segments, **masking)
     return S, masking.get("keep_bits")
 
@@ -143,8 +154,45 @@ def add_segments(
         scale: any floating ``(G,)``.
     """
     run_add(
-        base, inner_contiguous(S), _inner_dense(lora_B).transpose(1, 2), scale.contiguous(),
+        base, inner_contiguous(S), inner_dense(lora_B).transpose(1, 2), scale.contiguous(),
         select_config.target_of(base.device), base=base, segments=_segments(offsets, base.shape[0]),
+    )  # fmt: skip
+
+
+def gemm_segments(
+    o: Tensor,
+    p: Tensor,
+    q: Tensor,
+    u: Tensor,
+    v: Tensor,
+    offsets: Tensor | Segments,
+    scale: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    keep_bits: Tensor | None = None,
+    inv_keep: float = 1.0,
+) -> None:
+    """Write ``o_g = p_g q_g + s_g · D(u_g v_g) + bias_g``, in the notation of ``lora_gemm.py``.
+
+    ``y`` from x, Wᵀ, S and Bᵀ; ``dx`` from dy, W, G, A and the keep bits, without a scale.
+
+    Args:
+        o: ``(M, N)`` in p's dtype, inner stride 1; rows of no segment are not written.
+        p: ``(M, L)``, sorted.
+        q: ``(L, N)``, or a stack ``(G, L, N)``, in p's dtype, any strides.
+        u: ``(M, R)``, cast to p's dtype.
+        v: ``(G, R, N)``, any strides and floating dtype; cast to p's.
+        offsets: as in :class:`Segments`, or these.
+        scale: any floating ``(G,)``, or None for 1.
+        bias: any floating ``(N,)`` or ``(G, N)``, or None.
+        keep_bits: as of :func:`shrink_segments`.
+        inv_keep: factor of the kept entries; not used without keep bits.
+    """
+    run_gemm(
+        inner_contiguous(p), q, inner_contiguous(u), v,
+        None if scale is None else scale.contiguous(), select_config.target_of(p.device),
+        None if bias is None else bias.contiguous(), keep_bits,
+        1.0 if keep_bits is None else inv_keep, o, _segments(offsets, p.shape[0]),
     )  # fmt: skip
 
 
@@ -155,12 +203,11 @@ def thin_gradients_segments(
     offsets: Tensor | Segments,
     scale: Tensor,
     needs: tuple[bool, bool] = (True, True),
-    dtype: torch.dtype | None = None,
+    like: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``G_g = s_g · dy_g B_g (M, R)`` in dy's dtype and ``dB_g = s_g · dy_gᵀ S_g``.
 
-    In rows of no segment ``G`` is uninitialised. ``dB (G, N, R)`` is contiguous, 0 for a segment
-    without rows.
+    In rows of no segment ``G`` is uninitialised. ``dB (G, N, R)`` is 0 for a segment without rows.
 
     Args:
         dy: ``(M, N)``, sorted.
@@ -169,17 +216,17 @@ def thin_gradients_segments(
         offsets: as in :class:`Segments`, or these.
         scale: any floating ``(G,)``.
         needs: whether ``G`` and ``dB`` are needed; the other is None.
-        dtype: of ``dB``; by default lora_B's.
+        like: has the dtype and the order of strides of ``dB``; by default lora_B.
     """
     dy, scale = inner_contiguous(dy), scale.contiguous()
     segments, target = _segments(offsets, dy.shape[0]), select_config.target_of(dy.device)
     G = dB = None
     if needs[1]:
-        dB = torch.empty(lora_B.shape, dtype=dtype or lora_B.dtype, device=dy.device)
+        dB = torch.empty_like(lora_B if like is None else like, device=dy.device)
         o = dB.transpose(1, 2)
         run_rank_grad(o, inner_contiguous(S), dy, scale, target, None, segments=segments)
     if needs[0]:
-        G = run_shrink(dy, _inner_dense(lora_B), scale, target, segments=segments)
+        G = run_shrink(dy, inner_dense(lora_B), scale, target, segments=segments)
     return G, dB
 
 
@@ -219,18 +266,13 @@ def input_gradients_segments(
         x = inner_contiguous(x)
         run_rank_grad(dA, G, x, None, target, None, segments=segments, **masking)
     if dx is not None:
-        v = _inner_dense(lora_A)
+        v = inner_dense(lora_A)
         run_add(dx, G, v, None, target, base=dx, segments=segments, **masking)
     return dA
 
 
 def _segments(offsets: Tensor | Segments, rows: int) -> Segments:
     return offsets if isinstance(offsets, Segments) else Segments(offsets, rows)
-
-
-def _inner_dense(stack: Tensor) -> Tensor:
-    """A stack whose matrices have a stride 1, like those of the kernels for one adapter."""
-    return stack if 1 in stack.stride()[1:] else stack.contiguous()
 
 
 def _table(columns: int, *entries: Tensor) -> Tensor:

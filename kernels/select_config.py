@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -140,35 +140,42 @@ def _low(configs: list, M: int, segments: int) -> list:
     return [config for config in configs if config.block_m <= most]
 
 
-def gemm_candidates(target: Target, itemsize: int, rank: int, *, aligned: bool) -> list[GemmConfig]:
+def gemm_candidates(
+    target: Target, itemsize: int, rank: int, *, aligned: bool, segments: bool = False
+) -> list[GemmConfig]:
     """The valid configurations, from which :func:`gemm_config` chooses."""
-    bands = tile_tables.look_up(tile_tables.GEMM, target.arch, itemsize, aligned)
+    table = tile_tables.GEMM_OF_SEGMENTS if segments else tile_tables.GEMM
+    bands = tile_tables.look_up(table, target.arch, itemsize, aligned)
     # The interpreter runs persistent programs over descriptors too, so that tests cover them.
     described = aligned and itemsize == 2 and target.arch in tile_tables.PERSISTENT
     described = described or (aligned and target.arch == "interpreter")
+    described = described and not segments  # a descriptor would store beyond a segment's end
     programs = target.sms if described else 0
     overlap = described and target.arch in (*tile_tables.OVERLAPPED, "interpreter")
+    late = segments and itemsize == 2 and target.arch in tile_tables.PERSISTENT
+    make = partial(GemmConfig, programs=programs, overlap=overlap, asynchronous=late)
     return _valid(
         [
-            GemmConfig(
-                warps, stages, described, rows, columns, step, programs=programs, overlap=overlap
-            )
-            for warps, stages, rows, columns, step in tile_tables.band(bands, rank)
+            make(warps, stages, described, *block)
+            for warps, stages, *block in tile_tables.band(bands, rank)
         ],
         target, itemsize, rank,
     )  # fmt: skip
 
 
 def gemm_config(
-    target: Target, itemsize: int, M: int, N: int, rank: int, *, aligned: bool
+    target: Target, itemsize: int, M: int, N: int, rank: int, *, aligned: bool, segments: int = 0
 ) -> GemmConfig:
     """The tile of ``lora_gemm`` for an ``(M, N)`` output.
 
     Args:
         aligned: whether every row starts on a 16-byte boundary, as vector loads and tensor
             descriptors require.
+        segments: into which the rows are sorted; tiles are not higher than one is on average. 0:
+            one adapter for all rows.
     """
-    return _choose(gemm_candidates(target, itemsize, rank, aligned=aligned), target, M, N, rank)
+    candidates = gemm_candidates(target, itemsize, rank, aligned=aligned, segments=segments > 0)
+    return _choose(_low(candidates, M, segments), target, M, N, rank)
 
 
 def add_candidates(

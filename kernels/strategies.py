@@ -93,7 +93,7 @@ def expand(operands: ForwardOperands, strategy: str, S: Tensor) -> Tensor:
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         run_add(y, S, lora_B.t(), scale, target, base=y)
         return y
-    return _gemm(x, weight.t(), S, lora_B.t(), scale, target, bias=bias)
+    return run_gemm(x, weight.t(), S, lora_B.t(), scale, target, bias=bias)
 
 
 def backward(
@@ -149,7 +149,7 @@ def _input_gradient(operands: BackwardOperands, G: Tensor, strategy: str, target
     if weight is not None:
         weight = weight.to(dy.dtype)
         if strategy == "split":
-            return _gemm(
+            return run_gemm(
                 dy, weight, G, lora_A, None, target, keep_bits=keep_bits, inv_keep=inv_keep
             )
         if strategy == "addmm":
@@ -212,16 +212,30 @@ def run_shrink(
     return u
 
 
-def _gemm(p, q, u, v, scale, target, bias=None, keep_bits=None, inv_keep=1.0) -> Tensor:
-    q = _one_contiguous(q)
-    o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
+def run_gemm(
+    p, q, u, v, scale, target, bias=None, keep_bits=None, inv_keep=1.0, o=None, segments=None
+) -> Tensor:
+    """``o = p q + scale · D(u v) + bias``; o is made, unless it is given.
+
+    With :class:`.Segments` v is a stack ``(G, R, N)``, and q and the bias may be stacks.
+    """
+    q = inner_dense(q)
+    if o is None:
+        o = torch.empty((p.shape[0], q.shape[-1]), dtype=p.dtype, device=p.device)
     aligned = is_describable(p) and is_describable(q) and is_describable(o)
     config = cached_config(
-        select_config.gemm_config, target, p.element_size(), *o.shape, u.shape[1], aligned=aligned
+        select_config.gemm_config,
+        target,
+        p.element_size(),
+        *o.shape,
+        u.shape[1],
+        aligned=aligned,
+        segments=0 if segments is None else segments.count,
     )
     lora_gemm(
         o, p, q, u, v, scale, config,
         bias=bias, keep_bits=keep_bits, inv_keep=inv_keep, input_precision=precision_of(p),
+        segments=None if segments is None else segments.blocks(config.block_m),
     )  # fmt: skip
     return o
 
@@ -263,7 +277,7 @@ def run_add(
 
 
 def _single_pass(p, q, z, v, scale, target, scale_u=False, bias=None, keep_bits=None, inv_keep=1.0):
-    q = _one_contiguous(q)
+    q = inner_dense(q)
     o = torch.empty((p.shape[0], q.shape[1]), dtype=p.dtype, device=p.device)
     u = rank_matrix(p.shape[0], z.shape[1], p)
     config = cached_config(
@@ -373,12 +387,18 @@ def inner_contiguous(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
-def _one_contiguous(t: Tensor) -> Tensor:
-    return t if 1 in t.stride() else t.contiguous()
+def inner_dense(t: Tensor) -> Tensor:
+    """A matrix, or a stack of matrices, one of whose inner strides is 1."""
+    return t if 1 in t.stride()[-2:] else t.contiguous()
 
 
 def is_describable(t: Tensor) -> bool:
-    """Whether a tensor descriptor (or a 16-byte copy) can address the rows of ``t`` or ``tᵀ``."""
+    """Whether a tensor descriptor (or a 16-byte copy) can address the rows of ``t`` or ``tᵀ``.
+
+    Of a stack: those of every matrix.
+    """
+    if t.dim() == 3:
+        return is_describable(t[0]) and is_aligned(t.stride(0) * t.element_size())
     (pitch, inner), (rows, columns) = t.stride(), t.shape
     if inner != 1 and pitch == 1:
         pitch, inner, columns = inner, pitch, rows

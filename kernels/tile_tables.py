@@ -79,6 +79,40 @@ GEMM: dict[str, dict[str, dict[int, Rows]]] = {
     },
 }
 
+# The same for segments, whose blocks of rows may be low; without descriptors
+_LOW = ((4, 4, 32, 128, 64), (4, 4, 16, 128, 64))
+_LOW_CDNA = ((4, 2, 32, 128, 64), (4, 2, 16, 128, 64))
+_LOW_FP32 = ((4, 3, 32, 64, 16), (4, 3, 16, 64, 16))
+_LOW_NARROW = ((4, 2, 32, 64, 32), (4, 2, 16, 64, 32))
+_LOW_FP32_NARROW = ((4, 2, 32, 32, 32), (4, 2, 16, 32, 32))
+GEMM_OF_SEGMENTS: dict[str, dict[str, dict[int, Rows]]] = {
+    "half": {
+        "sm_80": {32: ((8, 4, 128, 256, 32), *_AMPERE, *_LOW), 256: (*_AMPERE, *_LOW)},
+        "sm_86": {32: ((8, 4, 128, 256, 32), *_ADA, *_LOW), 256: (*_ADA, *_LOW)},
+        "sm_89": {32: ((8, 4, 128, 256, 32), *_ADA, *_LOW), 256: (*_ADA, *_LOW)},
+        "sm_90": {256: (*_HOPPER, *_LOW)},
+        "sm_100": {256: (*_BLACKWELL, *_LOW)},
+        "sm_120": {256: (*_GEFORCE, *_LOW)},
+        "gfx90a": {256: (*_CDNA, *_LOW_CDNA)},
+        "gfx942": {256: (*_CDNA, *_LOW_CDNA)},
+        "gfx950": {256: (*_CDNA, *_LOW_CDNA)},
+        "interpreter": {256: ((4, 2, 64, 64, 64), (4, 2, 32, 64, 64), (4, 2, 16, 64, 64))},
+        "any": {256: ((4, 2, 64, 64, 32), (4, 2, 32, 64, 32), (4, 2, 16, 64, 32))},
+    },
+    "half narrow": {
+        "any": {256: ((8, 2, 64, 128, 32), (4, 2, 64, 64, 32), *_LOW_NARROW)},
+    },
+    "fp32": {
+        "interpreter": {256: ((4, 2, 64, 64, 64), (4, 2, 32, 64, 64), (4, 2, 16, 64, 64))},
+        "any": {256: (*_FP32[:2], *_LOW_FP32)},
+    },
+    "fp32 narrow": {
+        # With four warps, 64 columns spill at rank 64.
+        "sm_90": {256: ((8, 2, 64, 128, 16), (8, 2, 64, 64, 16), *_LOW_FP32_NARROW)},
+        "any": {256: ((8, 2, 64, 128, 16), (4, 2, 64, 64, 16), *_LOW_FP32_NARROW)},
+    },
+}
+
 # By largest rank: warps, stages, rows, step of the inner dimension, most columns of a program
 _SHRINK = {
     32: ((8, 3, 64, 256, 32), (4, 3, 64, 128, 32), (8, 3, 32, 256, 32), (4, 4, 16, 128, 32)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,15 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KEEP = 45_000
 INV_KEEP = dropout.KEEP_ALL / KEEP
 SCALE = torch.tensor(0.7)
+_random = random.Random(0)
+LENGTHS = {  # of segments
+    "uneven": [5, 0, 1, 40, 17, 0, 33, 0],
+    "skewed": [3, 20, 90, 1, 0, 30, 6],  # 60 % in one
+    "many": [_random.choice([0, 1, 2, 5]) for _ in range(256)],
+    "long": [1100, 2, 2100, 0, 1024],  # several items of rank_grad
+    "few": [5, 0, 1, 17],
+}
+TAIL = 9  # rows of no segment
 
 
 def rand(*shape, dtype=FP32):
@@ -24,6 +35,23 @@ def random_keep_bits(rows, columns):
     seed = torch.tensor(1234567)
     keep_bits = dropout.make_keep_bits(seed, rows, columns, KEEP)
     return keep_bits, dropout.keep_mask(keep_bits, columns, torch.float64) * INV_KEEP
+
+
+def offsets_of(lengths, dtype=torch.int32):
+    return torch.tensor(lengths).cumsum(0).to(dtype)
+
+
+def slices(offsets):
+    return [slice(*ends) for ends in pairwise([0, *offsets.tolist()])]
+
+
+def scales(segments):
+    return torch.linspace(-1.5, 2.0, segments)
+
+
+def peft_interleaved(B):
+    """The same stack as PEFT's experts keep it: ``(N, R·G)``, segments fastest."""
+    return B.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def check(actual, expected, dtype):

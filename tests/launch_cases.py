@@ -230,7 +230,7 @@ def members(n=2, M=304, K=256, R=16):
 
 
 def segments(n=3, M=304, K=256, R=16):
-    """Launches for rows sorted into ``n`` segments, each with its own adapter and scale."""
+    """Launches for rows sorted into ``n`` segments, each with its own adapter, scale and weight."""
     x, u, dx, keep_bits = view(M, K), view(M, R), view(M, K), view(M, K // 32, torch.int32)
     A, dA = (view(n * R, K).view(n, R, K) for _ in range(2))
     shrink_config = the(ShrinkConfig, 4, 2, block_m=16, block_l=128)
@@ -240,16 +240,23 @@ def segments(n=3, M=304, K=256, R=16):
     )
     scale, rows, seed = torch.ones(n), torch.arange(M), torch.zeros((), dtype=torch.int64)
     making = {"scale_u": False, "seed": seed, "keep_count": 32_768, "rows": rows}
+    weight, gemm_config = (
+        view(n * 64, K).view(n, 64, K),
+        the(GemmConfig, 4, 2, block_m=16, block_n=64, block_l=32),
+    )
+    y, B, bias = view(M, 64), view(n * 64, R, FP32).view(n, 64, R), view(n, 64, FP32)
     of = Segments(torch.arange(1, n + 1) * 100, M)
 
-    def all_three():
+    def all_four():
         table = of.blocks(16)
         shrink(u, x, A.mT, scale, shrink_config, keep_bits=keep_bits, **making, segments=table)
         rank_grad(dA, u, x, None, grad_config, keep_bits=keep_bits, segments=of.items())
         table = of.blocks(add_config.block_m)
         lora_add(dx, u, A, scale, add_config, base=dx, keep_bits=keep_bits, segments=table)
+        table = of.blocks(gemm_config.block_m)
+        lora_gemm(y, x, weight.mT, u, B.mT, scale, gemm_config, bias=bias, segments=table)
 
-    return all_three
+    return all_four
 
 
 def activation(name="silu", R=16, in_place=True):

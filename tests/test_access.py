@@ -149,8 +149,9 @@ def test_segments_in_bounds_and_written_once(case, masked):
     lengths, L, R, block = case
     end, G = sum(lengths), len(lengths)
     segments = Segments(torch.tensor(lengths).cumsum(0), end + 100)
-    pairs = [guarded(torch.randn(shape)) for shape in ((end, L), (G, R, L), (end, R), (end, L))]
-    (p, stack, u, o), buffers = zip(*pairs, strict=True)
+    shapes = (end, L), (G, R, L), (end, R), (end, L), (end, 40), (G, 40, L), (G, L)
+    pairs = [guarded(torch.randn(shape)) for shape in shapes]
+    (p, stack, u, o, rows_of, weights, bias), buffers = zip(*pairs, strict=True)
     scale, rows, seed = torch.ones(G), torch.randperm(2 * end)[:end], torch.tensor(1)
     given = {"keep_bits": dropout.empty_keep_bits(end, L, p.device) if masked else None}
     making = given | {"seed": seed, "keep_count": 45_000, "rows": rows} if masked else {}
@@ -161,10 +162,13 @@ def test_segments_in_bounds_and_written_once(case, masked):
             shrink(u, p, stack.mT, scale, thin, segments=table, **making)
         add = AddConfig(4, 1, block_m=block, block_n=64)
         lora_add(o, u, stack, None, add, base=o, segments=segments.blocks(block), **given)
+        tile = GemmConfig(4, 2, block_m=block, block_n=64, block_l=32)
+        table = segments.blocks(block)
+        lora_gemm(o, rows_of, weights, u, stack, scale, tile, bias=bias, segments=table, **given)
         grad = RankGradConfig(4, 2, block_m=256, block_l=128)
         rank_grad(stack, u, p, scale, grad, segments=segments.items(), **given)
     assert [launch.kernel for launch in launches if launch.kernel != "_dropout_mask"] == [
-        "_shrink", "_shrink", "_lora_add", "_rank_grad",
+        "_shrink", "_shrink", "_lora_add", "_lora_gemm", "_rank_grad",
     ]  # fmt: skip
     for buffer in buffers:
         assert_guards(buffer)

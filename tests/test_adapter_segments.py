@@ -73,7 +73,7 @@ def test_whole_models_of_peft():
 
 
 @needs_triton
-@pytest.mark.parametrize("impl", ["triton", "triton:addmm"])
+@pytest.mark.parametrize("impl", ["triton:split", "triton:addmm"])
 def test_layers_run_on_the_kernels(impl):
     model = net(dtype=torch.float32, impl=impl)
     x = samples(dtype=torch.float32)

@@ -170,10 +170,10 @@ def with_head(of_peft: bool) -> nn.Module:
         (partial(with_head, True), ["default"], ValueError, "without modules_to_save, got a Mod"),
         (lambda: nn.DataParallel(net()), ["b"], ValueError, "in DataParallel"),
         (
-            lambda: changed(lambda m: setattr(m[0], "impl", "triton:split")),
+            lambda: changed(lambda m: setattr(m[0], "impl", "triton:seeded")),
             ["b"],
             RuntimeError,
-            "impl='triton:split', which has no segments: 'triton:addmm' has",
+            "impl='triton:seeded', which has no segments: 'triton:split' and 'triton:addmm' have",
         ),
     ],
 )

@@ -159,6 +159,9 @@ def test_every_shape_gets_a_config_that_fits(arch, rank, itemsize):
                 select_config.shrink_config(target, itemsize, M, N, rank, describable=N != 17),
                 select_config.rank_grad_config(target, itemsize, M, N, rank, describable=N != 17),
                 select_config.add_config(target, itemsize, M, N, rank),
+                select_config.gemm_config(
+                    target, itemsize, M, N, rank, aligned=N != 17, segments=8
+                ),
             ]
             if rank <= SINGLE_PASS_MAX_RANK:
                 chosen.append(
@@ -183,9 +186,10 @@ def test_large_shapes_get_large_tiles(arch, rank):
 @pytest.mark.parametrize("kernel", [name for name in PRODUCTS if name not in sweep.THIN])
 def test_three_tiles_a_key(arch, kernel):
     """For every kind of call there are at least three tiles to choose from."""
-    calls = product(DTYPES, sweep.RANKS, ("even", "narrow"), (1, MEMBERS))
-    for dtype, rank, rows, members in calls:
-        if candidates := sweep.shipped(arch, kernel, dtype, rank, rows, members):
+    kinds = (1, False), (MEMBERS, False), (1, kernel == "lora_gemm")
+    calls = product(DTYPES, sweep.RANKS, ("even", "narrow"), kinds)
+    for dtype, rank, rows, of in calls:
+        if candidates := sweep.shipped(arch, kernel, dtype, rank, rows, *of):
             tiles = {config.tile(rank) for config in candidates}
             assert len(tiles) >= 3, (dtype, rank, rows, candidates)
 

@@ -376,6 +376,34 @@ def test_a_choice_on_a_gpu_says_that_nothing_was_measured(pretended):
     assert "python -m fused_lora.tune" in reason
 
 
+# rows per segment, K, N, segments with a weight each, forward, backward
+SEGMENTED = [
+    (256, 2048, 1536, True, "addmm", "addmm"),  # few rows: the weights are most of the bytes
+    (256, 768, 2048, True, "split", "addmm"),
+    (1024, 768, 2048, True, "split", "split"),
+    (1024, 768, 2048, False, "split", "split"),
+]
+
+
+@pytest.mark.parametrize("case", SEGMENTED, ids=str)
+def test_segments_on_an_h100(case, monkeypatch):
+    """One launch where it moves so many bytes less that the slower product is worth it."""
+    rows, K, N, of_experts, forward, backward = case
+    monkeypatch.setattr(devices, "device_of", lambda device: KNOWN["h100"])
+    call = dispatch.SegmentedCall(128 * rows, K, N, 128, of_experts, True, frozenset([(16, 65536)]))
+    decision = dispatch.decide_segmented("triton", torch.device("cpu"), torch.bfloat16, call)
+    assert (decision.forward, decision.backward) == (forward, backward)
+    assert "modelled gain" in decision.reason
+    for name in ("split", "addmm"):
+        decision = dispatch.decide_segmented(
+            f"triton:{name}", torch.device("cpu"), torch.bfloat16, call
+        )
+        assert (decision.forward, decision.backward) == (name, name)
+    unaligned = call._replace(aligned=False)
+    decision = dispatch.decide_segmented("triton", torch.device("cpu"), torch.bfloat16, unaligned)
+    assert decision.forward == "addmm"
+
+
 def test_untuned_on_an_h100_the_vendors_gemm_runs_every_shape():
     """docs/usage.md and docs/tuning.md state this; the counts are those of docs/usage.md."""
     from harness.shapes import GPU_FULL

@@ -1,20 +1,42 @@
 """The thin kernels over rows sorted into segments, under the interpreter, against float64."""
 
 import random
-from itertools import pairwise, product
+from itertools import product
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from kernel_support import BF16, FP16, FP32, INV_KEEP, KEEP, check, rand, random_keep_bits
+from kernel_support import (
+    BF16,
+    FP16,
+    FP32,
+    INV_KEEP,
+    KEEP,
+    LENGTHS,
+    TAIL,
+    check,
+    offsets_of,
+    peft_interleaved,
+    rand,
+    random_keep_bits,
+    scales,
+    slices,
+)
 from torch._subclasses import FakeTensorMode
 from triton.runtime import interpreter
 
 from fused_lora.kernels import select_config
-from fused_lora.kernels.config import SEGMENT_ROWS, AddConfig, RankGradConfig, ShrinkConfig
+from fused_lora.kernels.config import (
+    SEGMENT_ROWS,
+    AddConfig,
+    GemmConfig,
+    RankGradConfig,
+    ShrinkConfig,
+)
 from fused_lora.kernels.lora_add import lora_add
+from fused_lora.kernels.lora_gemm import lora_gemm
 from fused_lora.kernels.rank_grad import rank_grad
 from fused_lora.kernels.segments import (
     Segments,
@@ -26,27 +48,6 @@ from fused_lora.kernels.segments import (
 from fused_lora.kernels.shrink import shrink
 from fused_lora.ops import dropout
 from support import by_default
-
-random.seed(0)
-UNEVEN = [5, 0, 1, 40, 17, 0, 33, 0]
-SKEWED = [3, 20, 90, 1, 0, 30, 6]  # 60 % in one
-MANY = [random.choice([0, 1, 2, 5]) for _ in range(256)]
-LONG = [1100, 2, 2100, 0, 1024]  # several items of rank_grad
-LENGTHS = {"uneven": UNEVEN, "skewed": SKEWED, "many": MANY, "long": LONG, "few": [5, 0, 1, 17]}
-TAIL = 9  # rows of no segment
-
-
-def offsets_of(lengths, dtype=torch.int32):
-    return torch.tensor(lengths).cumsum(0).to(dtype)
-
-
-def slices(offsets):
-    return [slice(*ends) for ends in pairwise([0, *offsets.tolist()])]
-
-
-def scales(segments):
-    return torch.linspace(-1.5, 2.0, segments)
-
 
 # name of lengths, L, R, dtype, splits, rows, step, descriptors, Q transposed, dropout
 SHRINK = [
@@ -226,7 +227,7 @@ def test_both_directions(case):
 @pytest.mark.parametrize(("dtype", "K"), [(BF16, 200), (FP32, 72)])
 def test_the_mask_does_not_depend_on_the_order(dtype, K):
     """Sorted rows have their own numbers' rows of the mask of the unsorted call, bit for bit."""
-    offsets = offsets_of(UNEVEN)
+    offsets = offsets_of(LENGTHS["uneven"])
     M = int(offsets[-1])
     x, A, seed = rand(M, K, dtype=dtype), rand(len(offsets), 8, K, dtype=dtype), torch.tensor(5)
     rows = torch.randperm(300)[:M]
@@ -302,11 +303,6 @@ def test_programs_may_run_in_any_order(monkeypatch):
     assert torch.equal(*results)
 
 
-def peft_interleaved(B):
-    """The same stack as PEFT's experts keep it: ``(N, R·G)``, segments fastest."""
-    return B.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-
-
 def parts_of_wider(stack):
     """The same stack in a larger one, whose matrices start off 16 bytes."""
     wide = stack.new_full((stack.shape[0], stack.shape[1] * stack.shape[2] + 3), torch.nan)
@@ -322,6 +318,9 @@ def test_stacks_of_any_strides(layout):
     for name, result in got.items():
         kept = slice(None) if name in ("dA", "dB") else slice(offsets[-1])
         assert torch.equal(result[kept], expected[name][kept]), name
+    # In PEFT's order autograd need not copy the gradient.
+    is_dense = layout is peft_interleaved
+    assert got["dB"].stride() == (layout(B) if is_dense else B).stride()
 
 
 def test_matrices_two_to_the_31_elements_apart(tmp_path):
@@ -341,7 +340,11 @@ def test_matrices_two_to_the_31_elements_apart(tmp_path):
         thin = ShrinkConfig(4, 2, block_m=16, block_l=32)
         shrink(u, x, stack.mT, scale, thin, segments=segments.blocks(16))
         lora_add(o, u, stack, scale, config, segments=segments.blocks(16))
-        results.append((u, o))
+        tile, y = GemmConfig(4, 2, block_m=16, block_n=32, block_l=32), torch.empty(11, R)
+        lora_gemm(y, x, stack.mT, u, near[:, :, :R], scale, tile, segments=segments.blocks(16))
+        dx = torch.empty(11, L)
+        lora_gemm(dx, y, near, u, stack, scale, tile, segments=segments.blocks(16))
+        results.append((u, o, y, dx))
     assert all(map(torch.equal, *results))
     grad = RankGradConfig(4, 2, block_m=16, block_l=32)
     rank_grad(far, u, x, None, grad, segments=segments.items())
@@ -394,7 +397,7 @@ def test_tables_need_no_values():
 
 
 def test_tables_are_made_once():
-    segments = Segments(offsets_of(UNEVEN), 200)
+    segments = Segments(offsets_of(LENGTHS["uneven"]), 200)
     assert segments.blocks(16) is segments.blocks(16)
     assert segments.blocks(16) is not segments.blocks(32)
     assert segments.items() is segments.items()

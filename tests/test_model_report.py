@@ -35,10 +35,14 @@ def test_the_committed_reports_are_what_is_printed(name, capsys):
 
 
 def test_experts_stay_within_their_limit(capsys):
-    """Of PEFT's bytes beyond the frozen products; the project's limit for one layer of Qwen3."""
+    """Of PEFT's bytes beyond the frozen products; the project's limits for one layer of Qwen3.
+
+    By the kernels that add to the vendor's product, and with that product in ``lora_gemm``.
+    """
     assert model_report.main(["--experts", "--tokens", "4096"]) == 0
     (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if "qwen3" in line)
-    assert float(row[-1]) <= 0.30
+    assert float(row[-3]) <= 0.30
+    assert float(row[-1]) <= 0.16
 
 
 def test_a_step_on_an_h100_stays_within_its_passes_and_launches(capsys):

@@ -123,15 +123,19 @@ def test_equals_one_call_per_segment(dtypes, kind):
 
 @needs_triton
 @kinds
+@pytest.mark.parametrize("strategy", ["split", "addmm"])
 @pytest.mark.parametrize("p", by_default([0.3], [0.0, 0.3]))
 @pytest.mark.parametrize(
     "dtypes", by_default([(BF16, FP32)], [(FP32, None), (BF16, FP32), (FP16, None)]), ids=str
 )
-def test_kernels(dtypes, p, kind):
+def test_kernels(dtypes, p, strategy, kind):
     """With dropout: the masks of PyTorch's path."""
     dtype, adapter = dtypes
     call = draw(dtype, adapter, weights=kind[0], adapters=kind[1]) | {"dropout_p": p}
-    got, torchs = results(together, call, impl="triton"), results(together, call, impl="torch")
+    if strategy == "split" and kind[0] == "one":  # has no rows of no segment
+        call["x"] = call["x"].detach()[:-REST].requires_grad_()
+    got = results(together, call, impl=f"triton:{strategy}")
+    torchs = results(together, call, impl="torch")
     eager = results(together, call, impl="reference")
     exact = results(together, in_float64(call), impl="reference")
     for name, value in got.items():
@@ -580,13 +584,48 @@ def test_explain_kernels():
     args = call["x"], call["weight"], call["lora_A"]
     decision = explain(*args, segments=segments(), impl="triton")
     assert (decision.impl, decision.forward, decision.backward) == ("triton", "addmm", "addmm")
+    assert decision.reason.startswith("segments: there may be rows of no segment")
+    args = call["x"][:-REST], *args[1:]
+    decision = explain(*args, segments=segments(), impl="triton")
+    assert (decision.impl, decision.forward, decision.backward) == ("triton", "split", "split")
+    for name in ("split", "addmm"):
+        decision = explain(*args, segments=segments(), impl=f"triton:{name}")
+        assert (decision.forward, decision.backward) == (name, name)
+        assert decision.reason == "segments: requested"
+    experts = call["x"], draw(weights="stack")["weight"], call["lora_A"]
+    assert explain(*experts, segments=segments(), impl="triton").forward == "split"
+
+
+@needs_triton
+def test_one_launch_of_a_common_weight_needs_segments_of_all_rows():
+    call = draw(adapters="list")
+    message = re.escape("rows of no segment: Segments(..., whole=True) says that there are none")
+    with pytest.raises(ValueError, match=message):
+        together(**call, impl="triton:split")
+    call["x"] = call["x"][:-REST]
+    whole = Segments(torch.tensor(SIZES).cumsum(0), whole=True)
+    fused_lora_linear(**call, segments=whole, impl="triton:split")
+
+
+@needs_triton
+@pytest.mark.parametrize("strategy", ["split", "addmm"])
+def test_the_gradient_of_a_stack_has_its_strides(strategy):
+    """PEFT's Parameter ``(out, rank · experts)`` has the expert fastest: nothing is copied."""
+    call = draw(FP32, weights="stack", adapters="stack")
+    B = call["lora_B"].detach().permute(1, 2, 0).contiguous()
+    call["lora_B"] = B.permute(2, 0, 1).requires_grad_()
+    expected = results(together, call, impl="torch")
+    got = results(together, call, impl=f"triton:{strategy}")
+    assert got["d lora_B"].permute(1, 2, 0).is_contiguous()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-3)
 
 
 def wrong():
     G = len(SIZES)
     good = draw()
     yield {"segments": [3, 4]}, "expected segments to be Segments, got list"
-    yield {"impl": "triton:split"}, "expected triton:addmm for segments"
+    yield {"impl": "triton:seeded"}, "expected triton:split or triton:addmm for segments"
     yield {"impl": "triton:addmm", "dropout_p": [0.1, 0.2] * 3}, "cannot run here"
     yield {"impl": "tritn"}, "expected impl to be one of"
     yield {"lora_A": good["lora_A"][:2]}, f"expected lora_A of {G} segments, got 2"

@@ -31,7 +31,7 @@ MEMBERS = 3  # projections that share their input: " of 3" in the name of a prod
 SEGMENTS = 8  # that rows are sorted into: " of segments"; enough rows for partial sums of rank_grad
 SEGMENTED_ROWS = 4096
 PRODUCTS = {
-    "lora_gemm": ("y", "dx"),
+    "lora_gemm": ("y", "dx", "y of segments", "dx of segments"),
     "lora_add": ("y", "dx", "dx of 3", "dx of segments"),
     "single_pass": ("y", "dx"),
     "shrink": ("S", "G", "S of 3", "S of segments"),
@@ -50,13 +50,16 @@ MASKED = {("lora_gemm", "dx"), ("lora_add", "dx"), ("single_pass", "dx")} | {
 }
 # For several members, which have a launch together only if each has a mask.
 OF_MEMBERS = {("lora_add", "dx of 3"), ("shrink", "S of 3"), ("rank_grad", "dA of 3")}
-# The code without masks is part of that with masks: compiled with masks only.
 OF_SEGMENTS = {
+    ("lora_gemm", "y of segments"),
+    ("lora_gemm", "dx of segments"),
     ("lora_add", "dx of segments"),
     ("shrink", "S of segments"),
     ("rank_grad", "dA of segments"),
 }
-MASKED |= OF_MEMBERS | OF_SEGMENTS
+# The code without masks is part of that with masks: compiled with masks only.
+ONLY_MASKED = OF_MEMBERS | OF_SEGMENTS - {("lora_gemm", "y of segments")}
+MASKED |= ONLY_MASKED
 # Without a matrix product; their code does not depend on a rank.
 RANKLESS = {("gated", activation) for activation in ACTIVATIONS} | {
     ("gated_backward", "silu alone")
@@ -107,6 +110,19 @@ class Case:
             case "lora_gemm", "y":
                 return lambda: lora_gemm(dy, x, weight.t(), u, B.t(), scale, config, bias=bias)
             case "lora_gemm", "dx":
+                return lambda: lora_gemm(x, dy, weight, u, A, None, config, **mask)
+            case "lora_gemm", "y of segments":
+                x, A, u, _, segments = _of_segments(K, R, dtype, A.dtype)
+                y, bias = _empty(len(x), N, dtype), _empty(SEGMENTS, N, torch.float32)
+                weight = torch.empty((SEGMENTS, N, K), dtype=dtype)
+                B = torch.empty((SEGMENTS, N, R), dtype=A.dtype)
+                table, scales = segments.blocks(config.block_m), torch.ones(SEGMENTS)
+                operands = y, x, weight.mT, u, B.mT, scales, config
+                return lambda: lora_gemm(*operands, bias=bias, segments=table)
+            case "lora_gemm", "dx of segments":
+                x, A, u, mask, segments = _of_segments(K, R, dtype, A.dtype)
+                dy, weight = _empty(len(x), N, dtype), torch.empty((SEGMENTS, N, K), dtype=dtype)
+                mask["segments"] = segments.blocks(config.block_m)
                 return lambda: lora_gemm(x, dy, weight, u, A, None, config, **mask)
             case "lora_add", "y":
                 return lambda: lora_add(dy, u, B.t(), scale, config, base=dy)

@@ -16,6 +16,7 @@ from .cases import (
     MEMBERS,
     OF_MEMBERS,
     OF_SEGMENTS,
+    ONLY_MASKED,
     PRODUCTS,
     RANKLESS,
     SIZES,
@@ -40,7 +41,7 @@ SPLIT = ("shrink", "rank_grad")  # kernels whose reduction may be split over pro
 THIN = ("dropout_mask", "sum_pair")  # kernels without a config and without a product
 GATED = ("gated", "gated_backward")  # elementwise: in the slice, one kind of call for all
 
-NOT_ONLY_MASKED = {(k, p) for k, made in PRODUCTS.items() for p in made} - OF_MEMBERS - OF_SEGMENTS
+NOT_ONLY_MASKED = {(k, p) for k, made in PRODUCTS.items() for p in made} - ONLY_MASKED
 
 SLICE_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SLICE_PARTS = ("first", "last")  # of the candidates of a call
@@ -66,7 +67,9 @@ def shipped(
     aligned = rows != "narrow"
     match kernel:
         case "lora_gemm":
-            return select_config.gemm_candidates(target, itemsize, rank, aligned=aligned)
+            return select_config.gemm_candidates(
+                target, itemsize, rank, aligned=aligned, segments=segments
+            )
         case "lora_add":
             return select_config.add_candidates(target, itemsize, rank, members=members)
         case "gated" | "gated_backward":

@@ -2,14 +2,20 @@
 
 Compulsory bytes only, each address once: forward and backward of both matrices of every expert,
 ``(in, 2·inner)`` and ``(inner, in)``, in bfloat16 with adapters in float32, without dropout. The
-frozen products, ``x W`` and ``dY Wᵀ``, are the same for both and are left out; so are sorting, the
-activation and the tables of the segments. The launches are those of ``ops/segmented_triton.py`` and
+frozen products, ``x W`` and ``dY Wᵀ``, are the same for all and are left out; so are sorting, the
+activation and the tables of the segments. The launches over segments are those of
+``strategy/schedule.py``, whose bytes ``tests/test_traffic.py`` compares with recorded ones: added
+to the vendor's product (*addmm*), or in one launch with it (*split*). PEFT's are counted by hand,
 of PEFT 0.21 (``peft/tuners/lora/layer.py``: ``baddbmm`` makes ``W + s·B A``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from fused_lora.strategy import schedule
+from fused_lora.strategy.devices import KNOWN
+from fused_lora.strategy.traffic import Kernel, Product
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 # Experts, experts per token, width, inner width: the models' published configs.
@@ -19,9 +25,11 @@ MODELS = {
     "mixtral-8x7b": (8, 2, 4096, 14_336),
     "deepseek-v3": (256, 8, 7168, 2048),
 }
+STRATEGIES = {"segments": "addmm", "segments in lora_gemm": "split"}
 HEAD = (
-    f"{'experts':<16}{'tokens':>8}{'frozen GB':>12}{'beyond: PEFT GB':>18}{'segments GB':>13}"
-    f"{'ratio':>7}"
+    f"{'':<36}{'beyond: PEFT':>15}{'segments':>12}{'of':>7}{'in lora_gemm':>15}{'of':>7}\n"
+    f"{'experts':<16}{'tokens':>8}{'frozen GB':>12}"
+    f"{'GB':>15}{'GB':>12}{'PEFT':>7}{'GB':>15}{'PEFT':>7}"
 )
 
 
@@ -68,23 +76,23 @@ class Matrices:
             "scale and cast dA, dB": (A + B) * (2 * HALF + HALF + FULL),
         }
 
-    def segments(self) -> dict[str, int]:
-        """Bytes that the kernels over segments move beyond the frozen products'."""
-        A, B = self.E * self.R * self.K, self.E * self.R * self.N
-        S, cast = HALF * self.M * self.R, FULL + HALF
-        return {
-            "cast A": A * cast,
-            "shrink S": self.x + A * HALF + S,
-            "cast B": B * cast,
-            "lora_add y": 2 * self.y + S + B * HALF,
-            "cast B again": B * cast,
-            "shrink G": self.y + B * HALF + S,
-            "rank_grad dB": self.y + S + B * FULL,
-            "cast A again": A * cast,
-            "rank_grad dA": self.x + S + A * FULL,
-            "lora_add dx": 2 * self.x + S + A * HALF,
-            "dB in PEFT's order": B * 2 * FULL,  # lora_B has the expert fastest
-        }
+    def segments(self, strategy: str) -> dict[str, int]:
+        """Bytes that each launch over segments moves beyond the frozen products'."""
+        ahead = Product(self.M, self.K, self.N, self.R, HALF, FULL, segments=self.E, weights=self.E)
+        found = {}
+        for c in (ahead, schedule.back(ahead)):
+            result = "dx" if c.backward else "y"
+            for kernel in schedule.direction(KNOWN["h100"], strategy, c):
+                name = f"{kernel.name} for {result}"
+                found[name] = found.get(name, 0) + _beyond(kernel)
+        return found
+
+
+def _beyond(kernel: Kernel) -> int:
+    """Compulsory bytes, without those of a frozen product's own operands."""
+    own = ("p", "q", "o") if kernel.gemm else ()
+    moved = (*kernel.reads.items(), *kernel.writes.items())
+    return sum(size for name, size in moved if name not in own)
 
 
 def matrices(model: str, tokens: int, rank: int) -> list[Matrices]:
@@ -103,14 +111,18 @@ def row(model: str, tokens: int, rank: int) -> dict:
         "rank": rank,
         "frozen_bytes": sum(m.frozen() for m in both),
         "peft_bytes": sum(sum(m.peft().values()) for m in both),
-        "segments_bytes": sum(sum(m.segments().values()) for m in both),
+        **{
+            f"{name}_bytes": sum(sum(m.segments(strategy).values()) for m in both)
+            for name, strategy in STRATEGIES.items()
+        },
     }
 
 
 def text(found: dict) -> str:
     """One line of the table."""
-    frozen, peft, segments = (found[f"{n}_bytes"] / 1e9 for n in ("frozen", "peft", "segments"))
-    return (
-        f"{found['model']:<16}{found['tokens']:>8}{frozen:>12.2f}{peft:>18.2f}{segments:>13.2f}"
-        f"{segments / peft:>7.3f}"
-    )
+    frozen, peft = found["frozen_bytes"], found["peft_bytes"]
+    line = f"{found['model']:<16}{found['tokens']:>8}{frozen / 1e9:>12.2f}{peft / 1e9:>15.2f}"
+    for name, width in zip(STRATEGIES, (12, 15), strict=True):
+        moved = found[f"{name}_bytes"]
+        line += f"{moved / 1e9:>{width}.2f}{moved / peft:>7.3f}"
+    return line

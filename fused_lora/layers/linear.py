@@ -14,7 +14,13 @@ from ..distributed.sharding import is_flat_view, is_shard
 from ..ops.functional import fused_lora_add, fused_lora_linear, linear
 from ..ops.modes import autocasts, is_differentiated, is_dynamo_compiling, is_observed
 from ..ops.operands import Projection
-from ..ops.validation import check_dtype, check_same_dtype, check_tensors, multiplies_itself
+from ..ops.validation import (
+    OF_SEGMENTS,
+    check_dtype,
+    check_same_dtype,
+    check_tensors,
+    multiplies_itself,
+)
 from . import dora
 from .base import LoRALayer, leaf_call
 from .config import AdapterConfig, check_features
@@ -123,8 +129,9 @@ class _LinearForward(LoRALayer):
             return "a computed weight"
         if multiplies_itself(weight):
             return f"a weight of class {type(weight).__name__}: quantise before apply_lora"
-        if self.impl.startswith("triton:") and self.impl != "triton:addmm":
-            return f"impl={self.impl!r}, which has no segments: 'triton:addmm' has"
+        if self.impl.startswith("triton:") and self.impl not in OF_SEGMENTS:
+            able = " and ".join(map(repr, OF_SEGMENTS))
+            return f"impl={self.impl!r}, which has no segments: {able} have"
         return "a replaced forward (such as accelerate's)" if "forward" in vars(self) else None
 
     def plain_base(self) -> tuple[Tensor, Tensor | None]:

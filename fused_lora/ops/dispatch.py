@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from ..kernels.config import is_aligned
 from ..strategy import cost, devices, tuning_cache
 from . import cpu_gemm, torch_impl
+from .dropout import KEEP_ALL
+from .segments import Segments
 from .triton_impl import TritonRunner, described, forget_failures
 
 # The oldest version that passes every test; torch 2.11 includes it.
@@ -87,42 +90,108 @@ def choose_backward(
     return _runner(impl, dy.device, dy.dtype, M, N, K, R, dropped, True)
 
 
-def choose_segmented(
-    x: Tensor, impl: str, N: int, adapted: Collection[tuple[int, int]]
-) -> TritonRunner | None:
-    """What runs the kernels over segments of ``x (M,K)``; None: PyTorch's operators compute it.
+class SegmentedCall(NamedTuple):
+    """What the choice for a call over segments depends on, beside x's device and dtype.
 
-    ``adapted``: rank and keep count of each segment that has an adapter.
+    Attributes:
+        M, K, N: rows, in_features, out_features.
+        segments: their number.
+        of_experts: whether each segment has a weight of its own.
+        covered: whether every row is known to belong to a segment.
+        adapted: rank and keep count of the segments that have an adapter.
+        aligned: whether every row of x starts on a 16-byte boundary.
     """
-    adapted = frozenset(adapted)
-    decision = decide_segmented(impl, x.device, x.dtype, (*x.shape, N), adapted)
+
+    M: int
+    K: int
+    N: int
+    segments: int
+    of_experts: bool
+    covered: bool
+    adapted: frozenset[tuple[int, int]]
+    aligned: bool = True
+
+    @classmethod
+    def of(
+        cls, x: Tensor, weight: Tensor, segments: Segments, adapted: Iterable[tuple[int, int]]
+    ) -> SegmentedCall:
+        """The call on ``x (..., K)`` and a weight ``(N, K)`` or ``(G, N, K)``."""
+        M, (N, K) = x.shape[:-1].numel(), weight.shape[-2:]
+        pitch = x.stride(-2) if x.dim() > 1 else K
+        aligned = is_aligned(pitch * x.element_size(), x.data_ptr())
+        covered = segments.covers(M)
+        return cls(M, K, N, len(segments), weight.dim() == 3, covered, frozenset(adapted), aligned)
+
+
+def choose_segmented(x: Tensor, impl: str, call: SegmentedCall) -> TritonRunner | None:
+    """What runs the kernels over segments of ``x (M,K)``; None: PyTorch's operators compute it."""
+    decision = decide_segmented(impl, x.device, x.dtype, call)
     if decision.impl == "torch":
         return None
-    key = ("segments", x.device, x.dtype, x.shape[1], N, max(rank for rank, _ in adapted))
+    rank = max(rank for rank, _ in call.adapted)
+    key = ("segments", x.device, x.dtype, call.K, call.N, rank)
     return TritonRunner(decision, x.device, key if impl == "auto" else None)
 
 
 @lru_cache(maxsize=4096)
-def decide_segmented(
-    impl, device, dtype, sizes: tuple[int, int, int], adapted: frozenset[tuple[int, int]]
-) -> Decision:
-    """As :func:`decide`, over segments: ``sizes`` are M, K and N."""
+def decide_segmented(impl, device, dtype, call: SegmentedCall) -> Decision:
+    """As :func:`decide`, over segments."""
     if impl == "torch":
         return Decision("torch", None, None, f"requested{_widened(device, dtype)}")
     problem = _not_worth_it(device) if impl == "auto" else None
     problem = problem or triton_problem(device) or _dtype_problem(dtype)
-    if problem is None and len({count for _, count in adapted}) > 1:
+    if problem is None and len({count for _, count in call.adapted}) > 1:
         problem = "the kernels drop entries of all segments with one probability, got several"
+    # Their base output is that of the common weight, which the kernels do not compute.
+    rest = None if call.of_experts or call.covered else "there may be rows of no segment"
+    if impl == "triton:split" and rest:
+        problem = problem or f"{rest}: Segments(..., whole=True) says that there are none"
     if problem is not None and impl != "auto":
         raise ValueError(f"impl={impl!r} cannot run here: {problem}")
     if problem is not None:
         return Decision("torch", None, None, f"{problem}{_widened(device, dtype)}")
-    if 0 in sizes:
+    if 0 in (call.M, call.K, call.N):
         return Decision("torch", None, None, "an empty dimension: there is nothing to launch")
-    if not adapted:
+    if not call.adapted:
         return Decision("torch", None, None, "no segment has an adapter: the base product alone")
-    reason = "segments: their base product is the vendor's, to which the kernels add"
-    return Decision("triton", "addmm", "addmm", reason)
+    if asked := impl.partition(":")[2]:
+        return Decision("triton", asked, asked, "segments: requested")
+    if rest:
+        reason = f"segments: {rest}, whose base output is the vendor's GEMM's"
+        return Decision("triton", "addmm", "addmm", reason)
+    (forward, reason), (backward, backward_reason) = (
+        _modelled_segments(call, device, dtype, is_backward) for is_backward in (False, True)
+    )
+    if backward_reason != reason:
+        reason = f"forward: {reason}; backward: {backward_reason}"
+    measured = "; modelled, not measured" if device.type == "cuda" else ""
+    return Decision("triton", forward, backward, f"segments: {reason}{measured}")
+
+
+def _modelled_segments(
+    call: SegmentedCall, device: torch.device, dtype: torch.dtype, is_backward: bool
+) -> tuple[str, str]:
+    """As :func:`modelled`, of one direction over segments."""
+    from ..kernels import launch
+
+    dropped = any(count < KEEP_ALL for _, count in call.adapted)
+    columns, inner = (call.K, call.N) if is_backward else (call.N, call.K)
+    return cost.choose_strategy(
+        devices.device_of(device),
+        dtype.itemsize,
+        call.M,
+        columns,
+        inner,
+        max(rank for rank, _ in call.adapted),
+        masked=("output" if is_backward else "operand") if dropped else None,
+        aligned=(call.aligned or is_backward)
+        and is_aligned(call.K * dtype.itemsize, call.N * dtype.itemsize),
+        gradients=is_backward,
+        strategies=("split", "addmm"),
+        repeated=launch.REPEATS,
+        segments=call.segments,
+        weights=call.segments if call.of_experts else 1,
+    )
 
 
 def _may_run_triton(x: Tensor, frozen: Tensor) -> bool:

@@ -72,7 +72,8 @@ def fused_lora_linear(
             ``scaling`` and ``dropout_p`` may be sequences too, ``scaling`` also ``(G,)``. The
             weight may be one for all or ``(G, out, in)``, the bias likewise. Rows of no segment get
             the base output of a common weight, else zeros. A segment's adapter without rows has no
-            gradient in a sequence, zeros in a stack. The strategy is "triton:addmm".
+            gradient in a sequence, zeros in a stack. The strategies are "triton:addmm" and, unless
+            there may be rows of no segment beside a common weight, "triton:split".
 
     Returns:
         ``(..., out)`` in x's dtype; under autocast, in autocast's.

@@ -10,6 +10,7 @@ matrix of an expert's size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,8 @@ class _SegmentedLinear(torch.autograd.Function):
         if runner is None:
             y, S, keep_bits = segmented_torch.forward(*operands)
         else:
-            kernels, fallback = segmented_triton.forward, segmented_torch.forward
+            kernels = partial(segmented_triton.forward, strategy=runner.decision.forward)
+            fallback = segmented_torch.forward
             y, S, keep_bits = runner.run(kernels, fallback, *operands)
         need_x, _, need_bias, *need = ctx.needs_input_grad[2:]
         if not (need_x or need_bias or any(need)):
@@ -117,7 +119,8 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     if runner is None or needs_new_tensors():
         dx, dA, dB = segmented_torch.backward(*operands)
     else:
-        kernels, fallback = segmented_triton.backward, segmented_torch.backward
+        kernels = partial(segmented_triton.backward, strategy=runner.decision.backward)
+        fallback = segmented_torch.backward
         dx, dA, dB = runner.run(kernels, fallback, *operands)
     db = _bias_gradient(dy, *about_bias, call.segments) if need_bias else None
     return None, None, dx, None, db, *((dA, dB) if stacked else (*dA, *dB))
@@ -172,7 +175,8 @@ def _runner(x: Tensor, weight: Tensor, lora_A, call: SegmentedOperands):
         return None
     each = zip(ranks_of(lora_A), call.keep_counts, strict=True)
     adapted = [(rank, count) for rank, count in each if rank is not None]
-    return dispatch.choose_segmented(x, call.impl, weight.shape[-2], adapted)
+    of_call = dispatch.SegmentedCall.of(x, weight, call.segments, adapted)
+    return dispatch.choose_segmented(x, call.impl, of_call)
 
 
 def _halves(adapters: Sequence, stacked: bool) -> tuple:

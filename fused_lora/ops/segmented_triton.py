@@ -1,7 +1,8 @@
 """The layer over rows sorted into segments, by the kernels: the parts of :mod:`.segmented`.
 
-The host reads no size of a segment: the base product is torch's grouped GEMM, and the kernels find
-their rows in a table made on the device.
+The host reads no size of a segment: the kernels find their rows in a table made on the device. With
+the strategy "addmm" the base product is torch's grouped GEMM, to which they add; with "split" they
+compute it too, in the launch that adds.
 """
 
 from __future__ import annotations
@@ -32,21 +33,31 @@ def forward(
     segments: Segments,
     seed: Tensor | None,
     keep_counts: Sequence[int],
+    strategy: str = "addmm",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``y (M, N)``, ``S (M, R)`` and the keep bits; see :class:`.segmented.SegmentedOperands`.
 
     Segments with dropout must have the same.
+
+    Args:
+        strategy: "split" or "addmm". With "split", and one weight for all, every row must belong to
+            a segment.
     """
     from ..kernels import segments as kernels
 
     table = segments.table(x.shape[0])
-    y = _base(x, weight, bias, segments)
+    y = None if strategy == "split" else _base(x, weight, bias, segments)
     S, keep_bits = kernels.shrink_segments(
         x, _stacked(lora_A, 0, x.dtype), table,
         seed=seed, keep_count=min(keep_counts), rows=segments.rows,
     )  # fmt: skip
-    B = _stacked(lora_B, 1, x.dtype)
-    kernels.add_segments(y, S, B, table, _scales(scaling, x.device))
+    scales = _scales(scaling, x.device)
+    if strategy == "split":
+        weight, y = as_dtype(weight, x.dtype), _empty(x, weight.shape[-2], segments)
+        B = _as_stack(lora_B, 1, x.dtype)
+        kernels.gemm_segments(y, x, weight.mT, S, B.mT, table, scales, bias=bias)
+    else:
+        kernels.add_segments(y, S, _stacked(lora_B, 1, x.dtype), table, scales)
     return y, S, keep_bits
 
 
@@ -62,25 +73,39 @@ def backward(
     keep_bits: Tensor | None,
     keep_counts: Sequence[int],
     needs: tuple[bool, Sequence[bool], Sequence[bool]],
+    strategy: str = "addmm",
 ) -> tuple[Tensor | None, Tensor | list | None, Tensor | list | None]:
-    """``dx (M, K)``, and ``dA`` and ``dB`` as the adapters are given."""
+    """``dx (M, K)``, and ``dA`` and ``dB`` as the adapters are given; ``strategy`` as forward's."""
     from ..kernels import segments as kernels
 
     need_x, need_A, need_B = needs[0], any(needs[1]), any(needs[2])
     table, dx, dA, G, dB = segments.table(dy.shape[0]), None, None, None, None
     if need_x or need_A or need_B:
+        B = _stacked(lora_B, 1, dy.dtype)
         G, dB = kernels.thin_gradients_segments(
-            dy, _stacked(lora_B, 1, dy.dtype), S, table, _scales(scaling, dy.device),
-            (need_x or need_A, need_B), _widest(lora_B),
+            dy, B, S, table, _scales(scaling, dy.device), (need_x or need_A, need_B),
+            _gradient_like(lora_B, B),
         )  # fmt: skip
-    if need_x:
-        dx = _base(dy, weight.mT, None, segments)
+    is_split, inv_keep = strategy == "split", dropout.KEEP_ALL / min(keep_counts)
     if need_x or need_A:
+        A = (_stacked if need_x and not is_split else _as_stack)(lora_A, 0, dy.dtype)
+    if need_x and is_split:
+        weight, dx = as_dtype(weight, dy.dtype), _empty(dy, weight.shape[-1], segments)
+        mask = {"keep_bits": keep_bits, "inv_keep": inv_keep}
+        kernels.gemm_segments(dx, dy, weight, G, A, table, **mask)
+    elif need_x:
+        dx = _base(dy, weight.mT, None, segments)
+    if need_A or (need_x and not is_split):
         dA = kernels.input_gradients_segments(
-            x, dx, _stacked(lora_A, 0, dy.dtype), G, table, keep_bits,
-            dropout.KEEP_ALL / min(keep_counts), need_A, _widest(lora_A),
-        )  # fmt: skip
+            x, None if is_split else dx, A, G, table, keep_bits, inv_keep, need_A, _widest(lora_A)
+        )
     return dx, _as_given(dA, lora_A, 0, segments), _as_given(dB, lora_B, 1, segments)
+
+
+def _empty(x: Tensor, columns: int, segments: Segments) -> Tensor:
+    """A result of one row per row of ``x``; 0 where rows may belong to no segment."""
+    make = x.new_empty if segments.covers(len(x)) else x.new_zeros
+    return make((len(x), columns))
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments) -> Tensor:
@@ -143,6 +168,22 @@ def _stacked(adapters: Tensor | Sequence[Tensor | None], ranks: int, dtype: torc
         if t is not None:
             one.narrow(ranks, 0, t.shape[ranks]).copy_(t)
     return stack
+
+
+def _as_stack(adapters: Tensor | Sequence[Tensor | None], ranks: int, dtype: torch.dtype) -> Tensor:
+    """A stack as it is, for kernels that read any strides and dtype; else as :func:`_stacked`."""
+    return adapters if isinstance(adapters, Tensor) else _stacked(adapters, ranks, dtype)
+
+
+def _gradient_like(adapters: Tensor | Sequence[Tensor | None], stack: Tensor) -> Tensor:
+    """What has the dtype and the strides of a stack of gradients.
+
+    Those of a stack of adapters: then autograd need not copy the gradient into the order of PEFT's
+    Parameter, in which the segment is the fastest.
+    """
+    if isinstance(adapters, Tensor):
+        return adapters
+    return torch.empty_like(stack, dtype=_widest(adapters), device="meta")
 
 
 def _as_given(gradient: Tensor | None, adapters, ranks: int, segments: Segments):

@@ -22,6 +22,7 @@ IMPLEMENTATIONS = (
     "torch",
     "reference",
 )
+OF_SEGMENTS = ("triton:split", "triton:addmm")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _META_CURE = (
@@ -197,8 +198,9 @@ def check_segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, s
     if not isinstance(segments, Segments):
         raise TypeError(f"expected segments to be Segments, got {type(segments).__name__}")
     check_impl(impl)
-    if impl.startswith("triton:") and impl != "triton:addmm":
-        raise ValueError(f"impl={impl!r} cannot run here: expected triton:addmm for segments")
+    if impl.startswith("triton:") and impl not in OF_SEGMENTS:
+        able = " or ".join(OF_SEGMENTS)
+        raise ValueError(f"impl={impl!r} cannot run here: expected {able} for segments")
     G = len(segments)
     halves = [_one_each(name, t, G) for name, t in (("lora_A", lora_A), ("lora_B", lora_B))]
     is_stack = isinstance(lora_A, Tensor)

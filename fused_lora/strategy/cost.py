@@ -79,6 +79,8 @@ def choose_strategy(
     gradients: bool = False,
     strategies: Collection[str] = STRATEGIES,
     repeated: bool = True,
+    segments: int = 0,
+    weights: int = 1,
 ) -> tuple[str, str]:
     """``(strategy, reason)`` for one direction, a product ``(M,L) @ (L,N)``.
 
@@ -91,9 +93,11 @@ def choose_strategy(
         gradients: whether the gradients of A and B are computed too, as in backward.
         strategies: those that can run the call; "torch" is PyTorch's operators only.
         repeated: whether Triton launches are repeated, see ``kernels/launch.py``.
+        segments, weights: into which the rows are sorted, see :class:`.traffic.Product`; then
+            "split" and "addmm" can run the call.
     """
     arch = device.target.arch
-    few_rows = single_pass_applies(M, rank, masked)
+    few_rows = not segments and single_pass_applies(M, rank, masked)
     if arch == "interpreter":
         return ("single_pass" if few_rows else "split"), "the interpreter runs Triton's own GEMM"
     # With few rows the columns provide the parallelism: half of the SMs at least need a program.
@@ -109,7 +113,10 @@ def choose_strategy(
         reason = "the output is still partly in the cache, so an added pass is cheap"
     else:
         candidates.insert(0, "single_pass" if single else "split")
-    case = Product(M, L, N, rank, itemsize, masked=masked, backward=gradients)
+    case = Product(
+        M, L, N, rank, itemsize, masked=masked, backward=gradients,
+        segments=segments, weights=weights,
+    )  # fmt: skip
 
     def expected(strategy: str) -> float:
         kernels = direction(device, strategy, case)

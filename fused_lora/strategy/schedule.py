@@ -29,6 +29,8 @@ _TABLE_OPERATORS = ("arange", "arange", "shift", "and", "to")  # in dropout._byt
 
 def direction(device: Device, strategy: str, c: Product) -> list[Kernel]:
     """All kernels of a forward, or of a backward with ``dA`` and ``dB``."""
+    if c.segments:
+        return _segmented(device, strategy, c)
     if not c.backward:
         return product(device, strategy, c)
     pair = None if strategy in ("torch", "single_pass") else thin_pair(device, c)
@@ -39,6 +41,27 @@ def direction(device: Device, strategy: str, c: Product) -> list[Kernel]:
         return kernels
     ahead = replace(c, L=c.N, N=c.L, masked="operand" if c.masked else None)
     return product(device, strategy, c, pair) + rank_grad(device, ahead, scaled=False)
+
+
+def _segmented(device: Device, strategy: str, c: Product) -> list[Kernel]:
+    """The kernels of one direction over segments, as ``ops/segmented_triton.py`` launches them.
+
+    Args:
+        strategy: "split" or "addmm".
+    """
+    if strategy == "split":
+        base, added = [lora_gemm(device, c)], []
+    else:
+        shape = device.target.sms, c.M, c.L, c.N, c.itemsize
+        base = [vendor_gemm("grouped_mm", *shape, bias=c.bias, weights=c.weights)]
+        base += cast(c.adapters * c.R * c.N, c)
+        added = [lora_add(device, replace(c, adapter_itemsize=c.itemsize))]
+    if not c.backward:
+        return [*shrink(device, c), *base, *added]
+    ahead = replace(c, L=c.N, N=c.L, masked="operand" if c.masked else None)
+    dA, dB = rank_grad(device, ahead, scaled=False), rank_grad(device, c, scaled=True)
+    *casts, G = shrink(device, c)
+    return [*casts, *dB, G, *base, *dA, *added]
 
 
 def product(

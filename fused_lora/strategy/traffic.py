@@ -15,6 +15,7 @@ from ..kernels import select_config
 from ..kernels.config import (
     DIGITS,
     MIN_SPLIT_ROWS,
+    SEGMENT_ROWS,
     TICKETS,
     cdiv,
     is_aligned,
@@ -94,6 +95,9 @@ class Product:
             None.
         bias: whether a bias is added.
         backward: whether U carries the scale, as G does; in forward its product does.
+        segments: into which the rows are sorted, each with its own Z, V, scale and bias; 0: none.
+            Assumed to be equally long.
+        weights: the matrices Q: one for all rows, or one per segment.
     """
 
     M: int
@@ -106,6 +110,13 @@ class Product:
     bias: bool = False
     backward: bool = False
     members: int = 1
+    segments: int = 0
+    weights: int = 1
+
+    @property
+    def adapters(self) -> int:
+        """Number of adapters: of Z, V, and their gradients."""
+        return max(1, self.segments)
 
     @property
     def ranks(self) -> int:
@@ -147,17 +158,24 @@ def vendor_gemm(
     *,
     bias: bool = False,
     seeded: bool = False,
+    weights: int = 1,
 ) -> Kernel:
-    """The large product ``P Q`` in the vendor's library; ``seeded``: accumulated onto ``O``."""
-    row, column = panel_reads(M, N, VENDOR_TILE, sms)
-    reads = {"p": M * L * itemsize, "q": L * N * itemsize}
+    """The large product ``P Q`` in the vendor's library.
+
+    Args:
+        seeded: whether it is accumulated onto ``O``.
+        weights: the matrices Q, each for a part of the rows.
+    """
+    row, column = panel_reads(cdiv(M, weights), N, VENDOR_TILE, sms)
+    reads = {"p": M * L * itemsize, "q": weights * L * N * itemsize}
     if bias:
         reads["bias"] = N * itemsize
     if seeded:
         reads["seed"] = M * N * itemsize
     written = {"o": M * N * itemsize}
     again = {"p": row, "q": column}
-    return Kernel(name, reads, written, 2.0 * M * L * N, again, gemm=1.0, is_torch=True)
+    flops, speed = 2.0 * M * L * N, _inside(M, weights, VENDOR_TILE[0])
+    return Kernel(name, reads, written, flops, again, gemm=1.0, speed=speed, is_torch=True)
 
 
 def dropout_mask(M: int, L: int) -> Kernel:
@@ -171,11 +189,13 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
     """``U = D(P) Z``, or ``s · P Z``: one read of P, and partial sums if it is split."""
     target = device.target
     config = select_config.shrink_config(
-        target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned, members=c.members
-    )
+        target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned, members=c.members,
+        segments=c.segments,
+    )  # fmt: skip
     _, splits = split_evenly(c.L, config.splits, config.block_l)
-    reads = {"p": c.M * c.L * c.itemsize, "q": c.L * c.ranks * c.itemsize}
-    kernels, written, integers = cast(c.L * c.ranks, c), {"u": c.M * c.ranks * c.itemsize}, 0.0
+    elements = c.adapters * c.L * c.ranks
+    reads = {"p": c.M * c.L * c.itemsize, "q": elements * c.itemsize}
+    kernels, written, integers = cast(elements, c), {"u": c.M * c.ranks * c.itemsize}, 0.0
     rank_blocks = c.members * cdiv(c.R, config.block_r(c.R))
     if c.masked == "operand":
         mask = dropout_mask(c.M, c.L)
@@ -189,9 +209,9 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
     flops = 2.0 * c.M * c.L * c.members * _padded(c.R, config.block_r(c.R))
     loads = {
         "p": reads["p"] * rank_blocks,
-        "q": reads["q"] * cdiv(c.M, config.block_m),
+        "q": c.L * c.ranks * c.itemsize * _row_blocks(c, config.block_m),
     }
-    reads |= _scale(True)
+    reads |= _scale(True, c)
     if splits > 1:
         tickets = c.members * config.blocks(c.M, c.R, c.R)
         parts = _parts(splits, c.M * c.ranks, tickets)
@@ -206,9 +226,11 @@ def shrink(device: Device, c: Product) -> list[Kernel]:
 def lora_gemm(device: Device, c: Product) -> Kernel:
     """``O = P Q + D(U V) + bias`` in one launch."""
     target = device.target
-    config = select_config.gemm_config(target, c.itemsize, c.M, c.N, c.R, aligned=c.aligned)
+    config = select_config.gemm_config(
+        target, c.itemsize, c.M, c.N, c.R, aligned=c.aligned, segments=c.segments
+    )
     row, column = panel_reads(
-        c.M, c.N, (config.block_m, config.block_n, config.group_m), target.sms
+        cdiv(c.M, c.weights), c.N, (config.block_m, config.block_n, config.group_m), target.sms
     )
     inner = c.L + _padded(c.R, config.rank_blocks(c.R)[0])
     return Kernel(
@@ -220,7 +242,9 @@ def lora_gemm(device: Device, c: Product) -> Kernel:
         _low_rank_loads(c, config),
         gemm=TRITON_TRAFFIC,
         # The ratio is of large products; ``fill`` is for the SMs that a smaller one leaves idle.
-        speed=device.gemm_ratio * select_config.fill(config, target, c.M, c.N),
+        speed=device.gemm_ratio
+        * select_config.fill(config, target, c.M, c.N)
+        * _inside(c.M, c.segments, config.block_m),
     )
 
 
@@ -230,7 +254,9 @@ def lora_add(device: Device, c: Product, *, seeds: bool = False) -> Kernel:
     Args:
         seeds: whether ``O = D(U V) + bias`` is written for the vendor's product to accumulate on.
     """
-    config = select_config.add_config(device.target, c.itemsize, c.M, c.N, c.R, members=c.members)
+    config = select_config.add_config(
+        device.target, c.itemsize, c.M, c.N, c.R, members=c.members, segments=c.segments
+    )
     out = c.M * c.N * c.itemsize
     reads = _low_rank(c, config.block_n)
     if not seeds:
@@ -284,7 +310,7 @@ def single_pass(device: Device, c: Product) -> list[Kernel]:
     flops = 2.0 * c.M * c.N * (c.L + block_r) + 2.0 * columns * c.M * c.L * block_r
     reads = _operands(c) | {"z": c.L * c.R * c.itemsize} | _low_rank(c, config.block_n)
     del reads["u"]
-    reads |= _scale(True)
+    reads |= _scale(True, c)
     written = {"o": c.M * c.N * c.itemsize, "u": c.M * c.R * c.itemsize}
     # With few rows each panel of Q is read once: no later wave reads it again.
     kernel = Kernel("single_pass", reads, written, flops, gemm=1.0, speed=device.gemm_ratio)
@@ -298,28 +324,34 @@ def rank_grad(device: Device, c: Product, scaled: bool) -> list[Kernel]:
         scaled: whether the scale multiplies it, as in ``dB``.
     """
     p, u = c.M * c.L * c.itemsize, c.M * c.ranks * c.itemsize
-    out = c.ranks * c.L * c.adapter_itemsize
+    out = c.adapters * c.ranks * c.L * c.adapter_itemsize
     masked = c.masked == "operand"
-    if not rank_grad_applies(c.M, c.R, masked=masked):
+    if not c.segments and not rank_grad_applies(c.M, c.R, masked=masked):
         result = c.R * c.L * 4
         return [
             torch_kernel("mm", {"u": u, "p": p}, {"o": result}, 2.0 * c.M * c.L * c.R),
-            torch_kernel("mul" if scaled else "copy", {"o": result} | _scale(scaled), {"o": out}),
+            torch_kernel(
+                "mul" if scaled else "copy", {"o": result} | _scale(scaled, c), {"o": out}
+            ),
         ]
     config = select_config.rank_grad_config(
-        device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned, members=c.members
-    )
+        device.target, c.itemsize, c.M, c.L, c.R, describable=c.p_aligned, members=c.members,
+        segments=c.segments,
+    )  # fmt: skip
     _, splits = split_evenly(c.M, config.splits, config.block_m)
+    if c.segments:  # partial sums only of segments with several items
+        splits = cdiv(cdiv(c.M, c.segments), SEGMENT_ROWS)
     reads = {"p": p, "u": u}
     if masked:
         reads["keep_bits"] = c.members * _mask_bytes(c.M, c.L, config.block_l)
     flops = 2.0 * c.M * c.L * c.members * _padded(c.R, config.block_r(c.R))
     rank_blocks = c.members * cdiv(c.R, config.block_r(c.R))
     loads = {"p": p * rank_blocks, "u": u * cdiv(c.L, config.block_l)}
-    reads |= _scale(scaled)
+    reads |= _scale(scaled, c)
     written = {"o": out}
     if splits > 1:
-        parts = _parts(splits, c.ranks * c.L, c.members * config.blocks(c.R, c.L, c.R))
+        blocks = c.members * config.blocks(c.R, c.L, c.R)
+        parts = _parts(c.adapters * splits, c.ranks * c.L, c.adapters * blocks)
         reads["parts"] = parts["parts"]
         written |= parts
     return [Kernel("rank_grad", reads, written, flops, loads=loads)]
@@ -351,32 +383,46 @@ def thin_pair(device: Device, c: Product, *, tickets: bool = True) -> list[Kerne
     return [
         *cast(c.L * c.R, c),
         Kernel("thin_pair", reads, parts, flops, loads=loads),
-        Kernel("sum_pair", parts | _scale(True), written),
+        Kernel("sum_pair", parts | _scale(True, c), written),
     ]
 
 
 def _operands(c: Product) -> dict[str, int]:
-    return {"p": c.M * c.L * c.itemsize, "q": c.L * c.N * c.itemsize}
+    return {"p": c.M * c.L * c.itemsize, "q": c.weights * c.L * c.N * c.itemsize}
 
 
 def _low_rank(c: Product, block_n: int) -> dict[str, int]:
     """Bytes that the low-rank product and the rest of the epilogue read."""
-    reads = {"u": c.M * c.ranks * c.itemsize, "v": c.ranks * c.N * c.adapter_itemsize}
+    v = c.adapters * c.ranks * c.N * c.adapter_itemsize
+    reads = {"u": c.M * c.ranks * c.itemsize, "v": v}
     if c.masked == "output":
         reads["keep_bits"] = c.members * _mask_bytes(c.M, c.N, block_n)
     if c.bias:
-        reads["bias"] = c.N * c.itemsize
-    return reads | _scale(not c.backward)
+        reads["bias"] = c.adapters * c.N * c.itemsize
+    return reads | _scale(not c.backward, c)
 
 
 def _low_rank_loads(c: Product, config) -> dict[str, int]:
     """Bytes of U and V that all tiles together load."""
     u, v = c.M * c.ranks * c.itemsize, c.ranks * c.N * c.adapter_itemsize
-    return {"u": u * cdiv(c.N, config.block_n), "v": v * cdiv(c.M, config.block_m)}
+    return {"u": u * cdiv(c.N, config.block_n), "v": v * _row_blocks(c, config.block_m)}
 
 
-def _scale(is_read: bool) -> dict[str, int]:
-    return {"scale": 4} if is_read else {}
+def _inside(M: int, segments: int, block: int) -> float:
+    """The share of the rows of all blocks that are not beyond the end of a segment."""
+    if segments <= 1:  # of one product ``fill`` counts them
+        return 1.0
+    rows = cdiv(M, segments)
+    return rows / (cdiv(rows, block) * block)
+
+
+def _row_blocks(c: Product, size: int) -> int:
+    """Blocks of rows, none of which spans two segments."""
+    return c.adapters * cdiv(cdiv(c.M, c.adapters), size)
+
+
+def _scale(is_read: bool, c: Product) -> dict[str, int]:
+    return {"scale": 4 * c.adapters} if is_read else {}
 
 
 def cast(elements: int, c: Product) -> list[Kernel]:
