@@ -54,6 +54,13 @@ def peft_interleaved(B):
     return B.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
+def parts_of_wider(stack):
+    """The same stack in a larger one, whose matrices start off 16 bytes."""
+    wide = stack.new_full((stack.shape[0], stack.shape[1] * stack.shape[2] + 3), torch.nan)
+    view = wide[:, :-3].unflatten(1, stack.shape[1:])
+    return view.copy_(stack)
+
+
 def check(actual, expected, dtype):
     """Bound: two roundings to ``dtype`` (an operand cast for its dot, the result), float32 sums."""
     bound = 2 * UNIT_ROUNDOFF[dtype] + 4 * UNIT_ROUNDOFF[FP32]

@@ -18,6 +18,7 @@ from kernel_support import (
     TAIL,
     check,
     offsets_of,
+    parts_of_wider,
     peft_interleaved,
     rand,
     random_keep_bits,
@@ -303,13 +304,6 @@ def test_programs_may_run_in_any_order(monkeypatch):
     assert torch.equal(*results)
 
 
-def parts_of_wider(stack):
-    """The same stack in a larger one, whose matrices start off 16 bytes."""
-    wide = stack.new_full((stack.shape[0], stack.shape[1] * stack.shape[2] + 3), torch.nan)
-    view = wide[:, :-3].unflatten(1, stack.shape[1:])
-    return view.copy_(stack)
-
-
 @pytest.mark.parametrize("layout", [peft_interleaved, parts_of_wider])
 def test_stacks_of_any_strides(layout):
     offsets, x, dy, A, B, scale = operands("few", 64, 72, 8, BF16, BF16)
@@ -340,9 +334,9 @@ def test_matrices_two_to_the_31_elements_apart(tmp_path):
         thin = ShrinkConfig(4, 2, block_m=16, block_l=32)
         shrink(u, x, stack.mT, scale, thin, segments=segments.blocks(16))
         lora_add(o, u, stack, scale, config, segments=segments.blocks(16))
-        tile, y = GemmConfig(4, 2, block_m=16, block_n=32, block_l=32), torch.empty(11, R)
+        tile = GemmConfig(4, 2, block_m=16, block_n=32, block_l=32)
+        y, dx = torch.empty(11, R, dtype=BF16), torch.empty(11, L, dtype=BF16)
         lora_gemm(y, x, stack.mT, u, near[:, :, :R], scale, tile, segments=segments.blocks(16))
-        dx = torch.empty(11, L)
         lora_gemm(dx, y, near, u, stack, scale, tile, segments=segments.blocks(16))
         results.append((u, o, y, dx))
     assert all(map(torch.equal, *results))

@@ -17,6 +17,7 @@ from kernel_support import (
     TAIL,
     check,
     offsets_of,
+    parts_of_wider,
     peft_interleaved,
     rand,
     random_keep_bits,
@@ -176,6 +177,25 @@ def test_a_segment_alone_has_the_same_bits():
         of_one = {"bias": bias[g], "keep_bits": bits, "inv_keep": INV_KEEP}
         lora_gemm(one, p[s], q[g], u[s], v[g], scale[g], config, **of_one)
         assert torch.equal(one, o[s]), g
+
+
+@pytest.mark.parametrize("which", ["q", "q transposed", "v", "v transposed"])
+def test_stacks_of_any_strides(which):
+    """A matrix may start anywhere, though rows of each are whole 16-byte vectors."""
+    case = ("few", 40, 64, 8, BF16, BF16, "transposed", "own", False, True, 16)
+    offsets, p, q, u, v, scale, *_ = problem(case)
+    config = GemmConfig(4, 2, block_m=16, block_n=64, block_l=32)
+    results = []
+    for layout in (torch.Tensor.contiguous, parts_of_wider):
+        operand, _, transposed = which.partition(" ")
+        stack = {"q": q, "v": v}[operand]
+        stack = layout(stack.mT).mT if transposed else layout(stack)
+        o = torch.zeros(len(p), 64, dtype=BF16)
+        operands = (stack, u, v) if operand == "q" else (q, u, stack)
+        table = Segments(offsets, len(p)).blocks(16)
+        lora_gemm(o, p, *operands, scale, config, segments=table)
+        results.append(o)
+    assert torch.equal(*results)
 
 
 def test_a_descriptor_is_refused():

@@ -35,7 +35,7 @@ PRODUCTS = {
     "lora_add": ("y", "dx", "dx of 3", "dx of segments"),
     "single_pass": ("y", "dx"),
     "shrink": ("S", "G", "S of 3", "S of segments"),
-    "rank_grad": ("dA", "dB", "dA of 3", "dA of segments"),
+    "rank_grad": ("dA", "dB", "dA of 3", "dA of segments", "dB of segments"),
     "thin_pair": ("G, dB",),
     "sum_pair": ("G, dB",),
     "gated": ACTIVATIONS,
@@ -56,9 +56,12 @@ OF_SEGMENTS = {
     ("lora_add", "dx of segments"),
     ("shrink", "S of segments"),
     ("rank_grad", "dA of segments"),
+    ("rank_grad", "dB of segments"),
 }
-# The code without masks is part of that with masks: compiled with masks only.
-ONLY_MASKED = OF_MEMBERS | OF_SEGMENTS - {("lora_gemm", "y of segments")}
+# The code without masks is part of that with masks: compiled with masks only. But the adapter is
+# read, and its gradient written, in PEFT's order where there is no mask.
+UNMASKED = {("lora_gemm", "y of segments"), ("rank_grad", "dB of segments")}
+ONLY_MASKED = OF_MEMBERS | OF_SEGMENTS - UNMASKED
 MASKED |= ONLY_MASKED
 # Without a matrix product; their code does not depend on a rank.
 RANKLESS = {("gated", activation) for activation in ACTIVATIONS} | {
@@ -115,7 +118,7 @@ class Case:
                 x, A, u, _, segments = _of_segments(K, R, dtype, A.dtype)
                 y, bias = _empty(len(x), N, dtype), _empty(SEGMENTS, N, torch.float32)
                 weight = torch.empty((SEGMENTS, N, K), dtype=dtype)
-                B = torch.empty((SEGMENTS, N, R), dtype=A.dtype)
+                B = _in_pefts_order(N, R, A.dtype)
                 table, scales = segments.blocks(config.block_m), torch.ones(SEGMENTS)
                 operands = y, x, weight.mT, u, B.mT, scales, config
                 return lambda: lora_gemm(*operands, bias=bias, segments=table)
@@ -169,6 +172,11 @@ class Case:
                 x, A, u, mask, segments = _of_segments(K, R, dtype, A.dtype)
                 mask["segments"] = segments.items()
                 return lambda: rank_grad(A, u, x, torch.ones(SEGMENTS), config, **mask)
+            case "rank_grad", "dB of segments":
+                x, _, u, _, segments = _of_segments(K, R, dtype, A.dtype)
+                dB, table = _in_pefts_order(K, R, A.dtype).mT, segments.items()
+                scales = torch.ones(SEGMENTS)
+                return lambda: rank_grad(dB, u, x, scales, config, segments=table)
             case "rank_grad", "dB":
                 return lambda: rank_grad(B.t(), u, dy, scale, config)
             case "thin_pair" | "sum_pair", _:
@@ -207,6 +215,11 @@ def _of_segments(
     mask = {"keep_bits": dropout.empty_keep_bits(M, K, x.device), "inv_keep": 1.25}
     segments = Segments(torch.full((SEGMENTS,), M // SEGMENTS).cumsum(0), M)
     return x, A, _empty(M, rank, dtype), mask, segments
+
+
+def _in_pefts_order(columns: int, rank: int, dtype: torch.dtype) -> Tensor:
+    """A stack of B, or of its gradients, whose fastest dimension is the segment."""
+    return torch.empty((columns, rank, SEGMENTS), dtype=dtype).permute(2, 0, 1)
 
 
 def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -55,6 +55,7 @@ TESTS = (
     "test_kernels.py",
     "test_kernels_in_sequence.py",
     "test_kernels_segments.py",
+    "test_kernels_segments_gemm.py",
     "test_kernels_shipped.py",
     "test_layer.py",
     "test_projections.py::test_kernels",
