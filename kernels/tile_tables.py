@@ -107,8 +107,8 @@ GEMM_OF_SEGMENTS: dict[str, dict[str, dict[int, Rows]]] = {
         "any": {256: (*_FP32[:2], *_LOW_FP32)},
     },
     "fp32 narrow": {
-        # With four warps, 64 columns spill at rank 64.
-        "sm_90": {256: ((8, 2, 64, 128, 16), (8, 2, 64, 64, 16), *_LOW_FP32_NARROW)},
+        # 64 rows and columns spill at rank 64, with four warps and with eight.
+        "sm_90": {256: ((8, 2, 64, 128, 16), *_LOW_FP32_NARROW)},
         "any": {256: ((8, 2, 64, 128, 16), (4, 2, 64, 64, 16), *_LOW_FP32_NARROW)},
     },
 }

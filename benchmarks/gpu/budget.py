@@ -4,7 +4,7 @@
 STEPS = {
     "preflight": 30,
     "probe": 102,
-    "numerics": 74,
+    "numerics": 78,
     "repeatability": 82,
     "graphs": 20,
     "tuning": 60,
