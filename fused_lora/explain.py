@@ -19,7 +19,13 @@ from .models.arguments import check_without_peft, described
 from .ops import dropout
 from .ops.dispatch import Decision, SegmentedCall, decide, decide_segmented
 from .ops.segments import Segments, ranks_of
-from .ops.validation import check_dropout, check_impl, check_segmented, check_tensors
+from .ops.validation import (
+    check_dropout,
+    check_impl,
+    check_impl_of_segments,
+    check_segmented,
+    check_tensors,
+)
 
 
 def explain(
@@ -121,14 +127,15 @@ def _explain_parameter(layer: LoRAParameter, tokens: int, dropout_p, impl) -> De
     if dropout_p is None:
         dropout_p = layer.dropout if layer.training else 0.0
     impl = layer.impl if impl is None else impl
-    check_impl(impl)
+    check_impl_of_segments(impl)
     check_dropout(dropout_p)
     if impl == "reference":
         return Decision("reference", None, None, "requested: eager autograd")
     weight = layer.weight_like(layer)
-    sizes = tokens, weight.shape[2], weight.shape[1]
+    E, N, K = weight.shape
     adapted = frozenset([(layer.rank, dropout.keep_count(dropout_p))])
-    return decide_segmented(impl, weight.device, weight.dtype, sizes, adapted)
+    call = SegmentedCall(tokens, K, N, E, True, False, adapted)
+    return decide_segmented(impl, weight.device, weight.dtype, call)
 
 
 def _explain_segments(x, weight, lora_A, dropout_p, impl: str, segments: Segments) -> Decision:

@@ -511,6 +511,8 @@ def test_explain():
     assert "W + s·B A at every call" in explain(router[0]).reason
     with pytest.raises(ValueError, match="expected impl"):
         explain(layer, impl="cuda")
+    with pytest.raises(ValueError, match="expected triton:split or triton:addmm"):
+        explain(layer, impl="triton:seeded")
 
 
 def test_exporting_computes_the_sum():

@@ -180,6 +180,14 @@ def check_projection(
         raise ValueError(f"expected x of shape (..., {weight.shape[1]}), got {_shape(x)}")
 
 
+def check_impl_of_segments(impl: str) -> None:
+    """Check the requested implementation of a call over segments."""
+    check_impl(impl)
+    if impl.startswith("triton:") and impl not in OF_SEGMENTS:
+        able = " or ".join(OF_SEGMENTS)
+        raise ValueError(f"impl={impl!r} cannot run here: expected {able} for segments")
+
+
 def is_plain(tensor: Tensor | None) -> bool:
     """Whether this is a strided tensor of no subclass, or None."""
     return tensor is None or (type(tensor) in _PLAIN and tensor.layout == torch.strided)
@@ -197,10 +205,7 @@ def check_segmented(x, weight, lora_A, lora_B, bias, scaling, dropout_p, impl, s
     """
     if not isinstance(segments, Segments):
         raise TypeError(f"expected segments to be Segments, got {type(segments).__name__}")
-    check_impl(impl)
-    if impl.startswith("triton:") and impl not in OF_SEGMENTS:
-        able = " or ".join(OF_SEGMENTS)
-        raise ValueError(f"impl={impl!r} cannot run here: expected {able} for segments")
+    check_impl_of_segments(impl)
     G = len(segments)
     halves = [_one_each(name, t, G) for name, t in (("lora_A", lora_A), ("lora_B", lora_B))]
     is_stack = isinstance(lora_A, Tensor)
