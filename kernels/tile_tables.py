@@ -90,7 +90,7 @@ GEMM_OF_SEGMENTS: dict[str, dict[str, dict[int, Rows]]] = {
         "sm_80": {32: ((8, 4, 128, 256, 32), *_AMPERE, *_LOW), 256: (*_AMPERE, *_LOW)},
         "sm_86": {32: ((8, 4, 128, 256, 32), *_ADA, *_LOW), 256: (*_ADA, *_LOW)},
         "sm_89": {32: ((8, 4, 128, 256, 32), *_ADA, *_LOW), 256: (*_ADA, *_LOW)},
-        "sm_90": {256: (*_HOPPER, *_LOW)},
+        "sm_90": {256: ((8, 3, 128, 256, 64), *_HOPPER, *_LOW)},
         "sm_100": {256: (*_BLACKWELL, *_LOW)},
         "sm_120": {256: (*_GEFORCE, *_LOW)},
         "gfx90a": {256: (*_CDNA, *_LOW_CDNA)},
