@@ -308,15 +308,17 @@ def shrink_cost(
 
 
 def rank_grad_candidates(
-    target: Target, itemsize: int, rank: int, *, describable: bool
+    target: Target, itemsize: int, rank: int, *, describable: bool, segments: bool = False
 ) -> list[RankGradConfig]:
     """The valid configurations, from which :func:`rank_grad_config` chooses."""
     bands = tile_tables.look_up(tile_tables.RANK_GRAD, target.arch, itemsize, describable)
     described = describable and target.arch == "interpreter"
+    spilled = tile_tables.RANK_GRAD_SPILLS.get((target.arch, itemsize)) if segments else None
     return _valid(
         [
             RankGradConfig(warps, stages, described, step, columns, max_block_r=most)
             for warps, stages, step, columns, most in tile_tables.band(bands, rank)
+            if (step, columns) != spilled
         ],
         target, itemsize, rank,
     )  # fmt: skip
@@ -337,7 +339,9 @@ def rank_grad_config(
 
     Arguments as in :func:`shrink_config`. The splits of segments are SEGMENT_ROWS each.
     """
-    candidates = rank_grad_candidates(target, itemsize, rank, describable=describable)
+    candidates = rank_grad_candidates(
+        target, itemsize, rank, describable=describable, segments=segments > 0
+    )
     size = target, itemsize, M, L, rank, members
     if segments:
         items = M // SEGMENT_ROWS + segments

@@ -81,7 +81,9 @@ def shipped(
                 target, itemsize, rank, describable=aligned, segments=segments
             )
         case "rank_grad":
-            return select_config.rank_grad_candidates(target, itemsize, rank, describable=aligned)
+            return select_config.rank_grad_candidates(
+                target, itemsize, rank, describable=aligned, segments=segments
+            )
         case "thin_pair":
             return select_config.thin_pair_candidates(target, itemsize, rank) if aligned else []
     return [None]
