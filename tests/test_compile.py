@@ -17,7 +17,7 @@ from compiled import limits, machine_code, pipeline, sources, sweep
 from compiled.cases import DTYPES, MEMBERS, PRODUCTS
 from fused_lora.kernels import select_config
 from fused_lora.kernels.config import SINGLE_PASS_MAX_RANK, Target, is_valid
-from support import swept
+from support import by_default, swept
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,11 +62,10 @@ EDITS = [
 
 
 @pytest.mark.parametrize(
-    ("file", "edit", "invalid"), EDITS, ids=[f"{file} {edit[0]:.30}" for file, edit, _ in EDITS]
+    "case", by_default(EDITS[1:4], EDITS), ids=[f"{file} {edit[0]:.30}" for file, edit, _ in EDITS]
 )
-def test_an_edit_invalidates_the_rows_of_the_kernels_that_it_reaches(
-    file, edit, invalid, tmp_path, monkeypatch
-):
+def test_an_edit_invalidates_the_rows_of_the_kernels_that_it_reaches(case, tmp_path, monkeypatch):
+    file, edit, invalid = case
     before = {kernel: sources.digest(kernel) for kernel in PRODUCTS}
     folders = {package: tmp_path / package.rpartition(".")[2] for package in sources.FOLDERS}
     for package, copy in folders.items():

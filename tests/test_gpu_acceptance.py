@@ -16,7 +16,7 @@ from fused_lora.tune import Layer
 from gpu import numerics_rows, probe, steps, summary
 from gpu.steps import Allowance, Gpu, Rehearsal
 from layer import measure
-from support import assert_error
+from support import assert_error, by_default
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_acceptance.py"
@@ -171,7 +171,7 @@ def test_the_verdict_does_not_pass_over_what_was_not_run(case):
     assert summary.verdict(rows) == expected
 
 
-@pytest.mark.parametrize("run", [steps.repeatability, steps.graphs])
+@pytest.mark.parametrize("run", by_default([steps.graphs], [steps.repeatability, steps.graphs]))
 def test_strategies_repeat_and_replay(run):
     rows = list(run(Cpu(), FOREVER))
     assert len(rows) == 19  # four strategies, three with dropout, three dtypes; no seeded float16

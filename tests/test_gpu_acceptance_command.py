@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 import gpu_acceptance
 from fused_lora.strategy import tuning_cache
 from gpu import summary
-from support import by_default
+from support import by_default, swept
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_acceptance.py"
@@ -75,7 +75,7 @@ def test_steps_run_in_order_and_are_written(tmp_path):
 KILLS = [(signal.SIGTERM, "probe"), (signal.SIGKILL, "probe"), (signal.SIGKILL, "numerics")]
 
 
-@pytest.mark.parametrize("case", by_default(KILLS[:2], KILLS), ids=str)
+@pytest.mark.parametrize("case", by_default(KILLS[1:2], KILLS), ids=str)
 def test_killed_half_way_it_leaves_what_it_has(case, tmp_path):
     number, step = case
     out = tmp_path / "out"
@@ -147,6 +147,7 @@ def start_planted(tmp_path, planted: str, *arguments) -> subprocess.Popen:
     return start(tmp_path / "out", *arguments, PYTHONPATH=path)
 
 
+@swept
 def test_a_step_that_dies_costs_itself_alone(tmp_path):
     planted = "'repeatability': raises, 'graphs': ends, 'tuning': aborts"
     steps = ("repeatability", "graphs", "tuning", "comparison")
@@ -167,8 +168,9 @@ def test_a_step_that_dies_costs_itself_alone(tmp_path):
     assert out.splitlines()[-1] == "FAIL: repeatability (1), graphs (1), tuning (1)"
 
 
+@swept
 def test_a_step_that_hangs_costs_itself_alone(tmp_path):
-    arguments = ("--budget", 21, "--only", "graphs", "comparison")
+    arguments = ("--budget", 30, "--only", "graphs", "comparison")
     begin = time.monotonic()
     running = start_planted(tmp_path, "'graphs': hangs", *arguments)
     out, err = running.communicate()
@@ -177,7 +179,7 @@ def test_a_step_that_hangs_costs_itself_alone(tmp_path):
     rows = summary.load(tmp_path / "out" / "rows.jsonl")
     (wrong,) = summary.failed(rows)
     assert wrong["step"] == "graphs"
-    assert "stopped after 12 s, its limit" in wrong["failures"][0]
+    assert "stopped after 17 s, its limit" in wrong["failures"][0]
     assert "in hangs" in (tmp_path / "out" / "log.txt").read_text()  # its traceback
     assert any(row.get("case") == "before" for row in rows)
     assert "comparison: " in out

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from support import by_default
+
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
@@ -57,7 +59,7 @@ print("right")
 """
 
 
-@pytest.mark.parametrize("script", [LAYER, KERNEL], ids=["layer", "kernel"])
+@pytest.mark.parametrize("script", by_default([KERNEL], [LAYER, KERNEL]), ids=["layer", "kernel"])
 def test_numbers_are_right(script):
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

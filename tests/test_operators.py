@@ -90,7 +90,11 @@ def arguments(shape, dtype, adapter_dtype, grads, layout, bias, p, impl, base):
     return forward, M
 
 
-@pytest.mark.parametrize("name", CASES)
+BY_DEFAULT = ["plain", "rank 3", "bf16", "fp64", "rows apart", "no rows", "only A", "beside a base"]
+BY_DEFAULT += ["triton", "triton, bf16, rank 3"]
+
+
+@pytest.mark.parametrize("name", by_default(BY_DEFAULT, CASES))
 def test_opcheck(name):
     case = PLAIN | CASES[name]
     if case["impl"] == "triton" and not has_triton:

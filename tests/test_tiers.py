@@ -35,6 +35,12 @@ SWEPT_WHOLE = {
     "test_reports_no_effect.py::test_the_warning_of_a_merged_state_is_the_callers": (
         "a process of its own; test_a_warning_from_within_a_library_is_its_callers has each library"
     ),
+    "test_gpu_acceptance_command.py::test_a_step_that_dies_costs_itself_alone": (
+        "a whole run; test_killed_half_way_it_leaves_what_it_has kills one, too"
+    ),
+    "test_gpu_acceptance_command.py::test_a_step_that_hangs_costs_itself_alone": (
+        "waits for a limit of seconds; test_killed_half_way_it_leaves_what_it_has ends a step"
+    ),
     "test_launch.py::test_the_benchmark_of_host_time_prints_both_tables": (
         "a benchmark of seconds; test_suites_run runs the other benchmarks of host time"
     ),
