@@ -91,7 +91,10 @@ GEMM_OF_SEGMENTS: dict[str, dict[str, dict[int, Rows]]] = {
         "sm_86": {32: ((8, 4, 128, 256, 32), *_ADA, *_LOW), 256: (*_ADA, *_LOW)},
         "sm_89": {32: ((8, 4, 128, 256, 32), *_ADA, *_LOW), 256: (*_ADA, *_LOW)},
         "sm_90": {256: ((8, 3, 128, 256, 64), *_HOPPER, *_LOW)},
-        "sm_100": {256: ((8, 4, 128, 128, 64), (8, 4, 64, 64, 64), *_LOW)},
+        # With four stages or four warps, 128 rows spill.
+        "sm_100": {
+            256: ((8, 3, 128, 128, 64), (4, 4, 64, 128, 64), (8, 4, 64, 64, 64), *_LOW),
+        },
         "sm_120": {256: (*_GEFORCE, *_LOW)},
         "gfx90a": {256: (*_CDNA, *_LOW_CDNA)},
         "gfx942": {256: (*_CDNA, *_LOW_CDNA)},
@@ -105,10 +108,15 @@ GEMM_OF_SEGMENTS: dict[str, dict[str, dict[int, Rows]]] = {
     "fp32": {
         "interpreter": {256: ((4, 2, 64, 64, 64), (4, 2, 32, 64, 64), (4, 2, 16, 64, 64))},
         "sm_100": {256: ((8, 2, 64, 128, 16), (4, 3, 64, 64, 16), *_LOW_FP32)},
+        # With four warps, 32 rows spill.
+        "sm_86": {256: (*_FP32_ADA[:2], _FP32_GEFORCE[2], _LOW_FP32[1])},
+        "sm_89": {256: (*_FP32_ADA[:2], _FP32_GEFORCE[2], _LOW_FP32[1])},
+        "sm_120": {256: (*_FP32_GEFORCE, _LOW_FP32[1])},
         "any": {256: (*_FP32[:2], *_LOW_FP32)},
     },
     "fp32 narrow": {
         # Larger tiles spill at rank 64 where V is in PEFT's order.
+        "sm_120": {256: ((8, 2, 64, 64, 16), (8, 2, 32, 64, 16), *_LOW_FP32_NARROW)},
         "any": {256: ((8, 2, 64, 32, 16), (8, 2, 32, 64, 16), *_LOW_FP32_NARROW)},
     },
 }
@@ -217,7 +225,7 @@ SHRINK: dict[str, dict[str, dict[int, Rows]]] = {
 # Rows and step of a tile that spills 8 bytes with segments and a mask, by target and itemsize.
 SHRINK_SPILLS = {("sm_90", 4): (32, 64)}
 # The same of rank_grad: step of the rows and columns, where dB is in PEFT's order.
-RANK_GRAD_SPILLS = {("sm_100", 4): (16, 64)}
+RANK_GRAD_SPILLS = {(arch, 4): (16, 64) for arch in ("sm_86", "sm_89", "sm_100")}
 
 # By largest rank: warps, stages, step of the rows, columns, most result rows of a program
 _RANK_GRAD = {
