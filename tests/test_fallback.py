@@ -38,7 +38,7 @@ FAILURES = [
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU driver is present")
-@pytest.mark.parametrize("case", by_default(FAILURES[:2], FAILURES), ids=lambda case: case[0])
+@pytest.mark.parametrize("case", by_default(FAILURES[:1], FAILURES), ids=lambda case: case[0])
 def test_training_goes_on(case):
     kind, cause, cure = case
     result = json.loads(run(SCRIPT, kind))

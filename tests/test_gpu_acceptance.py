@@ -16,7 +16,7 @@ from fused_lora.tune import Layer
 from gpu import numerics_rows, probe, steps, summary
 from gpu.steps import Allowance, Gpu, Rehearsal
 from layer import measure
-from support import assert_error, by_default
+from support import assert_error, by_default, swept
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_acceptance.py"
@@ -95,6 +95,7 @@ def test_numerics_that_select_nothing_fail():
     assert summary.verdict([{"step": "numerics"} | row for row in rows]) != "PASS"
 
 
+@swept
 def test_a_failing_test_is_a_row_of_its_own():
     nowhere = Cpu()
     nowhere.device = torch.device("meta")

@@ -211,6 +211,7 @@ def test_a_budget_must_be_a_time(budget, capsys):
     assert "expected a positive number of seconds" in capsys.readouterr().err
 
 
+@swept
 def test_it_runs_from_a_bare_checkout(tmp_path):
     """The package need not be installed: the finder of an editable install is removed."""
     for name in ("benchmarks", "fused_lora", "kernels", "tests"):

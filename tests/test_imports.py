@@ -71,7 +71,10 @@ def test_works_wherever_it_was_first_imported(context):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", by_default(["peft"], ["transformers.modeling_utils", "peft"]))
+OTHERS = ["transformers.modeling_utils", "peft"]
+
+
+@pytest.mark.parametrize("module", by_default(["transformers.modeling_utils"], OTHERS))
 def test_other_libraries_import_from_our_root(module):
     """They probe for a module named ``kernels``; from our root Python finds our folder."""
     pytest.importorskip(module.partition(".")[0])

@@ -27,7 +27,7 @@ from fused_lora import (
     unload_lora,
 )
 from fused_lora.models.bypass import bypassed
-from support import caught, relative_rms
+from support import caught, relative_rms, swept
 
 HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 NEVER = "never run while others have"
@@ -329,6 +329,7 @@ def test_blocks_that_share_compiled_code_raise_no_alarm(tmp_path):
     assert caught(save_adapter, model, tmp_path)[1] == []
 
 
+@swept
 def test_compiled_blocks_that_also_read_weights_are_merged(tmp_path):
     """Each block's adapters got gradients, although the compiler traced one block for all."""
     model, ids = mamba(num_hidden_layers=2, use_cache=False), torch.arange(5)[None]

@@ -32,6 +32,15 @@ SWEPT_WHOLE = {
     "test_fusion.py::test_compiled_models_run_layers_alone": (
         "compiles a Llama; test_compiled of test_projections.py compiles the functions"
     ),
+    "test_reports_unused.py::test_compiled_blocks_that_also_read_weights_are_merged": (
+        "compiles a Mamba; test_compiled_blocks_without_gradients_raise_no_alarm compiles blocks"
+    ),
+    "test_torch_compile.py::test_imported_anew": (
+        "a process of its own; test_whole_models_are_one_graph compiles in this one"
+    ),
+    "test_torch_compile.py::test_new_scales_of_a_patched_layer_are_one_more_graph": (
+        "compiles a layer of PEFT; test_a_new_scale_is_no_new_graph has this library's"
+    ),
     "test_reports_no_effect.py::test_the_warning_of_a_merged_state_is_the_callers": (
         "a process of its own; test_a_warning_from_within_a_library_is_its_callers has each library"
     ),
@@ -40,6 +49,12 @@ SWEPT_WHOLE = {
     ),
     "test_gpu_acceptance_command.py::test_a_step_that_hangs_costs_itself_alone": (
         "waits for a limit of seconds; test_killed_half_way_it_leaves_what_it_has ends a step"
+    ),
+    "test_gpu_acceptance.py::test_a_failing_test_is_a_row_of_its_own": (
+        "runs tests in a process; test_numerics_that_select_nothing_fail reads such a process, too"
+    ),
+    "test_gpu_acceptance_command.py::test_it_runs_from_a_bare_checkout": (
+        "a whole process; test_without_a_gpu_nothing_runs starts the same step"
     ),
     "test_launch.py::test_the_benchmark_of_host_time_prints_both_tables": (
         "a benchmark of seconds; test_suites_run runs the other benchmarks of host time"
