@@ -83,7 +83,7 @@ def parameter_sizes(ptx: str) -> list[int]:
 
 
 # The part of a launch, the place in it, and the change planted there. The places in "given" are
-# those of a gemm with descriptors: three of five arguments each (map, shape, strides), five
+# those of a gemm with descriptors: three of five arguments each (map, shape, strides), six
 # pointers, the scalar and the numbers.
 FAULTS = {
     "nothing": ("before", 0, lambda programs: programs),
@@ -95,8 +95,8 @@ FAULTS = {
     "maps": ("given", slice(0, 6, 5), lambda maps: maps[::-1]),
     "shape of a descriptor": ("given", 1, lambda rows: rows + 1),
     "pointer": ("given", 15, lambda address: address + 2),
-    "scalar": ("given", 20, lambda scalar: scalar + 1),
-    "number": ("given", 21, lambda number: number + 1),
+    "scalar": ("given", 21, lambda scalar: scalar + 1),
+    "number": ("given", 22, lambda number: number + 1),
 }
 
 

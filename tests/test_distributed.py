@@ -81,7 +81,7 @@ def test_some_checks_of_each_module(tmp_path):
 # For each number of processes, the modules whose checks run in it: most of a launch is imports. The
 # state that two processes save is then loaded by four, and by one.
 EVERY_CHECK = {
-    2: ("training", "sharding", "fsdp1", "shared_inputs", "trainers", "tensor_slow"),
+    2: ("training", "sharding", "fsdp1", "shared_inputs", "experts", "trainers", "tensor_slow"),
     4: ("training", "saving", "tensor_products", "tensor_models"),
     1: ("trainers",),
 }
