@@ -8,7 +8,7 @@ from test_segments import BF16, FP16, FP32, REST, SIZES, draw, in_float64, leave
 from test_segments import segments as segments_of
 
 from fused_lora import fused_lora_linear
-from fused_lora.ops import cpu_gemm, segmented_wide
+from fused_lora.ops import cpu_gemm, dropout, segmented_torch, segmented_wide
 from support import relative_rms
 
 G, M, K, N, RANK = len(SIZES), sum(SIZES) + REST, 64, 96, 16
@@ -156,6 +156,24 @@ def test_second_derivatives_and_batched_gradients():
         found[impl] = *second, *torch.autograd.grad(y, wanted, dys, is_grads_batched=True)
     for value, expected in zip(*found.values(), strict=True):
         assert relative_rms(value, expected) <= 0.02
+
+
+def test_backward_takes_the_kernels_matrix_of_s(added):
+    """If a kernel fails in backward, PyTorch continues from the kernels' ``S (M, R)``."""
+    call = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in experts().items()}
+    x, weight, A, B = (call[name] for name in ("x", "weight", "lora_A", "lora_B"))
+    segments, scaling, keep_all = call["segments"], [3.0] * G, [dropout.KEEP_ALL] * G
+    y, S, _ = segmented_torch.forward(x, weight, A, B, None, scaling, segments, None, keep_all)
+    matrix = torch.cat([*S, x.new_zeros(REST, RANK)])
+    needs = True, [True] * G, [True] * G
+    found = [
+        segmented_torch.backward(
+            y, x, weight, A, B, of_rows, scaling, segments, None, keep_all, needs
+        )
+        for of_rows in (S, matrix)
+    ]
+    assert len(added) == 3  # y, and dx twice
+    assert all(map(torch.equal, *found))
 
 
 def others():

@@ -129,12 +129,12 @@ def backward(
         needs: whether ``dx`` is needed, and of which segments ``dA`` and ``dB``.
     """
     need_x, need_A, need_B = needs
-    if segmented_wide.is_wide(dy, weight, lora_A, scaling, keep_counts):
-        operands = dy, x, weight, lora_A, lora_B, S, scaling[0], segments
-        return segmented_wide.backward(*operands, (need_x, any(need_A), any(need_B)))
     adapters, bounds = Adapters(lora_A, lora_B), segments.bounds
     if isinstance(S, Tensor):
         S = [S[a:b, :rank] for (a, b), rank in zip(bounds, adapters.ranks, strict=True)]
+    if segmented_wide.is_wide(dy, weight, lora_A, scaling, keep_counts):
+        operands = dy, x, weight, lora_A, lora_B, S, scaling[0], segments
+        return segmented_wide.backward(*operands, (need_x, any(need_A), any(need_B)))
     dA, dB = (_zeros(t, n) for t, n in ((lora_A, need_A), (lora_B, need_B)))
     dx, at_once, varies = None, False, weight is not None and weight.dim() == 3
     if need_x:
