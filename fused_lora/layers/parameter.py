@@ -153,11 +153,9 @@ class LoRAParameter(WrappingLayer):
 
     @classmethod
     def adapter_shapes(cls, weight: Tensor, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-        *E, N, K = weight.shape
-        return {
-            "lora_A": (math.prod(E) * config.rank, K),
-            "lora_B": (N, config.rank * math.prod(E)),
-        }
+        *stack, N, K = weight.shape
+        ranks = math.prod(stack) * config.rank
+        return {"lora_A": (ranks, K), "lora_B": (N, ranks)}
 
     def stacked(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """An adapter's matrices of all experts: ``(E, rank, in)`` and ``(E, out, rank)``."""
@@ -285,7 +283,7 @@ class LoRAParameter(WrappingLayer):
 
     def reset_parameters(self) -> None:
         raise RuntimeError(
-            "expected weights from a checkpoint: experts cannot initialise themselves"
+            "expected weights from a checkpoint: a module cannot initialise one of its Parameters"
         )
 
     def _state_key(self) -> str:

@@ -49,7 +49,11 @@ class WrappingLayer(LoRALayer):
     def wrap(
         cls, base: nn.Module, config: AdapterConfig, impl: str, adapter_dtype, **attributes: Any
     ):
-        """A new layer around ``base``, which is frozen; ``attributes`` are set on it first."""
+        """A new layer around ``base``, which the caller freezes.
+
+        Args:
+            attributes: set on the layer before its adapter is made.
+        """
         layer = cls()
         layer.training = base.training
         vars(layer).update(attributes)

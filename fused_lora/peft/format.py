@@ -225,22 +225,28 @@ def _common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
 
 def _target_modules(adapted: list[str], module_names: Iterable[str]) -> list[str] | str:
     """The shortest name endings that select exactly the adapted modules; else a regex."""
-    chosen, wanted = set(), set(adapted)
-    others = [name for name in module_names if name not in wanted]
-    taken = {ending for name in others for ending in _endings(name)}
-    for name in adapted:
-        ending = next((ending for ending in _endings(name) if ending not in taken), None)
-        if ending is None:  # as for "0" next to an unadapted "1.0"
-            return "|".join(re.escape(name) for name in adapted)
-        chosen.add(ending)
-    return sorted(chosen)
+    found = shortest_endings(adapted, module_names)
+    return "|".join(re.escape(name) for name in adapted) if found is None else found
+
+
+def shortest_endings(wanted: Iterable[str], names: Iterable[str]) -> list[str] | None:
+    """The shortest name endings that select exactly ``wanted`` of ``names``.
+
+    None if there are none, as for "0" next to an unwanted "1.0".
+    """
+    wanted = list(wanted)
+    others = set(names).difference(wanted)
+    taken = {ending for name in others for ending in endings(name)}
+    found = {next((e for e in endings(name) if e not in taken), None) for name in wanted}
+    return None if None in found else sorted(found)
 
 
 def _names_embedding(entries: Iterable[str]) -> bool:
     return any(entry.rpartition(".")[2] in _EMBEDDINGS for entry in entries)
 
 
-def _endings(name: str) -> list[str]:
+def endings(name: str) -> list[str]:
+    """A name and its ends after a dot, the shortest first."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
@@ -411,4 +417,4 @@ def names_target(config: Mapping, name: str) -> bool:
     targets = config["target_modules"]
     if isinstance(targets, str):
         return True
-    return any(ending in targets for ending in _endings(name))
+    return any(ending in targets for ending in endings(name))

@@ -21,6 +21,8 @@ from ..layers.parameter import LoRAParameter, ParameterTarget
 from ..layers.wrapping import BASE
 from ..models.parameter_targets import nested
 from ..models.targets import pattern_name
+from ..ops.validation import listed
+from .format import endings, shortest_endings
 
 _SWAPPED_BEFORE = (0, 19, 1)
 
@@ -39,20 +41,14 @@ def target_parameters(
     Raises:
         ValueError: there are none, since one name is the end of another.
     """
-    chosen = {pattern_name(p, x) for p, x in layers.items() if isinstance(x, LoRAParameter)}
-    if not chosen:
-        return []
-    others = {full for _, full, *_ in _parameters(modules)} - chosen
-    taken = {ending for name in others for ending in _endings(name)}
-    found = set()
-    for name in chosen:
-        ending = next((ending for ending in _endings(name) if ending not in taken), None)
-        if ending is None:
-            raise ValueError(
-                f"expected Parameters that PEFT's format can name, got {name}, the end of another's"
-            )
-        found.add(ending)
-    return sorted(found)
+    chosen = [pattern_name(p, x) for p, x in layers.items() if isinstance(x, LoRAParameter)]
+    found = shortest_endings(chosen, [full for _, full, *_ in _parameters(modules)])
+    if found is None:
+        raise ValueError(
+            f"expected Parameters that PEFT's format can name, got {listed(chosen)}: the name of one"
+            " is the end of another Parameter's"
+        )
+    return found
 
 
 def resolve(config: Mapping, modules: Modules) -> set[str]:
@@ -69,27 +65,30 @@ def resolve(config: Mapping, modules: Modules) -> set[str]:
     wanted = set(config.get("target_parameters") or ())
     chosen: dict[str, tuple[nn.Module, list[str]]] = {}
     for place, full, holder, name in _parameters(modules):
-        if not wanted.isdisjoint(_endings(full)):
+        if not wanted.isdisjoint(endings(full)):
             chosen.setdefault(place, (holder, []))[1].append(name)
     found: dict[str, ParameterTarget] = {}
     for place, (holder, names) in chosen.items():
         found |= nested(place, holder, names)
     for place, target in found.items():
-        own = modules.get(place)
-        if not isinstance(own, LoRAParameter):
-            modules[place] = target
-        elif own.parameter_name != target.name:
-            raise ValueError(
-                f"expected an adapter of {pattern_name(place, own)}, got one of {target.name}: the"
-                " model's adapters are on other Parameters"
-            )
+        enter(modules, place, target)
     return set(found)
 
 
-def _endings(name: str) -> list[str]:
-    """A name and its ends after a dot, the shortest first."""
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+def enter(modules: Modules, place: str, target: ParameterTarget) -> None:
+    """Put a target into ``modules``; a layer of an adapted model stays, and must be on it.
+
+    Raises:
+        ValueError: the layer is on another Parameter.
+    """
+    own = modules.get(place)
+    if not isinstance(own, LoRAParameter):
+        modules[place] = target
+    elif own.parameter_name != target.name:
+        raise ValueError(
+            f"expected an adapter of {pattern_name(place, own)}, got one of {target.name}: the"
+            " model's adapters are on other Parameters"
+        )
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, nn.Module, str]]:

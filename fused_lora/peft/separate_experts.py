@@ -29,7 +29,7 @@ from ..models.targets import layer_class
 from ..ops.validation import listed
 from . import format as peft_format
 from .files import AdapterTensors, in_model
-from .parameters import Modules
+from .parameters import Modules, enter
 
 # Of each projection: the stack, and which half of it.
 _PROJECTIONS = {
@@ -83,16 +83,9 @@ def joined(
             parts = {n: e for n, e in projections.items() if _PROJECTIONS[n][0] == target.name}
             try:
                 found[place] = _of_stack(file, target, parts, config_of)
+                enter(modules, place, target)
             except ValueError as error:
                 raise ValueError(f"{file.path}: {stack}: {error}") from error
-            own = modules.get(place)
-            if not isinstance(own, LoRAParameter):
-                modules[place] = target
-            elif own.parameter_name != target.name:
-                raise ValueError(
-                    f"{file.path}: expected an adapter of {own.parameter_name} in {stack}, got one"
-                    f" of {target.name}: the model's adapters are on other Parameters"
-                )
     return found, keys
 
 
