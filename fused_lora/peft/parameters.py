@@ -45,8 +45,8 @@ def target_parameters(
     found = shortest_endings(chosen, [full for _, full, *_ in _parameters(modules)])
     if found is None:
         raise ValueError(
-            f"expected Parameters that PEFT's format can name, got {listed(chosen)}: the name of one"
-            " is the end of another Parameter's"
+            f"expected Parameters that PEFT's format can name, got {listed(chosen)}: one's"
+            " name is the end of another Parameter's"
         )
     return found
 
