@@ -46,7 +46,7 @@ def explain(
         target: an adapted layer, or ``x (..., in)`` with ``weight`` and
             ``lora_A`` as for :func:`fused_lora.fused_lora_linear`. A gated MLP that is one block
             is explained by its gate.
-        tokens: number of rows to assume for a layer; of experts, a row for each expert of a token.
+        tokens: number of rows to assume for a layer; for experts, tokens times experts per token.
         dropout_p: the call's dropout probability. Default: the layer's (0 in eval mode), or 0 for
             tensors.
         impl: the call's ``impl``. Default: the layer's, or "auto" for tensors.

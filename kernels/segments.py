@@ -120,7 +120,7 @@ def shrink_segments(
     Args:
         x: ``(M, K)``, sorted; no dimension may be 0.
         lora_A: ``(G, R, K)``, any strides and floating dtype.
-        offsets: as in :class:`Segments`, or these.
+        offsets: as in :class:`Segments`, or a :class:`Segments`.
         scale: any floating ``(G,)``; the kernel reads it, but ``S`` is unscaled. None: made here.
         seed: of dropout, a 0-d int64 tensor, or None.
         keep_count: the probability that an entry is kept, in units of ``2**-DIGITS``.
@@ -150,7 +150,7 @@ def add_segments(
         base: ``(M, N)``, inner stride 1, sorted; of no segment: unchanged.
         S: ``(M, R)``, cast to base's dtype for the product.
         lora_B: ``(G, N, R)``, any strides and floating dtype.
-        offsets: as in :class:`Segments`, or these.
+        offsets: as in :class:`Segments`, or a :class:`Segments`.
         scale: any floating ``(G,)``.
     """
     run_add(
@@ -182,10 +182,10 @@ def gemm_segments(
         q: ``(L, N)``, or a stack ``(G, L, N)``, in p's dtype, any strides.
         u: ``(M, R)``, cast to p's dtype.
         v: ``(G, R, N)``, any strides and floating dtype; cast to p's.
-        offsets: as in :class:`Segments`, or these.
+        offsets: as in :class:`Segments`, or a :class:`Segments`.
         scale: any floating ``(G,)``, or None for 1.
         bias: any floating ``(N,)`` or ``(G, N)``, or None.
-        keep_bits: as of :func:`shrink_segments`.
+        keep_bits: as returned by :func:`shrink_segments`.
         inv_keep: factor of the kept entries; not used without keep bits.
     """
     run_gemm(
@@ -213,10 +213,10 @@ def thin_gradients_segments(
         dy: ``(M, N)``, sorted.
         lora_B: ``(G, N, R)``, any strides and floating dtype.
         S: ``(M, R)``; None if ``dB`` is not needed.
-        offsets: as in :class:`Segments`, or these.
+        offsets: as in :class:`Segments`, or a :class:`Segments`.
         scale: any floating ``(G,)``.
         needs: whether ``G`` and ``dB`` are needed; the other is None.
-        like: has the dtype and the order of strides of ``dB``; by default lora_B.
+        like: the tensor whose dtype and order of strides ``dB`` gets; by default lora_B.
     """
     dy, scale = inner_contiguous(dy), scale.contiguous()
     segments, target = _segments(offsets, dy.shape[0]), select_config.target_of(dy.device)
@@ -251,8 +251,8 @@ def input_gradients_segments(
         dx: ``(M, K)``, inner stride 1; None if it is not needed.
         lora_A: ``(G, R, K)``, any strides and floating dtype.
         G: ``(M, R)`` in x's dtype, as of :func:`thin_gradients_segments`.
-        offsets: as in :class:`Segments`, or these.
-        keep_bits: as of :func:`shrink_segments`.
+        offsets: as in :class:`Segments`, or a :class:`Segments`.
+        keep_bits: as returned by :func:`shrink_segments`.
         inv_keep: factor of the kept entries; not used without keep bits.
         needs_A: whether ``dA`` is needed; else it is None.
         dtype: of ``dA``; by default lora_A's.

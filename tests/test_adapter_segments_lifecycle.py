@@ -173,7 +173,7 @@ def with_head(of_peft: bool) -> nn.Module:
             lambda: changed(lambda m: setattr(m[0], "impl", "triton:seeded")),
             ["b"],
             RuntimeError,
-            "impl='triton:seeded', which has no segments: 'triton:split' and 'triton:addmm' have",
+            "impl='triton:seeded', which does not support segments: use 'triton:split' or",
         ),
     ],
 )

@@ -132,7 +132,7 @@ def test_all_linear_takes_experts_with_twice_the_rank_and_names_the_routers():
     (said,) = (str(warning.message) for warning in found)
     share = 100 * E * 32 / sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
     assert f"model.layers.0.mlp.gate.weight ({share:.2g} % of the weights)" in said
-    assert "target_parameters=['down_proj', 'gate.weight', 'gate_up_proj']" in said
+    assert "target_parameters=['experts.down_proj', 'experts.gate_up_proj', 'gate.weight']" in said
     assert names[-2:] == ["model.layers.0.mlp.experts.base_layer", "model.layers.0.mlp.experts"]
     first, last = (model.get_submodule(name) for name in names[-2:])
     assert (first.parameter_name, first.rank, first.scaling) == ("gate_up_proj", 6, 2)
@@ -180,7 +180,7 @@ WRONG = [
     ({"target_parameters": BOTH, "init": "pissa"}, ValueError, "default, gaussian"),
     ({"target_parameters": ["head.weight"]}, TypeError, "name the layer"),
     ({"target_parameters": ["norm.scale"]}, ValueError, "one of shape"),
-    ({"target_parameters": ["own"]}, ValueError, "its own own"),
+    ({"target_parameters": ["own"]}, ValueError, "got own of the model itself"),
     ({"target_parameters": []}, ValueError, "expected"),
 ]
 

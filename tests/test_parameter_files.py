@@ -135,7 +135,9 @@ def saved(folder: Path, targets=BOTH, **config) -> Path:
 def test_dropout_is_restored_and_peft_reads_zero(tmp_path):
     model = holder()
     apply_lora(model, target_modules=[], target_parameters=BOTH, dropout=0.25)
-    with pytest.warns(UserWarning, match="lora_dropout 0, since PEFT refuses dropout"):
+    with pytest.warns(
+        UserWarning, match="saved lora_dropout 0 in adapter_config.json, since PEFT refuses"
+    ):
         save_adapter(model, tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["lora_dropout"] == 0
     peft.PeftModel.from_pretrained(holder(), tmp_path)
@@ -291,7 +293,7 @@ OLD = [
     (one(r"1\.up_proj\.lora_B", lambda t: t[:5]), {}, r"of shape \(24, 3\), got \(5, 3\)"),
     (None, {"rank_pattern": {"experts.1.up_proj": 2}}, "one rank and scale of all experts"),
     (None, {"rank_pattern": {"up_proj": 2}}, r"of shape \(2, 32\)"),
-    (None, {"alpha_pattern": {"up_proj": 2}}, "one rank and scale of gate and up"),
+    (None, {"alpha_pattern": {"up_proj": 2}}, "gate and up to have one rank and scale"),
     (None, {"target_modules": ["up_proj"]}, "expected adapters for adapter_config.json's target"),
     (
         lambda t: t | {k.replace("experts.1.", "experts.7."): v for k, v in t.items()},

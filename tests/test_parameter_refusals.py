@@ -55,7 +55,12 @@ REFUSED = [
     (Container, ["parts.0"], TypeError, "a ParameterList"),
     (lambda: nn.Sequential(Table(weight=1.0)), ["table"], TypeError, "with weight beside table"),
     (Outer, ["table"], ValueError, "Outer reads its weight without calling it"),
-    (lambda: nn.MultiheadAttention(8, 2), ["in_proj_weight"], ValueError, "of a module in the mod"),
+    (
+        lambda: nn.MultiheadAttention(8, 2),
+        ["in_proj_weight"],
+        ValueError,
+        "of a module within the mod",
+    ),
     (
         lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
         ["in_proj_weight"],

@@ -225,7 +225,8 @@ class _WeighTokens(torch.autograd.Function):
 def _sums(rows: Tensor, places: Tensor, shares: Tensor | None = None) -> Tensor:
     """``(n, H)``: the sums of the rows at ``places (n, k)``, times their ``shares (n, k)``.
 
-    On a CPU ``embedding_bag`` takes a tenth of the time of other operators, and no memory.
+    On a CPU ``embedding_bag`` needs a tenth of the time of other operators (measured on a Xeon),
+    and no temporary.
     """
     if rows.is_cpu and (shares is None or shares.dtype == rows.dtype):
         return F.embedding_bag(places, rows, mode="sum", per_sample_weights=shares)

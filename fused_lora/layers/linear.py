@@ -130,8 +130,8 @@ class _LinearForward(LoRALayer):
         if multiplies_itself(weight):
             return f"a weight of class {type(weight).__name__}: quantise before apply_lora"
         if self.impl.startswith("triton:") and self.impl not in OF_SEGMENTS:
-            able = " and ".join(map(repr, OF_SEGMENTS))
-            return f"impl={self.impl!r}, which has no segments: {able} have"
+            able = " or ".join(map(repr, OF_SEGMENTS))
+            return f"impl={self.impl!r}, which does not support segments: use {able}"
         return "a replaced forward (such as accelerate's)" if "forward" in vars(self) else None
 
     def plain_base(self) -> tuple[Tensor, Tensor | None]:

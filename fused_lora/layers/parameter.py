@@ -70,10 +70,10 @@ class LoRAParameter(WrappingLayer):
 
     Created by :meth:`from_plain`. Calls take and return what the module's own forward does.
 
-    Attributes are those of :class:`fused_lora.FusedLoRALinear`, and ``parameter_name``, with, for
-    ``E`` matrices (1 for a Parameter of two dimensions), ``lora_A (E·rank, in)``, the expert
-    slowest, and ``lora_B (out, rank·E)``, the expert fastest. ``weight`` is the Parameter. Other
-    attributes are the module's; where both have one, such as ``alpha``, this layer's is read.
+    It has the attributes of :class:`fused_lora.FusedLoRALinear`, and ``parameter_name``. With ``E``
+    matrices (1 for a Parameter of two dimensions), ``lora_A`` is ``(E·rank, in)``, the expert
+    slowest, and ``lora_B`` ``(out, rank·E)``, the expert fastest. ``weight`` is the Parameter.
+    Other attributes are the module's; of a name that both have, such as ``alpha``, the layer's.
     """
 
     inits: ClassVar[tuple[str, ...]] = ("default", "gaussian")
@@ -116,12 +116,14 @@ class LoRAParameter(WrappingLayer):
         """
         kind, weight = type(base.holder).__name__, base.weight
         if isinstance(base.holder, _LAYERS):
-            raise TypeError(f"expected a Parameter of no layer, got a {kind}'s: name the layer")
+            raise TypeError(
+                f"expected a Parameter of no layer, got one of a {kind}: name the layer"
+            )
         indexed = [name for name in _OPERATORS if hasattr(type(base.holder), name)]
         if indexed or type(base.holder).forward is nn.Module.forward:
-            what = f"whose {indexed[0]}" if indexed else "without a forward: what reads it"
+            what = f"whose {indexed[0]}" if indexed else "which has no forward: its readers"
             raise TypeError(
-                f"expected a module that is only called, got a {kind}, {what} would not see the"
+                f"expected a module that is only called, got a {kind}, {what} would bypass the"
                 " adapter"
             )
         names = set(ADAPTER_NAMES) if base.name == "weight" else {*ADAPTER_NAMES, "weight"}
@@ -364,5 +366,5 @@ class LoRAParameter(WrappingLayer):
 
 
 def _is_turned(holder: nn.Module, weight: Tensor) -> bool:
-    """Whether a stack is ``(E, in, out)``: GPT-OSS's, which says so as transformers do."""
+    """Whether a stack is ``(E, in, out)``: GPT-OSS's, whose modules set ``is_transposed``."""
     return weight.dim() == 3 and bool(getattr(holder, "is_transposed", False))

@@ -36,7 +36,7 @@ def of_experts(
 
     Args:
         active: the layers whose adapters add to it.
-        kept: layers whose base weight is kept aside, and computes.
+        kept: merged and disabled layers, which compute with the base weight kept aside.
     """
     check_active(active)
     reason = "a Parameter that is merged and disabled" if kept else unfused_reason(base)
@@ -87,12 +87,12 @@ def summed(
         )
     if base.training and any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):
         raise RuntimeError(
-            f"expected a {type(base).__name__} without activation checkpointing of its own, which"
-            " would compute again without the adapter: checkpoint a module that contains it"
+            f"expected a {type(base).__name__} without activation checkpointing of its own, whose"
+            " recomputation would omit the adapter: checkpoint a module that contains it"
         )
     weights = {layer.parameter_name: layer.plain_weight() for layer in kept}
     weights |= {layer.parameter_name: _sum(layer) for layer in active}
-    # Another name of the same Parameter is no target of its own.
+    # Another name that is tied to the Parameter keeps the plain value.
     return functional_call(base, weights, args, kwargs, tie_weights=False)
 
 

@@ -26,7 +26,7 @@ _HOOKS = (
 
 
 def _follow_base(layer: WrappingLayer, incompatible_keys) -> None:
-    """Initialise an adapter on meta once ``load_state_dict`` has loaded its base, a child."""
+    """Initialise an adapter on meta after ``load_state_dict`` has loaded its base."""
     with onloaded(layer):
         layer._leave_meta()
     layer._write_scale(layer.scaling)
@@ -66,8 +66,8 @@ class WrappingLayer(LoRALayer):
     def __getattr__(self, name: str):
         """Attributes of the base: other code reads ``layer.weight`` and ``in_features``.
 
-        Private ones stay its own, which are the state of tools such as accelerate, and so does what
-        belongs to its adapter: the base may be an adapted layer too.
+        Private ones are not forwarded: tools such as accelerate keep their state there. Nor are the
+        adapter's, since the base may be an adapted layer too.
         """
         try:
             return super().__getattr__(name)

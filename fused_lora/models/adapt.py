@@ -97,8 +97,8 @@ def apply_lora(
             (tied embeddings) share its copy; by default they are no longer tied, as in PEFT.
         include_head: whether "all-linear" includes the output embeddings.
         rank_pattern, alpha_pattern: ranks and alphas that replace ``rank`` and ``alpha``, by
-            regular expression. A key must match a whole name or its last dotted parts; the first
-            match counts.
+            regular expression. A key must match a whole name or its last dotted parts, for a
+            Parameter its own ("gate_up_proj"); the first match counts.
         fuse_projections, fuse_mlp: whether layers that share an input, such as q, k and v, and
             gated MLPs are computed together (:func:`fused_lora.fuse_projections`, which also
             reports what was found).

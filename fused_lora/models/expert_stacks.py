@@ -1,8 +1,8 @@
 """Experts' Parameters ``(E, out, in)``, and those of a model that no adapter reaches.
 
 Experts that are slices of one Parameter are no linear layers. PEFT's "all-linear" leaves those of
-many models out, this library's those that would not run fused, and a list of names takes none: most
-of a mixture's weights may stay frozen without a word.
+many models out, this library's omits those that would not run fused, and a list of names takes
+none: most of a mixture's weights may stay frozen without a word.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def warn_of_experts(
 ) -> None:
     """Warn, once per model, of experts that stay frozen though the user may expect them to train.
 
-    The user does if
+    They may if
 
     * ``targets`` is "all-linear" or a pattern;
     * an entry of a list matches no module: "gate_proj" names no expert of transformers 5;
@@ -180,7 +180,7 @@ def warn_of_experts(
         model: adapted.
         targets, exclude: ``target_modules`` and ``exclude_modules``.
         resolved: whether ``targets`` may be what "all-linear" became.
-        cure: whose argument ``target_parameters`` is.
+        cure: the function or class that the warning names.
     """
     left = unadapted_experts(model, exclude)
     if left is None or not any(p.requires_grad for p in model.parameters()):
@@ -200,14 +200,14 @@ def warn_of_experts(
         arguments += ", lora_dropout=0"  # PEFT refuses another
     modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in left.names})
     warn(
-        f"no adapter for the experts {listed(left.names)}, {left.percent}: they are Parameters and"
-        f" no linear layers, and stay frozen. {cure}(..., {arguments}) adapts them;"
+        f"no adapter for the experts {listed(left.names)}, {left.percent}: they are Parameters,"
+        f" not linear layers, and stay frozen. {cure}(..., {arguments}) adapts them;"
         f" exclude_modules={modules} silences this warning"
     )
 
 
 def stated(config: Mapping[str, object]) -> tuple[list[str], list[str]]:
-    """What a file says of ``target_modules`` and ``exclude_modules``, as far as it is a list.
+    """What a file says of ``target_modules`` and ``exclude_modules``, if they are lists.
 
     A pattern may be what :func:`fused_lora.save_adapter` made of names, or no valid one.
     """

@@ -14,6 +14,7 @@ from ..layers.wrapping import BASE
 from ..ops.validation import listed
 from .arguments import described
 from .bypass import Bypass, bypassed
+from .targets import pattern_name
 from .warn import warn
 
 _NEAR_NAMES = 6  # suggested when nothing matched
@@ -59,13 +60,14 @@ def find_parameters(
                 names.append(name)
         if names and not place:
             raise ValueError(
-                f"expected Parameters of a module in the model, got its own {names[0]}"
+                f"expected Parameters of a module within the model, got {names[0]} of the model"
+                " itself: move it into a submodule"
             )
         new = nested(place, module, names)
         if taken := new.keys() & found.keys():
             raise ValueError(
-                f"expected modules whose adapters have names of their own, got two for"
-                f" {sorted(taken)[0]}: one of them is called base_layer"
+                f"expected one adapter of each name, got two that would be called"
+                f" {sorted(taken)[0]}, since a module is named base_layer: rename that module"
             )
         found |= new
     if wanted and not found:
@@ -87,7 +89,7 @@ def nested(place: str, module: nn.Module, names: list[str]) -> dict[str, Paramet
 def all_experts(
     model: nn.Module, excluded: Callable[[str], object], trained: Collection[nn.Module]
 ) -> dict[str, ParameterTarget]:
-    """Both matrices of all experts that run fused; warns of the routers, which "all-linear" omits.
+    """Both matrices of all experts that run fused; warns of the routers that get none.
 
     As in PEFT, ``gate_up_proj``, of two linear layers, gets twice the rank and alpha:
     :func:`doubled`.
@@ -99,7 +101,7 @@ def all_experts(
         if not place or not is_experts(module) or excluded(place) or module in trained:
             continue
         if unfused_reason(module, frozen=False):
-            continue  # named with all experts that get no adapter
+            continue  # warn_of_experts names them
         matrices = (first_matrix(module), "down_proj")
         order = [name for name, _ in module.named_parameters(recurse=False) if name in matrices]
         found |= nested(place, module, [n for n in order if not excluded(f"{place}.{n}")])
@@ -110,18 +112,19 @@ def all_experts(
     if routers:
         total = max(1, sum(p.numel() for p in model.parameters()))
         share = 100 * sum(p.numel() for p in routers) / total
-        own = {target.name for target in found.values()}
-        ends = sorted(own | {".".join(name.split(".")[-2:]) for name in names})
+        full = [pattern_name(place, target) for place, target in found.items()] + names
+        ends = sorted({".".join(name.split(".")[-2:]) for name in full})
+        owners = sorted({name.split(".")[-2] for name in names})
         warn(
             f'"all-linear" has no adapter for the routers {listed(names)} ({share:.2g} % of the'
-            f" weights), which target_parameters={ends!r} includes; exclude_modules silences this"
-            " warning"
+            f" weights); target_parameters={ends!r} adapts them too, exclude_modules={owners!r}"
+            " silences this warning"
         )
     return found
 
 
 def _routers(model: nn.Module, place: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """The matrices that modules beside the experts, other than layers, hold themselves."""
+    """2-D Parameters of the modules beside the experts, except layers."""
     parent = place.rpartition(".")[0]
     for name, module in model.get_submodule(parent).named_children():
         known = isinstance(module, nn.Linear | nn.Embedding) or place == f"{parent}.{name}"

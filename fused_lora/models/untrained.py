@@ -1,8 +1,9 @@
 """Adapters that no gradient has reached: layers, and the single experts of a mixture.
 
-A hook on one Parameter of each adapter notes its first gradient and is gone. Where the Parameter
-belongs to the experts of a mixture the hook stays: the gradient of an expert that got no token is
-exactly zero, and one bool per expert on the device notes the others. The host never waits for it.
+A hook on one Parameter of each adapter records the first gradient and removes itself. Where the
+Parameter belongs to the experts of a mixture the hook stays: the gradient of an expert that got no
+token is exactly zero, and one bool per expert on the device notes the others. The host never waits
+for it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class _Factor(NamedTuple):
     """The Parameter of an adapter whose gradients are watched.
 
     Attributes:
-        experts: of a mixture, whose factors it holds; None for one layer's.
+        experts: the number of experts whose factors it holds; None for a single layer.
         first: whether the expert is the slowest dimension, else it is the fastest.
     """
 
@@ -54,7 +55,7 @@ class _Watch:
 
     Attributes:
         arrived: whether any gradient did.
-        seen: the experts that got one; None before the first, and if nobody knows.
+        seen: the experts that got one; None before the first, and if unknown (shards).
         handle: of the hook; None when it is gone.
     """
 
@@ -82,7 +83,7 @@ class _Watch:
             self.handle = None
 
     def missing(self, factor: _Factor) -> list[int] | None:
-        """The experts without a gradient, none for a layer; None if nothing is missing."""
+        """The experts without a gradient, an empty list for a layer; None if nothing is missing."""
         if not self.arrived:
             return list(range(factor.experts or 0))
         if self.seen is None:
@@ -123,16 +124,16 @@ def _watch(factor: _Factor) -> None:
 def untrained_adapters(model: nn.Module) -> dict[str, list[int]]:
     """The active adapters that got no gradient since they were attached, down to single experts.
 
-    Call it after some backward passes. Attached means :func:`fused_lora.apply_lora` or
-    :func:`fused_lora.load_adapter`, for PEFT's models :func:`fused_lora.patch_peft`, after which
-    gradients are noted. A gradient counts however it is accumulated, checkpointed or reset
+    Call it after some backward passes. Gradients are recorded from :func:`fused_lora.apply_lora` or
+    :func:`fused_lora.load_adapter` on, of PEFT's models from :func:`fused_lora.patch_peft` on. A
+    gradient counts however it is accumulated, checkpointed or reset
     afterwards; an expert has one if any token reached it in training.
 
     An expert's gradient is read on the device at every backward pass, which adds four small
     operations per Parameter of experts, until all of its experts have one: on a CPU by itself, on a
     GPU when this function is called. Only this function waits for the device.
 
-    Limits: each process counts its own tokens. Of sharded experts it is known only whether any got
+    Limits: each process counts its own tokens. Of sharded experts only is known whether any got
     a gradient. Compiled autograd runs no such hooks. An adapter whose Parameters were copied, or
     replaced as by FSDP, is watched from the first call of this function on, which warns of it; of
     earlier gradients only what ``.grad`` still holds is known.

@@ -142,7 +142,7 @@ def decide_segmented(impl, device, dtype, call: SegmentedCall) -> Decision:
     problem = problem or triton_problem(device) or _dtype_problem(dtype)
     if problem is None and len({count for _, count in call.adapted}) > 1:
         problem = "the kernels drop entries of all segments with one probability, got several"
-    # Their base output is that of the common weight, which the kernels do not compute.
+    # Such rows get the common weight's base output, which the kernels do not compute.
     rest = None if call.of_experts or call.covered else "there may be rows of no segment"
     if impl == "triton:split" and rest:
         problem = problem or f"{rest}: Segments(..., whole=True) says that there are none"
@@ -157,7 +157,7 @@ def decide_segmented(impl, device, dtype, call: SegmentedCall) -> Decision:
     if asked := impl.partition(":")[2]:
         return Decision("triton", asked, asked, "segments: requested")
     if rest:
-        reason = f"segments: {rest}, whose base output is the vendor's GEMM's"
+        reason = f"segments: {rest}, so the vendor's GEMM computes the base"
         return Decision("triton", "addmm", "addmm", reason)
     (forward, reason), (backward, backward_reason) = (
         _modelled_segments(call, device, dtype, is_backward) for is_backward in (False, True)

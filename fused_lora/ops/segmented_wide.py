@@ -3,10 +3,11 @@
     S = own(x A_allᵀ)          A_all (G·R, K); of each row the R columns of its segment
     y += s·spread(S) B_all     B_all (G·R, N); exact zeros in the columns of other segments
 
-and so ``G = own(s·dY B_allᵀ)`` and ``dx += spread(G) A_all``. A product in bfloat16 has 20 µs of
-overhead, and more for a number of rows that oneDNN has not kept. These have ``G`` times the
-operations, which AMX computes in less time than the starts take. ``dA`` and ``dB`` stay products of
-a segment: as wide ones they would save a twentieth of a step, but cost a tenth more memory.
+and so ``G = own(s·dY B_allᵀ)`` and ``dx += spread(G) A_all``. A product in bfloat16 has a
+fixed cost (measured: 20 µs), and a higher one for a number of rows that oneDNN has not cached.
+These have ``G`` times the operations, which AMX computes in less time than starting a product per
+segment takes. ``dA`` and ``dB`` stay products of a segment: measured as wide ones, they save a
+twentieth of a step and cost a tenth more memory.
 
 Nothing passes from one segment to another. ``own`` selects. The zeros of ``spread`` must not
 multiply a NaN or an infinity of another segment's matrix: such a segment is computed apart.
@@ -26,8 +27,8 @@ from .torch_impl import as_dtype, times
 
 _FEWEST_ROWS = 32  # with fewer, casting the matrices of segments without rows costs more
 _WIDEST = 256  # most columns, G·R, that were measured
-# With another inner size, oneDNN multiplies the start of a row's successor by zeros, until its
-# issue 5717 is fixed: a NaN there would reach the row.
+# With another inner size, oneDNN multiplies the first values of the next row by zeros, until its
+# issue 5717 is fixed: a NaN there would reach this row.
 _INNER = 32
 
 

@@ -47,8 +47,8 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict) -> Non
         metadata[_DROPOUT] = repr(config["lora_dropout"])
         config = {**config, "lora_dropout": 0.0}
         warn(
-            "adapter_config.json says lora_dropout 0, since PEFT refuses dropout with"
-            " target_parameters; load_adapter restores it"
+            "saved lora_dropout 0 in adapter_config.json, since PEFT refuses dropout with"
+            " target_parameters; load_adapter restores the adapter's own"
         )
     files = {
         WEIGHTS: safetensors.torch.save(tensors, metadata),
@@ -205,7 +205,7 @@ class AdapterTensors:
         """Layer name to parameter name to key.
 
         Args:
-            saved: keys that are read otherwise, such as those of ``modules_to_save``.
+            saved: keys that are read elsewhere, such as those of ``modules_to_save``.
 
         Raises:
             ValueError: a key that belongs to no adapter, or a layer that cannot have this adapter.

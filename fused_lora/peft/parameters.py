@@ -5,7 +5,7 @@ A key names a Parameter by the depth of its layer: of the Parameters of one modu
 ``.base_layer`` more. So what a key means depends on the configuration and on the model.
 
 PEFT before 0.19.1 exchanged the roles of ``lora_A`` and ``lora_B`` for stacks ``(E, out, in)``.
-Such files are converted, which is exact.
+Such files are converted without rounding.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def swaps_roles(
         shapes: of both tensors in the file.
 
     Raises:
-        ValueError: neither their shapes nor the version in the configuration tells.
+        ValueError: the file does not say which: square experts, and no ``peft_version``.
     """
     weight = LoRAParameter.weight_like(target)
     if weight.dim() != 3 or ours or getattr(target.holder, "is_transposed", False):

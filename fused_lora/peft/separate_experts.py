@@ -31,7 +31,7 @@ from . import format as peft_format
 from .files import AdapterTensors, in_model
 from .parameters import Modules, enter
 
-# Of each projection: the stack, and which half of it.
+# Name of a projection: its stack, and which half of it.
 _PROJECTIONS = {
     "gate_proj": ("gate_up_proj", 0), "w1": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1), "w3": ("gate_up_proj", 1),
@@ -46,7 +46,7 @@ def joined(
     config_of: Callable[[str, str], AdapterConfig],
     saved: Collection[str] = (),
 ) -> tuple[dict[str, Adapter], set[str]]:
-    """The adapters of stacks that a file has for linear layers; their targets enter ``modules``.
+    """The adapters of stacks that a file has for linear layers; targets are added to ``modules``.
 
     Args:
         config_of: the configuration of a layer, by its names in the model and in the file.
@@ -90,7 +90,7 @@ def joined(
 
 
 def _holder(stack: str, modules: Modules) -> nn.Module | None:
-    """The stack of experts of that name, gate before up; None for anything else."""
+    """The stack of experts of that name, gate rows before up's; None for anything else."""
     module = modules.get(stack)
     if isinstance(module, LoRAParameter):
         module = module.holder
@@ -128,7 +128,7 @@ def _of_stack(file, target: ParameterTarget, parts: Mapping, config_of) -> Adapt
         )
     configs = {config for _, config, _, _ in made}
     if len(configs) > 1:
-        raise ValueError("expected one rank and scale of gate and up, got several")
+        raise ValueError("expected gate and up to have one rank and scale, got several")
     (config,) = configs
     A, rank = torch.cat([A for _, _, A, _ in made], dim=1), config.rank * len(made)
     B = A.new_zeros((E, N, rank))
@@ -143,7 +143,7 @@ def _of_stack(file, target: ParameterTarget, parts: Mapping, config_of) -> Adapt
 def _of_projection(
     file, each: Mapping, E: int, N: int, K: int, config_of
 ) -> tuple[AdapterConfig, Tensor, Tensor]:
-    """Of a linear layer per expert: its configuration, ``(E, rank, in)``, ``(E, out, rank)``."""
+    """One projection's configuration, ``(E, rank, in)`` and ``(E, out, rank)``."""
     configs = {config_of(*next(iter(parts.values()))[1:]) for parts in each.values()}
     if len(configs) > 1:
         raise ValueError("expected one rank and scale of all experts, got several")
@@ -157,7 +157,9 @@ def _of_projection(
             if file.shape(key) != shape:
                 raise ValueError(f"expected {key} of shape {shape}, got {file.shape(key)}")
         if strange := parts.keys() - shapes.keys():
-            raise ValueError(f"expected no {sorted(strange)[0]} of an expert: DoRA has none here")
+            raise ValueError(
+                f"expected no {sorted(strange)[0]} of an expert: DoRA of experts is not supported"
+            )
     A, B = (
         torch.stack([file.tensor(each[e][parameter][0], torch.float32) for e in range(E)])
         for parameter in shapes
