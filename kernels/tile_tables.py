@@ -148,6 +148,7 @@ _SHRINK_NARROW = {
     64: ((4, 2, 64, 32, 64), (4, 2, 32, 32, 64), (4, 2, 16, 32, 64)),
     256: ((8, 2, 32, 32, 256), (8, 2, 64, 32, 128), (8, 2, 16, 32, 256)),
 }
+_LOW = _SHRINK_NARROW[256][0]
 _SHRINK_FP32 = {
     64: ((4, 3, 64, 32, 64), (4, 3, 32, 64, 64), (4, 3, 16, 32, 64)),
     256: ((8, 3, 64, 32, 64), (8, 3, 32, 32, 128), (8, 3, 16, 32, 128)),
@@ -182,7 +183,8 @@ SHRINK: dict[str, dict[str, dict[int, Rows]]] = {
         "gfx90a": _CDNA_SHRINK,
         "gfx942": _CDNA_SHRINK,
         "gfx950": {**_SHRINK, 32: ((8, 2, 64, 256, 32), *_SHRINK[32][1:])},
-        "any": _SHRINK,
+        # The tiles of high ranks need more shared memory than an unknown GPU may have.
+        "any": {**_SHRINK, 128: (*_SHRINK[128], _LOW), 256: (*_SHRINK[256], _LOW)},
     },
     "half narrow": {
         # 32 rows of up to 256 ranks spill under Triton 3.9.

@@ -212,6 +212,15 @@ def test_an_unknown_gpu_gets_the_conservative_tile():
     assert not config.descriptors
 
 
+def test_an_unknown_gpu_has_a_tile_for_every_rank():
+    target = Target("sm_103", sms=148, shared_bytes=select_config.DEFAULT_SHARED_BYTES)
+    for itemsize, describable, rank in product((2, 4), (True, False), range(1, 257)):
+        for choose in (select_config.shrink_config, select_config.rank_grad_config):
+            for segments in (0, 64):
+                sizes = 4096, 2048, rank
+                choose(target, itemsize, *sizes, describable=describable, segments=segments)
+
+
 # A loop over the steps of several tiles: products, and a tile's end that a jump skips.
 STEPS = """
         /*0000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR17], R14 ;

@@ -153,3 +153,9 @@ def test_a_router_that_does_not_train(dtype):
         found.append((y, *torch.autograd.grad(y.square().sum(), x)))
     for value, expected in zip(*found, strict=True):
         assert relative_rms(value, expected) <= (1e-12 if dtype == FP64 else 1e-6)
+
+
+def test_tokens_without_experts_get_zeros():
+    order = layer_experts._Order.of(torch.zeros(4, 0, dtype=torch.long))
+    y = layer_experts._WeighTokens.apply(torch.zeros(0, 8), torch.zeros(4, 0), order)
+    assert torch.equal(y, torch.zeros(4, 8))

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import Segments, explain, fused_lora_linear
-from fused_lora.ops import dropout
+from fused_lora.ops import dropout, segmented_triton
 from support import by_default, needs_triton, relative_rms
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -676,3 +676,40 @@ def test_wrong_arguments(case):
 def test_wrong_segments(offsets, rows, message):
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         Segments(offsets, rows)
+
+
+@needs_triton
+@pytest.mark.parametrize(("K", "N"), [(33, 96), (96, 33)])
+def test_kernels_beside_widths_that_grouped_gemm_refuses(K, N):
+    """Its rows must start on 16 bytes: of x, of y and of dy."""
+    call = draw(BF16, FP32, weights="stack", adapters="stack", K=K, N=N)
+    got, exact = (results(together, call, impl=impl) for impl in ("triton:addmm", "reference"))
+    for name, value in got.items():
+        assert relative_rms(value, exact[name]) <= 0.02, name
+
+
+@needs_triton
+def test_kernels_copy_no_scales_from_the_host(monkeypatch):
+    """A copy waits for the GPU, and cannot be captured in a CUDA graph."""
+    call = draw(FP32, adapters="stack") | {"scaling": [1.0, 2.0, 0.5, 1.0, 1.0, 3.0]}
+    call["segments"] = segments()
+    results(fused_lora_linear, call, impl="triton")
+
+    def copied(*args, **kwargs):
+        raise AssertionError("expected constants on the device, got a copy from the host")
+
+    monkeypatch.setattr(segmented_triton.torch, "tensor", copied)
+    results(fused_lora_linear, call, impl="triton")
+
+
+@pytest.mark.parametrize("adapters", ["stack", "list"])
+@pytest.mark.parametrize("only_x", [True, False])
+def test_second_derivatives_without_any_row(adapters, only_x):
+    """As of a process that gets no token in expert parallelism: zeros, of x too."""
+    call = draw(FP64, weights="stack", adapters=adapters)
+    call |= {"segments": Segments(torch.zeros(len(SIZES), dtype=torch.int64)), "bias": None}
+    y = fused_lora_linear(**call)
+    wanted = [call["x"]] if only_x else [t for n, t in leaves(call).items() if n != "bias"]
+    found = torch.autograd.grad(y.square().sum(), wanted, create_graph=True, allow_unused=True)
+    assert all(gradient is None or not gradient.any() for gradient in found)
+    assert found[0] is not None

@@ -116,7 +116,8 @@ def segmented(operands, keep_bits: Tensor | None = None) -> Tensor:
         keep_bits = keep_bits_of(seed, segments, *x.shape, keep_counts)
     parts = []
     for g, (a, b) in enumerate(bounds):
-        if a == b:
+        # If no segment has rows, the first one connects y to the operands.
+        if a == b and (g or bounds[-1][1]):
             continue
         W = weight[g] if weight.dim() == 3 else weight
         own = bias if bias is None or bias.dim() == 1 else bias[g]

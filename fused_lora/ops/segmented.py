@@ -160,6 +160,8 @@ def _differentiable(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         y = reference.segmented(
             call._replace(x=x, weight=weight, lora_A=A, lora_B=B, bias=bias), keep_bits
         )
+    if not y.requires_grad:  # no row has an adapter, and x needs no gradient
+        return (None,) * len(inputs)
     found = torch.autograd.grad(
         y, [inputs[i] for i in wanted], dy, create_graph=twice, allow_unused=True
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.config import VECTOR_BYTES
 from . import dropout
-from .constants import constant
+from .constants import constant, scalar
 from .segments import Segments
 from .torch_impl import as_dtype
 
@@ -112,9 +112,10 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments) ->
     """``x_g W_gᵀ + bias_g``; 0 in rows of no segment, unless the weight is common to all."""
     weight = as_dtype(weight, x.dtype)
     bias = None if bias is None else as_dtype(bias, x.dtype)
+    widths = x.shape[1], weight.shape[-2]  # of a contiguous x, and of y
     if weight.dim() == 2:
         y = F.linear(x, weight, bias if bias is None or bias.dim() == 1 else None)
-    elif _is_groupable(weight) and weight.shape[1] * x.element_size() % VECTOR_BYTES == 0:
+    elif _is_groupable(weight) and not any(n * x.element_size() % VECTOR_BYTES for n in widths):
         rows = x if _is_groupable(x) else x.clone(memory_format=torch.contiguous_format)
         y = _grouped_mm(rows, weight.mT, offs=segments.offsets.int())
     else:
@@ -201,12 +202,11 @@ def _as_given(gradient: Tensor | None, adapters, ranks: int, segments: Segments)
 
 def _scales(scaling: Sequence[float | Tensor], device: torch.device) -> Tensor:
     """The scales ``(G,)`` in float32."""
-    if any(isinstance(s, Tensor) for s in scaling):
-        each = [s if isinstance(s, Tensor) else torch.full((), s, device=device) for s in scaling]
-        return torch.stack([s.float() for s in each])
-    if len(set(scaling)) == 1:
+    if not any(isinstance(s, Tensor) for s in scaling) and len(set(scaling)) == 1:
         return constant(_filled, scaling[0], len(scaling), device)
-    return torch.tensor(scaling, dtype=torch.float32, device=device)  # not cached: any combination
+    # Each number is a constant on the device, of which there are few; not each combination.
+    each = (s if isinstance(s, Tensor) else constant(scalar, s, device) for s in scaling)
+    return torch.stack([s.float() for s in each])
 
 
 def _filled(value: float, count: int, device: torch.device) -> Tensor:
